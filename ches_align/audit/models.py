@@ -6,7 +6,8 @@
 __all__ = ['EMBEDDED', 'read_head', 'head_logits', 'check_model', 'weights_hash', 'cache_folder', 'embedded_gguf', 'gguf_folder',
            'ScoringModel', 'wrap_model', 'load_model']
 
-# %% ../../nbs/audit/12_models.ipynb #4e9f0210
+# %% ../../nbs/audit/12_models.ipynb #4ca9605e
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -63,7 +64,7 @@ def check_model(
     error = (head_logits(head, hidden) - logits).abs().max() / logits.abs().max()
     if error > (1e-3 if hidden.dtype in (torch.float32, torch.float64) else 0.05):
         raise AuditError(
-            f'model {name}: its logits are not its output layer applied to the last hidden states (off by {error:.1%}): '
+            f'model {name}: its logits are not its output layer applied to its last states (off by {error:.0%}): '
             f'{type(model).__name__} is not supported; an adapter on the head must be merged')
 
 # %% ../../nbs/audit/12_models.ipynb #72ee5839
@@ -232,11 +233,18 @@ def load_model(
         gated = ' (gated: ask for access on its page, then `hf auth login`)' if 'gated' in said.lower() else ''
         raise AuditError(f'model {name} cannot be loaded{gated}: {said[:300]}') from e
     if adapter: model = _with_adapter(model, Path(adapter).expanduser())
-    if device == 'cpu':  # Transformers leaves CPU weights memory-mapped, which is slow; a copy is not
-        for p in model.parameters(): p.data = p.data.clone()
+    if device == 'cpu': _settle_on_cpu(model)
     return wrap_model(model, tokenizer, name)
 
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     from peft import PeftModel
     _adapter_base(folder)
     return PeftModel.from_pretrained(model, str(folder))
+
+# %% ../../nbs/audit/12_models.ipynb #e505dc43
+def _settle_on_cpu(model: nn.Module) -> None:
+    "Copy mapped weights into memory, and let glibc keep freed blocks (elsewhere: nothing)"
+    for p in model.parameters(): p.data = p.data.clone()
+    try: mallopt = ctypes.CDLL('libc.so.6').mallopt
+    except (OSError, AttributeError): return
+    for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)): mallopt(option, value)  # M_MMAP_, M_TRIM_THRESHOLD

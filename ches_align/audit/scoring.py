@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['FROM_STATES', 'FROM_HEAD', 'COLUMNS', 'blank_row', 'window_scores', 'head_scores', 'score_block', 'run_identity',
-           'check_identity', 'writing', 'write_atomic', 'load_scores', 'plan_shards', 'score_dataset']
+           'check_identity', 'score_table', 'load_scores', 'plan_shards', 'score_dataset']
 
-# %% ../../nbs/audit/14_scoring.ipynb #c9ec311a
-import errno
+# %% ../../nbs/audit/14_scoring.ipynb #4e9f0210
 import hashlib
 import json
 import math
@@ -27,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data import Pair, load_pairs
-from .files import AuditError
+from .files import AuditError, write_atomic, writing
 from .hidden_states import EncodedPair, encode_pairs, response_states, special_ids
 from .models import ScoringModel, load_model
 from ..theory.ches import Head, head_ches, last_hidden_inner, neg_edit_distance, pair_scores
@@ -35,9 +34,11 @@ from ..theory.ches import Head, head_ches, last_hidden_inner, neg_edit_distance,
 # %% ../../nbs/audit/14_scoring.ipynb #45128d1e
 FROM_STATES = ('ches', 'ln_ches', 'ches_reversed', 'last_hidden_inner')
 FROM_HEAD = ('head_ches', 'chosen_logps', 'rejected_logps')
-COLUMNS = ('row_id', 'row_hash', 'status', 'prompt_tokens', 'chosen_tokens', 'rejected_tokens', 'chosen_truncated',
-           'rejected_truncated', 'ches', 'ln_ches', 'head_ches', 'ches_reversed', 'last_hidden_inner',
-           'neg_edit_distance', 'chosen_logps', 'rejected_logps')
+COLUMNS = dict(
+    row_id='int64', row_hash='str', status='str', prompt_tokens='int64', chosen_tokens='int64', rejected_tokens='int64',
+    chosen_truncated='bool', rejected_truncated='bool', **dict.fromkeys(
+        ('ches', 'ln_ches', 'head_ches', 'ches_reversed', 'last_hidden_inner', 'neg_edit_distance', 'chosen_logps',
+         'rejected_logps'), 'float64'))
 
 def blank_row(
     pair: EncodedPair,            # scored or not
@@ -85,7 +86,7 @@ def score_block(
     head: bool = True,            # also what needs the output layer
     batch_tokens: int = 8192,     # rows times longest row of a batch, at most
 ) -> list[dict[str, Any]]:        # a row each; status 'nonfinite' where a score is NaN or inf
-    "Score pairs. Sums are in fp32, products of sums in fp64, log-probabilities in fp32, whatever dtype the weights have."
+    "Score pairs. Sums and log-probabilities are in fp32, products of sums in fp64, whatever dtype the weights have."
     states = response_states(lm, [p.prompt_ids for p in pairs] * 2,
                              [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], batch_tokens)
     values = []
@@ -123,35 +124,12 @@ def check_identity(
         says = '; '.join(f'{k} was {manifest.get(k)}, is {identity[k]}' for k in differ[:3])
         raise AuditError(f'{out} holds the scores of another run ({says}); choose another --out or remove that folder')
 
-# %% ../../nbs/audit/14_scoring.ipynb #251d26ff
-@contextmanager
-def writing(
-    out: Path, # the folder that is written to
-) -> Iterator[None]:
-    "Turn the system's write errors into an `AuditError` that says what to do."
-    try: yield
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.ENOTDIR, errno.EEXIST):
-            raise
-        raise AuditError(f'{out} cannot be written: {e.strerror}; finished shards are kept, mend it and run the '
-                         'same command again') from None
-
-def write_atomic(
-    path: Path,  # the final place
-    data: bytes, # the whole content
-) -> None:
-    "Write a file so that it is whole or absent, whenever the process dies."
-    partial = path.with_name(f'.{path.name}.partial')
-    try:
-        with open(partial, 'wb') as f:
-            f.write(data); f.flush(); os.fsync(f.fileno())
-        os.replace(partial, path)
-    finally: partial.unlink(missing_ok=True)
-
-# %% ../../nbs/audit/14_scoring.ipynb #dbe422f8
-def _write_shard(path: Path, rows: list[dict]) -> None:
-    frame = pd.DataFrame(rows, columns=COLUMNS)
-    write_atomic(path, frame.to_parquet(index=False))
+# %% ../../nbs/audit/14_scoring.ipynb #fef3a240
+def score_table(
+    rows: Sequence[dict[str, Any]], # rows of `blank_row` or `score_block`; none is fine
+) -> pd.DataFrame:                  # `COLUMNS` with their types, by row_id
+    "Rows as a table; the types do not depend on what is in them."
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS).sort_values('row_id', ignore_index=True)
 
 def _write_manifest(out: Path, manifest: dict) -> None:
     write_atomic(out/'manifest.json', (json.dumps(manifest, indent=1, ensure_ascii=False) + '\n').encode())
@@ -163,12 +141,15 @@ def load_scores(
     path = Path(path).expanduser()
     folder = path/'scores' if (path/'scores').is_dir() else path
     files = sorted(folder.glob('*.parquet')) if folder.is_dir() else [path]
-    if not files or not files[0].exists(): raise AuditError(f'{path}: no scores there; make them with ches_score DATA --out {path}')
+    if not files or not files[0].exists():
+        raise AuditError(f'{path}: no scores there; make them with ches_score DATA --out {path}')
     try: frame = pd.concat([pd.read_parquet(f) for f in files], ignore_index=True)
     except (OSError, ValueError) as e: raise AuditError(f'{path}: unreadable scores ({str(e)[:200]})') from None
-    if lost := set(COLUMNS) - set(frame): raise AuditError(f"{path}: not a table of scores, no column {', '.join(sorted(lost))}")
+    if lost := sorted(set(COLUMNS) - set(frame)):
+        raise AuditError(f"{path}: not a table of scores, it lacks {', '.join(lost)}")
     frame = frame.sort_values('row_id', ignore_index=True)
-    if frame.row_id.duplicated().any(): raise AuditError(f'{path}: row {frame.row_id[frame.row_id.duplicated()].iloc[0]} twice')
+    if (twice := frame.row_id.duplicated()).any():
+        raise AuditError(f'{path}: row {frame.row_id[twice].iloc[0]} is there twice')
     home = next((d for d in (folder, folder.parent) if (d/'manifest.json').exists()), None)
     frame.attrs['manifest'] = json.loads((home/'manifest.json').read_text()) if home else {}
     return frame
@@ -184,8 +165,9 @@ def plan_shards(
     return [[i for i, e in enumerate(encoded) if e.status != 'ok'],
             *(scored[k:k + size] for k in range(0, len(scored), size))]
 
-# %% ../../nbs/audit/14_scoring.ipynb #1d94c72b
-def _score_shards(lm: ScoringModel, encoded: Sequence[EncodedPair], out: Path | None, settings: dict, progress: bool) -> pd.DataFrame:
+# %% ../../nbs/audit/14_scoring.ipynb #da692d3e
+def _score_shards(lm, encoded, out, convention, head, batch_tokens, progress) -> pd.DataFrame:
+    "Score what has no shard yet; the bar counts tokens"
     plan, rows = plan_shards(encoded), []
     bar = tqdm(total=sum(2 * encoded[i].length for s in plan[1:] for i in s), unit='tok', unit_scale=True,
                desc='scoring', disable=None if progress else True)
@@ -195,14 +177,17 @@ def _score_shards(lm: ScoringModel, encoded: Sequence[EncodedPair], out: Path | 
         if path is not None and path.exists():
             bar.total -= cost; bar.refresh()
             continue
-        if not k: done = [blank_row(encoded[i]) for i in shard]
-        else: done = score_block(lm, [encoded[i] for i in shard], **settings)
-        if path is not None: _write_shard(path, done)
+        some = [encoded[i] for i in shard]
+        try: done = score_block(lm, some, convention, head, batch_tokens) if k else [blank_row(e) for e in some]
+        except (torch.OutOfMemoryError, MemoryError):
+            raise AuditError(f'out of memory in shard {k}: lower --batch_tokens (now {batch_tokens})') from None
+        if path is not None: write_atomic(path, score_table(done).to_parquet(index=False))
         else: rows += done
         bar.update(cost)
         bar.set_postfix_str(f'shard {k}/{len(plan) - 1}')
     bar.close()
-    return pd.DataFrame(rows, columns=COLUMNS).sort_values('row_id', ignore_index=True) if out is None else load_scores(out)
+    if out is not None: return load_scores(out)
+    return score_table(rows)
 
 # %% ../../nbs/audit/14_scoring.ipynb #90ef5035
 def score_dataset(
@@ -215,25 +200,28 @@ def score_dataset(
     batch_tokens: int = 8192,        # rows times longest row of a batch: lower it when memory runs out
     dtype: str = 'auto',             # of the weights, when `model` is a name
     device: str | None = None,       # where, when `model` is a name
+    model_options: dict | None = None, # more for `load_model`: adapter, revision, quantize, trust_remote_code
     progress: bool = True,           # a bar with rate and remaining time, on a terminal
     **loading,                       # for `load_pairs`: split, columns, limit, seed, chat
 ) -> pd.DataFrame:                   # a row a pair, `COLUMNS`; the manifest in `attrs['manifest']`
     "Score every pair of a data set; with `out`, continue what is there. Raises `AuditError` for what a user can mend."
     pairs = data if isinstance(data, list) and data and isinstance(data[0], Pair) else load_pairs(data, **loading)
-    lm = model if isinstance(model, ScoringModel) else load_model(model, dtype=dtype, device=device)
+    lm = model if isinstance(model, ScoringModel) else load_model(model, dtype, device, **(model_options or {}))
     max_length = max_length or lm.max_length
     encoded = encode_pairs(pairs, lm.tokenizer, max_length, convention)
     settings = dict(convention=convention, head=head, batch_tokens=batch_tokens)
     identity = run_identity(lm, pairs, settings | dict(max_length=max_length))
-    about = dict(model=lm.name, revision=lm.provenance['revision'], data=str(data) if isinstance(data, (str, Path)) else type(data).__name__,
-                 seed=loading.get('seed'), hardware=f'{platform.machine()}, {os.cpu_count()} CPUs, {_device_name(lm)}')
+    source = str(data) if isinstance(data, (str, Path)) else type(data).__name__
+    about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, seed=loading.get('seed'),
+                 loading=loading, hardware=f'{platform.machine()}, {os.cpu_count()} CPUs, {_device_name(lm)}')
     start = time.time()
     with _output(out, identity) as folder:
         if folder: _write_manifest(folder, identity | about | dict(complete=False))
-        scores = _score_shards(lm, encoded, folder, settings, progress)
+        scores = _score_shards(lm, encoded, folder, convention, head, batch_tokens, progress)
+        tokens = (2 * scores.prompt_tokens + scores.chosen_tokens + scores.rejected_tokens)[scores.status == 'ok'].sum()
         scores.attrs['manifest'] = identity | about | dict(
             complete=True, seconds=round(time.time() - start, 1), counts=scores.status.value_counts().to_dict(),
-            tokens=int((2 * scores.prompt_tokens + scores.chosen_tokens + scores.rejected_tokens)[scores.status == 'ok'].sum()))
+            tokens=int(tokens))
         if folder: _write_manifest(folder, scores.attrs['manifest'])
     return scores
 
@@ -250,7 +238,7 @@ def _output(out: str | Path | None, identity: dict) -> Iterator[Path | None]:
         (folder/'scores').mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder/'.lock', timeout=0)
         try: lock.acquire()
-        except Timeout: raise AuditError(f'{folder}: another run is writing there; wait for it or choose another --out') from None
+        except Timeout: raise AuditError(f'{folder}: another run is writing there; choose another --out') from None
         try:
             if (folder/'manifest.json').exists():
                 check_identity(json.loads((folder/'manifest.json').read_text()), identity, folder)

@@ -110,9 +110,9 @@ def last_hidden_inner(
     chosen_mask: Bool[Tensor, "batch len"],           # True at the preferred response's tokens
     rejected_hidden: Float[Tensor, "batch len2 dim"], # the same for the dispreferred response
     rejected_mask: Bool[Tensor, "batch len2"],        # True at the dispreferred response's tokens
-    convention: str = 'paper',                        # `paper`: the state that predicts the last token; others: see `summed_mask`
+    convention: str = 'paper',                        # `paper`: the state that predicts the last token
 ) -> Float[Tensor, "batch"]:                          # fp64
-    "Inner product of the two last summed hidden states (for a response with its end token: those of the finished texts)."
+    "Inner product of the two last summed states (of a response with its end token: those of the finished texts)."
     ends = []
     for hidden, mask in ((chosen_hidden, chosen_mask), (rejected_hidden, rejected_mask)):
         summed = summed_mask(mask.bool(), convention)

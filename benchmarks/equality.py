@@ -1,0 +1,89 @@
+"""Are the scores right? Against a slow loop in fp64, on real pairs, in any batch size, order and padding side.
+
+    python benchmarks/equality.py DATA [--pairs 50] [--out benchmarks/records/equality.json]
+
+The loop follows the definition literally: weights and sums in fp64, one response at a time, no padding, every state of
+`hidden_states[-1]` added by itself. The official conventions are checked against loops written from the description of
+the two public codes. Errors are relative to the score itself, the largest over the pairs.
+"""
+import argparse, json, os, platform, time
+from pathlib import Path
+
+import torch
+
+from ches_align.audit.data import load_pairs
+from ches_align.audit.hidden_states import encode_pairs
+from ches_align.audit.models import load_model
+from ches_align.audit.scoring import score_block
+from ches_align.theory.ches import ches_scores
+
+@torch.no_grad()
+def states(model, prompt, response, **kw):
+    return model(input_ids=torch.tensor([[*prompt, *response]]), output_hidden_states=True, **kw).hidden_states[-1][0]
+
+def slow(model, pairs, extra=0):
+    "(CHES, ln-CHES) of each pair by the definition; `extra` states more at the end as the official script has"
+    scores = []
+    for p in pairs:
+        sums, n = [], []
+        for ids in (p.chosen_ids, p.rejected_ids):
+            h, total = states(model, p.prompt_ids, ids).double(), 0
+            for k in range(len(p.prompt_ids) - 1, len(p.prompt_ids) + len(ids) - 1 + extra): total = total + h[k]
+            sums.append(total); n.append(len(ids) + extra)
+        (s, t), (a, b) = sums, n
+        scores.append([(s @ t - s @ s).item(), (s @ t / (a * b) - s @ s / a**2).item()])
+    return torch.tensor(scores, dtype=torch.float64)
+
+@torch.no_grad()
+def padded_left(lm, pairs):
+    "Both responses in one left-padded batch with mask and positions, scored by the theory's function"
+    sides = []
+    for side in ('chosen_ids', 'rejected_ids'):
+        full = [[*p.prompt_ids, *getattr(p, side)] for p in pairs]
+        width = max(map(len, full))
+        ids, mask, response = (torch.zeros(len(full), width, dtype=torch.long) for _ in range(3))
+        for i, (f, p) in enumerate(zip(full, pairs)):
+            ids[i, width - len(f):], mask[i, width - len(f):] = torch.tensor(f), 1
+            response[i, width - len(f) + len(p.prompt_ids):] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        sides += [lm.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state,
+                  response.bool()]
+    return ches_scores(*sides).double()
+
+def worst(ours, theirs): return ((ours - theirs) / theirs).abs().max().item()
+def column(rows, name): return torch.tensor([r[name] for r in rows], dtype=torch.float64)
+
+if __name__ == '__main__':
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument('data')
+    ap.add_argument('--pairs', type=int, default=50)
+    ap.add_argument('--name', default=None)
+    ap.add_argument('--out', default='benchmarks/records/equality.json')
+    args = ap.parse_args()
+    start, lm = time.time(), load_model('smollm2-135m', dtype='float32')
+    rows = load_pairs(args.data)
+    pairs = [e for e in encode_pairs(rows, lm.tokenizer) if e.status == 'ok'][:args.pairs]
+    no_end = [e for e in encode_pairs(rows, lm.tokenizer, convention='official_script') if e.status == 'ok'][:args.pairs]
+    double = load_model('smollm2-135m', dtype='float32').model.double()
+    exact, script = slow(double, pairs), slow(double, no_end, extra=1)
+    errors = {}
+    for name, budget, order in (('rows of one', 1, 1), ('batches of 2048 tokens', 2048, 1), ('batches of 8192 tokens', 8192, 1),
+                                ('reverse order', 2048, -1)):
+        got = score_block(lm, pairs[::order], head=False, batch_tokens=budget)[::order]
+        errors[name] = dict(ches=worst(column(got, 'ches'), exact[:, 0]), ln_ches=worst(column(got, 'ln_ches'), exact[:, 1]))
+    left = torch.cat([padded_left(lm, pairs[i:i + 5]) for i in range(0, len(pairs), 5)])
+    errors['padding on the left'] = dict(ches=worst(left, exact[:, 0]))
+    for convention, sample, theirs in (('official_script', no_end, script), ('official_module', pairs, exact)):
+        got = score_block(lm, sample, convention=convention, head=False, batch_tokens=2048)
+        errors[convention] = dict(ches=worst(column(got, 'ches'), theirs[:, 0]), ln_ches=worst(column(got, 'ln_ches'), theirs[:, 1]))
+    bf16 = score_block(load_model('smollm2-135m', dtype='bfloat16'), pairs, head=False, batch_tokens=2048)
+    rank = lambda v: v.argsort().argsort().double()
+    spearman = {k: torch.corrcoef(torch.stack([rank(column(bf16, k)), rank(exact[:, i])]))[0, 1].item() for i, k in enumerate(('ches', 'ln_ches'))}
+    median = {k: ((column(bf16, k) - exact[:, i]) / exact[:, i]).abs().median().item() for i, k in enumerate(('ches', 'ln_ches'))}
+    record = dict(config=dict(data=args.name or Path(args.data).name, pairs=len(pairs)), model=lm.provenance, largest_relative_error=errors,
+                  bf16=dict(median_relative_error=median, spearman=spearman),
+                  cancellation=dict(median=(exact[:, 0].abs()).median().item()),
+                  hardware=f'{platform.machine()}, {os.cpu_count()} CPUs', versions=dict(torch=torch.__version__),
+                  seconds=round(time.time() - start, 1))
+    Path(args.out).write_text(json.dumps(record, indent=1) + '\n')
+    print(json.dumps(record, indent=1))
