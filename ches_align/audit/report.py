@@ -6,20 +6,29 @@
 __all__ = ['SELECTORS', 'TOP', 'NEAR', 'ADVICE', 'selector_values', 'flagged_rows', 'summarise', 'selector_table', 'composition',
            'worst_pairs', 'best_pairs', 'recommendations', 'audit_report']
 
-# %% ../../nbs/audit/16_report.ipynb #c8f798fa
-import base64, html, io, json, math, os, re, shlex
-from contextlib import suppress
+# %% ../../nbs/audit/16_report.ipynb #b4d42fd9
+import base64
+import html
+import io
+import json
+import math
+import re
+import shlex
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np, pandas as pd, yaml
+import numpy as np
+import pandas as pd
+import yaml
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
 from matplotlib import style, ticker
 from matplotlib.figure import Figure
 from rapidfuzz.distance import Levenshtein
 from scipy.stats import binomtest
-from .data import AuditError, Pair, pair_texts
+
+from .data import Pair, pair_texts
+from .files import AuditError, plain, write_files
 
 # %% ../../nbs/audit/16_report.ipynb #a5bdbfa0
 SELECTORS = ('ln_ches', 'ches', 'head_ches', 'last_hidden_inner', 'neg_edit_distance', 'length', 'logp_gap')
@@ -40,14 +49,7 @@ def _in_top(values):
     "True in the highest fifth of each column, rounded up; ties broken by position"
     return values.rank(method='first') > len(values) - math.ceil(TOP * len(values))
 
-# %% ../../nbs/audit/16_report.ipynb #7086c4ef
-def _plain(value):
-    "For strict JSON: NumPy numbers become Python's, NaN and infinities None, keys strings"
-    if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
-    if isinstance(value, np.generic): value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
+# %% ../../nbs/audit/16_report.ipynb #c972ae39
 def _num(x: float | None) -> str:
     "Three digits, or whole from a thousand on; an en dash for nothing"
     if x is None or x != x: return '–'
@@ -80,7 +82,7 @@ def summarise(
     rho = values.assign(**sizes).corr('spearman', min_periods=3).get('length', pd.Series(dtype=float))
     cut = ok.chosen_truncated.astype(bool) | ok.rejected_truncated.astype(bool)
     def spread(x): return dict(median=x.median(), p95=x.quantile(.95), max=x.max(), total=x.sum())
-    return _plain(dict(
+    return plain(dict(
         rows=len(scores), scored=len(ok), flagged=len(scores) - len(ok), flags=flagged_rows(scores),
         statuses=scores.status.value_counts(sort=False).sort_index().to_dict(), model=manifest.get('model'),
         head_positive=share('head_ches', lambda v: v > 0),
@@ -101,7 +103,7 @@ def selector_table(
     high, low = overlap(_in_top(values)), overlap(_in_top(-values))
     rows = [dict(selector=c, top_overlap=high.ln_ches[c], bottom_overlap=low.ln_ches[c], rho_ln_ches=rho.ln_ches[c],
                  rho_length=rho.length[c]) for c in values] if len(values) >= 3 else []
-    return _plain(dict(top=TOP, rows=m, agreement=rows, spearman=rho.to_dict(), top_overlap=high.to_dict(),
+    return plain(dict(top=TOP, rows=m, agreement=rows, spearman=rho.to_dict(), top_overlap=high.to_dict(),
                       bottom_overlap=low.to_dict()))
 
 # %% ../../nbs/audit/16_report.ipynb #7e44b0e3
@@ -140,7 +142,7 @@ def composition(
         ci = binomtest(k, n).proportion_ci(method='wilson') if n else (None, None)
         result.append(dict(group=group, rows=len(t), scored=n, median_percentile=t.percentile.median(), in_top=k,
                            share=k/n if n else None, low=ci[0], high=ci[1]))
-    return _plain(sorted(result, key=lambda g: (-(g['share'] or 0), g['group'])))
+    return plain(sorted(result, key=lambda g: (-(g['share'] or 0), g['group'])))
 
 # %% ../../nbs/audit/16_report.ipynb #16aa60d1
 def worst_pairs(
@@ -155,7 +157,7 @@ def worst_pairs(
     ok = ok.sort_values('ln_ches', ascending=not highest, kind='stable').head(n)
     columns = ['row_id', 'row_hash', 'percentile', *SELECTORS[:5],
                'prompt_tokens', 'chosen_tokens', 'rejected_tokens', 'chosen_logps', 'rejected_logps']
-    return [_plain(r) | dict(texts=pair_texts(matched[r['row_id']]) if r['row_id'] in matched else None)
+    return [plain(r) | dict(texts=pair_texts(matched[r['row_id']]) if r['row_id'] in matched else None)
             for r in ok[columns].to_dict('records')]
 
 def best_pairs(
@@ -267,17 +269,7 @@ def _render(report: dict, pictures: dict[str, str]) -> tuple[str, str]:
         pages.append(env.get_template(f'report.{name}.j2').render(r=report, figures=pictures, method=ADVICE['method']))
     return tuple(pages)
 
-# %% ../../nbs/audit/16_report.ipynb #7ca6535f
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(text.encode('utf-8', 'replace'))
-        os.replace(part, path)
-    except OSError as e:
-        with suppress(OSError): part.unlink()
-        raise AuditError(f'{path}: cannot be written ({e.strerror}); choose another folder or make room') from None
-
+# %% ../../nbs/audit/16_report.ipynb #e8603d24
 def audit_report(
     scores: pd.DataFrame,            # from `load_scores`; the manifest in `.attrs['manifest']`
     pairs: list[Pair] | None = None, # the data that was scored, from `load_pairs`; None = no texts, no composition
@@ -290,10 +282,10 @@ def audit_report(
     report = _collect(scores, pairs, worst, by, str(out) if out and (Path(out)/'scores').is_dir() else 'SCORES')
     data = report['manifest'].get('data')
     report['title'] = title or f"Preference audit{f': {Path(str(data)).name}' if data else ''}"
-    numbers = _plain(report | {side: [{k: v for k, v in p.items() if k != 'texts'} for p in report[side]]
+    numbers = plain(report | {side: [{k: v for k, v in p.items() if k != 'texts'} for p in report[side]]
                               for side in ('worst', 'best')})
     if out is not None:
         page, text = _render(report, _figures(scores, report))
-        for name, content in (('html', page), ('md', text), ('json', json.dumps(numbers, indent=1, allow_nan=False))):
-            _write(Path(out)/f'report.{name}', content)
+        pages = dict(html=page, md=text, json=json.dumps(numbers, indent=1, allow_nan=False))
+        write_files({Path(out)/f'report.{name}': page.encode('utf-8', 'replace') for name, page in pages.items()})
     return numbers

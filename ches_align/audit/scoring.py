@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data import Pair, load_pairs
-from .files import AuditError, write_atomic, writing
+from .files import AuditError, write_files, writing
 from .hidden_states import EncodedPair, encode_pairs, response_states, special_ids
 from .models import ScoringModel, load_model
 from ..theory.ches import Head, head_ches, last_hidden_inner, neg_edit_distance, pair_scores
@@ -132,7 +132,7 @@ def score_table(
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS).sort_values('row_id', ignore_index=True)
 
 def _write_manifest(out: Path, manifest: dict) -> None:
-    write_atomic(out/'manifest.json', (json.dumps(manifest, indent=1, ensure_ascii=False) + '\n').encode())
+    write_files({out/'manifest.json': (json.dumps(manifest, indent=1, ensure_ascii=False) + '\n').encode()})
 
 def load_scores(
     path: str | Path,  # a run's folder, its `scores` folder, or one Parquet file
@@ -181,7 +181,7 @@ def _score_shards(lm, encoded, out, convention, head, batch_tokens, progress) ->
         try: done = score_block(lm, some, convention, head, batch_tokens) if k else [blank_row(e) for e in some]
         except (torch.OutOfMemoryError, MemoryError):
             raise AuditError(f'out of memory in shard {k}: lower --batch_tokens (now {batch_tokens})') from None
-        if path is not None: write_atomic(path, score_table(done).to_parquet(index=False))
+        if path is not None: write_files({path: score_table(done).to_parquet(index=False)})
         else: rows += done
         bar.update(cost)
         bar.set_postfix_str(f'shard {k}/{len(plan) - 1}')
@@ -234,15 +234,15 @@ def _output(out: str | Path | None, identity: dict) -> Iterator[Path | None]:
     "The output folder, made, locked and checked against its manifest"
     if out is None: yield None; return
     folder = Path(out).expanduser()
+    lock = FileLock(folder/'.lock', timeout=0)
     with writing(folder):
         (folder/'scores').mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder/'.lock', timeout=0)
         try: lock.acquire()
         except Timeout: raise AuditError(f'{folder}: another run is writing there; choose another --out') from None
-        try:
-            if (folder/'manifest.json').exists():
-                check_identity(json.loads((folder/'manifest.json').read_text()), identity, folder)
-            elif any((folder/'scores').glob('*.parquet')):
-                raise AuditError(f'{folder}: scores without a manifest; choose another --out')
-            yield folder
-        finally: lock.release()
+    try:
+        if (folder/'manifest.json').exists():
+            check_identity(json.loads((folder/'manifest.json').read_text()), identity, folder)
+        elif any((folder/'scores').glob('*.parquet')):
+            raise AuditError(f'{folder}: scores without a manifest; choose another --out')
+        yield folder
+    finally: lock.release()
