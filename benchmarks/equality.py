@@ -10,6 +10,7 @@ import argparse, json, os, platform, time
 from pathlib import Path
 
 import torch
+from scipy.stats import spearmanr
 
 from ches_align.audit.data import load_pairs
 from ches_align.audit.hidden_states import encode_pairs
@@ -22,7 +23,8 @@ def states(model, prompt, response, **kw):
     return model(input_ids=torch.tensor([[*prompt, *response]]), output_hidden_states=True, **kw).hidden_states[-1][0]
 
 def slow(model, pairs, extra=0):
-    "(CHES, ln-CHES) of each pair by the definition; `extra` states more at the end as the official script has"
+    """By the definition, for each pair: CHES, ln-CHES, and the size of the terms that each subtracts.
+    `extra`: states more at the end, as the official script has"""
     scores = []
     for p in pairs:
         sums, n = [], []
@@ -31,7 +33,8 @@ def slow(model, pairs, extra=0):
             for k in range(len(p.prompt_ids) - 1, len(p.prompt_ids) + len(ids) - 1 + extra): total = total + h[k]
             sums.append(total); n.append(len(ids) + extra)
         (s, t), (a, b) = sums, n
-        scores.append([(s @ t - s @ s).item(), (s @ t / (a * b) - s @ s / a**2).item()])
+        cross, own = torch.stack([s @ t, s @ t / (a * b)]), torch.stack([s @ s, s @ s / a**2])
+        scores.append(torch.cat([cross - own, cross.abs() + own]).tolist())
     return torch.tensor(scores, dtype=torch.float64)
 
 @torch.no_grad()
@@ -46,12 +49,26 @@ def padded_left(lm, pairs):
             ids[i, width - len(f):], mask[i, width - len(f):] = torch.tensor(f), 1
             response[i, width - len(f) + len(p.prompt_ids):] = 1
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        sides += [lm.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state,
-                  response.bool()]
+        hidden = lm.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        sides += [hidden, response.bool()]
     return ches_scores(*sides).double()
 
-def worst(ours, theirs): return ((ours - theirs) / theirs).abs().max().item()
 def column(rows, name): return torch.tensor([r[name] for r in rows], dtype=torch.float64)
+
+def worst(rows, exact):
+    "Largest errors over the pairs: relative to the score, and to the terms that it is the difference of"
+    found = {}
+    for i, name in enumerate(('ches', 'ln_ches')):
+        off = (column(rows, name) - exact[:, i]).abs()
+        found |= {name: (off / exact[:, i].abs()).max().item(), f'{name}_of_scale': (off / exact[:, i + 2]).max().item()}
+    return found
+
+def against_bf16(rows, exact):
+    "What bf16 weights cost: the median relative error, and the rank correlation with the exact scores"
+    names = dict(ches=exact[:, 0], ln_ches=exact[:, 1])
+    return dict(
+        median_relative_error={k: ((column(rows, k) - v) / v).abs().median().item() for k, v in names.items()},
+        spearman={k: spearmanr(column(rows, k), v).statistic.item() for k, v in names.items()})
 
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,23 +84,19 @@ if __name__ == '__main__':
     double = load_model('smollm2-135m', dtype='float32').model.double()
     exact, script = slow(double, pairs), slow(double, no_end, extra=1)
     errors = {}
-    for name, budget, order in (('rows of one', 1, 1), ('batches of 2048 tokens', 2048, 1), ('batches of 8192 tokens', 8192, 1),
-                                ('reverse order', 2048, -1)):
+    for name, budget, order in (('rows of one', 1, 1), ('batches of 2048 tokens', 2048, 1),
+                                ('batches of 8192 tokens', 8192, 1), ('reverse order', 2048, -1)):
         got = score_block(lm, pairs[::order], head=False, batch_tokens=budget)[::order]
-        errors[name] = dict(ches=worst(column(got, 'ches'), exact[:, 0]), ln_ches=worst(column(got, 'ln_ches'), exact[:, 1]))
+        errors[name] = worst(got, exact)
     left = torch.cat([padded_left(lm, pairs[i:i + 5]) for i in range(0, len(pairs), 5)])
-    errors['padding on the left'] = dict(ches=worst(left, exact[:, 0]))
+    errors['padding on the left'] = dict(ches=((left - exact[:, 0]) / exact[:, 0]).abs().max().item())
     for convention, sample, theirs in (('official_script', no_end, script), ('official_module', pairs, exact)):
         got = score_block(lm, sample, convention=convention, head=False, batch_tokens=2048)
-        errors[convention] = dict(ches=worst(column(got, 'ches'), theirs[:, 0]), ln_ches=worst(column(got, 'ln_ches'), theirs[:, 1]))
+        errors[convention] = worst(got, theirs)
     bf16 = score_block(load_model('smollm2-135m', dtype='bfloat16'), pairs, head=False, batch_tokens=2048)
-    rank = lambda v: v.argsort().argsort().double()
-    spearman = {k: torch.corrcoef(torch.stack([rank(column(bf16, k)), rank(exact[:, i])]))[0, 1].item() for i, k in enumerate(('ches', 'ln_ches'))}
-    median = {k: ((column(bf16, k) - exact[:, i]) / exact[:, i]).abs().median().item() for i, k in enumerate(('ches', 'ln_ches'))}
-    record = dict(config=dict(data=args.name or Path(args.data).name, pairs=len(pairs)), model=lm.provenance, largest_relative_error=errors,
-                  bf16=dict(median_relative_error=median, spearman=spearman),
-                  cancellation=dict(median=(exact[:, 0].abs()).median().item()),
-                  hardware=f'{platform.machine()}, {os.cpu_count()} CPUs', versions=dict(torch=torch.__version__),
-                  seconds=round(time.time() - start, 1))
+    record = dict(
+        config=dict(data=args.name or Path(args.data).name, pairs=len(pairs)), model=lm.provenance,
+        largest_relative_error=errors, bf16=against_bf16(bf16, exact), hardware=f'{platform.machine()}, {os.cpu_count()} CPUs',
+        versions=dict(torch=torch.__version__, python=platform.python_version()), seconds=round(time.time() - start, 1))
     Path(args.out).write_text(json.dumps(record, indent=1) + '\n')
     print(json.dumps(record, indent=1))

@@ -98,6 +98,7 @@ def _kept(card: dict, out: str | Path) -> str:
     counts = card['counts']
     return f"kept {counts['kept']} of {counts['rows']} rows: {out} (what went and why: {out}.card.md)"
 
+# %% ../nbs/60_cli.ipynb #e9fff6f9
 @call_parse
 def ches_filter(
     scores: str,              # a run's folder, or one Parquet file of scores
@@ -137,6 +138,7 @@ def _worst_table(scores, pairs, n: int) -> str:
                      f"{cut(chosen, 38)} | {cut(rejected, 38)}")
     return '\n'.join(lines)
 
+# %% ../nbs/60_cli.ipynb #62bfb6c9
 @call_parse
 def ches_report(
     scores: str,            # a run's folder, or one Parquet file of scores
@@ -154,6 +156,7 @@ def ches_report(
         audit_report(table, _scored_pairs(table, data, split=split, columns=columns), out, worst=worst)
         print(f'report: {out}/report.html')
 
+# %% ../nbs/60_cli.ipynb #e015ed4c
 @call_parse
 def ches_audit(
     data: str,                   # 'sample', a file or folder (JSONL, JSON, CSV, Parquet, Arrow), a hub name[:config]

@@ -110,6 +110,7 @@ def logits_jacobian(self: TabularPolicy,
     "Jacobian of every prefix's logits in the parameters, J_f of eq-score."
     return jacrev(self.table_fn)(self.theta)
 
+# %% ../../nbs/theory/01_softmax.ipynb #48f351c7
 @patch
 def token_scores(self: TabularPolicy,
 ) -> Float[Tensor, "output len params"]: # J_f^T (e_y - p), nats per unit of parameter
@@ -134,6 +135,7 @@ def reward_moments(
     mean = (p * reward).sum()
     return mean, (p * (reward - mean)**2).sum().sqrt()
 
+# %% ../../nbs/theory/01_softmax.ipynb #392945f3
 def expected_reward_grad(
     logps_sum: Float[Tensor, "output"], # ln pi(y), nats, of every output
     reward: Float[Tensor, "output"], # r(y), any unit and range
