@@ -68,7 +68,8 @@ class Site:
         self.repo = cfg['git_url'].rstrip('/') + '/'
         index = root/cfg['lib_path']/'_modidx.py'
         # nbdev gives everything exported an anchor: page.html#name
-        syms = ast.literal_eval(index.read_text(encoding='utf-8').partition('d = ')[2])['syms'] if index.exists() else {}
+        syms = {}
+        if index.exists(): syms = ast.literal_eval(index.read_text(encoding='utf-8').partition('d = ')[2])['syms']
         self.symbols = {place for names in syms.values() for place, _ in names.values()}
         self.html = {self.page_name(p): p for p in self.pages}
 
@@ -124,7 +125,7 @@ def runs_in_build(source: str) -> bool:
     except SyntaxError: return False
     return bool(kinds & {ast.Import, ast.ImportFrom}) and bool(kinds - {ast.Import, ast.ImportFrom})
 
-def code(site: Site, path: Path, flags: set[str]) -> list[At]:
+def code(path: Path, flags: set[str]) -> list[At]:
     "Title cell, code cells and their stored outputs"
     found, titled = [], False
     for i, c in enumerate(cells(path)):
@@ -170,13 +171,15 @@ def build(root: Path) -> list[str]:
         pages = [p.relative_to(tmp/'nbs') for p in notebooks(tmp)]
         return faults + [f'nbs/{p}: nbdev makes no page of it' for p in pages if not (made/p).exists()]
 
-def check(root: Path) -> list[str]:
-    "All faults, as `file: cell N: what is wrong`; cells are counted from 0"
+def check_cells(root: Path) -> list[str]:
+    "What can be seen without making the pages, as `file: cell N: what is wrong`; cells are counted from 0."
     site, flags = Site(root), set(settings(root).get('tst_flags', '').split())
     faults = sidebar(site)
     for path in site.pages:
-        found = sorted({*prose(site, path), *code(site, path, flags)})
+        found = sorted({*prose(site, path), *code(path, flags)})
         faults += [f'{path.relative_to(root).as_posix()}: cell {i}: {what}' for i, what in found]
-    return faults + build(root)
+    return faults
+
+def check(root: Path) -> list[str]: return check_cells(root) + build(root)
 
 if __name__ == '__main__': tell(check(ROOT), 'pages')

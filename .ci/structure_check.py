@@ -57,7 +57,7 @@ def numbering(root: Path) -> list[str]:
             except SyntaxError as e: faults.append(f'{where}: {e.msg}'); continue
             for module in imported(tree, set(rank), lib):
                 if module == '*': faults.append(f'{where}: star import')
-                elif module not in rank: faults.append(f'{where}: imports from {lib} {module}, which no notebook exports')
+                elif module not in rank: faults.append(f'{where}: imports {lib}.{module}, which no notebook exports')
                 elif (number(path) or 0) <= (rank[module] or 0):
                     faults.append(f'{where}: imports {module} ({rank[module]}), which is not before it')
     return faults

@@ -49,8 +49,8 @@ def padded_left(lm, pairs):
             ids[i, width - len(f):], mask[i, width - len(f):] = torch.tensor(f), 1
             response[i, width - len(f) + len(p.prompt_ids):] = 1
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        hidden = lm.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-        sides += [hidden, response.bool()]
+        out = lm.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        sides += [out.last_hidden_state, response.bool()]
     return ches_scores(*sides).double()
 
 def column(rows, name): return torch.tensor([r[name] for r in rows], dtype=torch.float64)
@@ -60,7 +60,8 @@ def worst(rows, exact):
     found = {}
     for i, name in enumerate(('ches', 'ln_ches')):
         off = (column(rows, name) - exact[:, i]).abs()
-        found |= {name: (off / exact[:, i].abs()).max().item(), f'{name}_of_scale': (off / exact[:, i + 2]).max().item()}
+        found[name] = (off / exact[:, i].abs()).max().item()
+        found[f'{name}_of_scale'] = (off / exact[:, i + 2]).max().item()
     return found
 
 def against_bf16(rows, exact):
@@ -80,7 +81,7 @@ if __name__ == '__main__':
     start, lm = time.time(), load_model('smollm2-135m', dtype='float32')
     rows = load_pairs(args.data)
     pairs = [e for e in encode_pairs(rows, lm.tokenizer) if e.status == 'ok'][:args.pairs]
-    no_end = [e for e in encode_pairs(rows, lm.tokenizer, convention='official_script') if e.status == 'ok'][:args.pairs]
+    no_end = [e for e in encode_pairs(rows, lm.tokenizer, None, 'official_script') if e.status == 'ok'][:args.pairs]
     double = load_model('smollm2-135m', dtype='float32').model.double()
     exact, script = slow(double, pairs), slow(double, no_end, extra=1)
     errors = {}
@@ -96,7 +97,8 @@ if __name__ == '__main__':
     bf16 = score_block(load_model('smollm2-135m', dtype='bfloat16'), pairs, head=False, batch_tokens=2048)
     record = dict(
         config=dict(data=args.name or Path(args.data).name, pairs=len(pairs)), model=lm.provenance,
-        largest_relative_error=errors, bf16=against_bf16(bf16, exact), hardware=f'{platform.machine()}, {os.cpu_count()} CPUs',
-        versions=dict(torch=torch.__version__, python=platform.python_version()), seconds=round(time.time() - start, 1))
+        largest_relative_error=errors, bf16=against_bf16(bf16, exact), seconds=round(time.time() - start, 1),
+        hardware=f'{platform.machine()}, {os.cpu_count()} CPUs',
+        versions=dict(torch=torch.__version__, python=platform.python_version()))
     Path(args.out).write_text(json.dumps(record, indent=1) + '\n')
     print(json.dumps(record, indent=1))

@@ -54,7 +54,7 @@ def ches_score(
     chat: bool = False,           # treat text prompts as one user message
     dtype: str = 'auto',          # of the weights: float32, bfloat16, float16, or auto (as stored)
     max_length: int = None,       # longest prompt + response in tokens (default: what the model was made for)
-    batch_tokens: int = 8192,     # rows times longest row of a batch: lower it when memory runs out
+    batch_tokens: int = None,     # rows times longest row of a batch (default: 768 on a CPU, 16384 on a GPU)
     convention: str = 'paper',    # paper, official_script or official_module
     no_head: bool = False,        # leave head-gradient CHES and log-probabilities out (faster)
     device: str = None,           # cpu, cuda, cuda:1 ...; auto = spread over GPUs (default: a GPU if there is one)
@@ -171,7 +171,7 @@ def ches_audit(
     chat: bool = False,          # treat text prompts as one user message
     dtype: str = 'auto',         # of the weights: float32, bfloat16, float16, or auto (as stored)
     max_length: int = None,      # longest prompt + response in tokens (default: what the model was made for)
-    batch_tokens: int = 8192,    # rows times longest row of a batch: lower it when memory runs out
+    batch_tokens: int = None,    # rows times longest row of a batch (default: 768 on a CPU, 16384 on a GPU)
     device: str = None,          # cpu, cuda, cuda:1 ... (default: a GPU if there is one)
 ):
     "Score, filter and report in one go; prints the ten worst pairs."

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -56,7 +55,8 @@ def test_audit_leaves_scores_selection_and_report(audit, data):
     best = scores[scores.status == 'ok'].nsmallest(33, 'ln_ches')
     assert set(kept.row_id) == set(best.row_id) and {'prompt', 'chosen', 'rejected', 'kind'} <= set(kept)
     assert all((out/f).stat().st_size > 1000 for f in ('report.html', 'report.md', 'report.json'))
-    assert 'report.html' in printed and len([l for l in printed.splitlines() if ' | ' in l]) == 11  # a heading and ten pairs
+    table = [line for line in printed.splitlines() if ' | ' in line]
+    assert 'report.html' in printed and len(table) == 11  # a heading and ten pairs
 
 def test_a_killed_run_continues_and_gives_the_same_table(audit, data, tmp_path):
     whole, _ = audit
@@ -110,7 +110,7 @@ def one_line(error): return len(error.strip().splitlines()) == 1 and 'Traceback'
 ROW = '{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
 
 @pytest.mark.parametrize('name, content, args, says', [
-    ('columns.jsonl', ROW.replace('chosen', 'good'), (), 'no column for the chosen response; it has good, prompt, reject'),
+    ('columns.jsonl', ROW.replace('chosen', 'good'), (), 'no column for the chosen response; it has good'),
     ('empty.jsonl', '', (), 'the file is empty'),
     ('blank.jsonl', '\n\n', (), 'no rows'),
     ('seven.jsonl', ROW * 6 + '{"prompt": "p",\n', (), 'line 7: not JSON'),

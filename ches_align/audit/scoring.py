@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 
 from .data import Pair, load_pairs
 from .files import AuditError, write_files, writing
-from .hidden_states import EncodedPair, encode_pairs, response_states, special_ids
+from .hidden_states import (EncodedPair, default_budget, encode_pairs, pair_states, shares_prompt,
+                                            special_ids)
 from .models import ScoringModel, load_model
 from ..theory.ches import Head, head_ches, last_hidden_inner, neg_edit_distance, pair_scores
 
@@ -84,14 +85,12 @@ def score_block(
     pairs: Sequence[EncodedPair], # all with status 'ok'
     convention: str = 'paper',    # see `ches_align.theory.ches.CONVENTIONS`
     head: bool = True,            # also what needs the output layer
-    batch_tokens: int = 8192,     # rows times longest row of a batch, at most
+    batch_tokens: int | None = None, # rows times longest row of a batch, at most; None: `default_budget`
+    share_prompt: bool = False,   # compute each prompt once, see `can_share_prompt`
 ) -> list[dict[str, Any]]:        # a row each; status 'nonfinite' where a score is NaN or inf
     "Score pairs. Sums and log-probabilities are in fp32, products of sums in fp64, whatever dtype the weights have."
-    states = response_states(lm, [p.prompt_ids for p in pairs] * 2,
-                             [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], batch_tokens)
     values = []
-    for k, pair in enumerate(pairs):
-        both = states[k], states[k + len(pairs)]
+    for pair, both in zip(pairs, pair_states(lm, pairs, share_prompt, batch_tokens)):
         values.append(window_scores(*both, convention))
         if head: values[-1] = torch.cat([values[-1], head_scores(lm.head, pair, *both)])
     special, rows = special_ids(lm.tokenizer), []
@@ -165,8 +164,8 @@ def plan_shards(
     return [[i for i, e in enumerate(encoded) if e.status != 'ok'],
             *(scored[k:k + size] for k in range(0, len(scored), size))]
 
-# %% ../../nbs/audit/14_scoring.ipynb #da692d3e
-def _score_shards(lm, encoded, out, convention, head, batch_tokens, progress) -> pd.DataFrame:
+# %% ../../nbs/audit/14_scoring.ipynb #69a54d9b
+def _score_shards(lm, encoded, out, settings, progress) -> pd.DataFrame:
     "Score what has no shard yet; the bar counts tokens"
     plan, rows = plan_shards(encoded), []
     bar = tqdm(total=sum(2 * encoded[i].length for s in plan[1:] for i in s), unit='tok', unit_scale=True,
@@ -178,9 +177,9 @@ def _score_shards(lm, encoded, out, convention, head, batch_tokens, progress) ->
             bar.total -= cost; bar.refresh()
             continue
         some = [encoded[i] for i in shard]
-        try: done = score_block(lm, some, convention, head, batch_tokens) if k else [blank_row(e) for e in some]
+        try: done = score_block(lm, some, **settings) if k else [blank_row(e) for e in some]
         except (torch.OutOfMemoryError, MemoryError):
-            raise AuditError(f'out of memory in shard {k}: lower --batch_tokens (now {batch_tokens})') from None
+            raise AuditError(f'out of memory in shard {k}: lower --batch_tokens ({settings["batch_tokens"]})') from None
         if path is not None: write_files({path: score_table(done).to_parquet(index=False)})
         else: rows += done
         bar.update(cost)
@@ -197,7 +196,7 @@ def score_dataset(
     max_length: int | None = None,   # longest prompt + response in tokens; None = what the model was made for
     convention: str = 'paper',       # see `ches_align.theory.ches.CONVENTIONS`
     head: bool = True,               # also head-gradient CHES and log-probabilities
-    batch_tokens: int = 8192,        # rows times longest row of a batch: lower it when memory runs out
+    batch_tokens: int | None = None, # rows times longest row of a batch; None: 768 on a CPU, 16384 on a GPU
     dtype: str = 'auto',             # of the weights, when `model` is a name
     device: str | None = None,       # where, when `model` is a name
     model_options: dict | None = None, # more for `load_model`: adapter, revision, quantize, trust_remote_code
@@ -209,7 +208,8 @@ def score_dataset(
     lm = model if isinstance(model, ScoringModel) else load_model(model, dtype, device, **(model_options or {}))
     max_length = max_length or lm.max_length
     encoded = encode_pairs(pairs, lm.tokenizer, max_length, convention)
-    settings = dict(convention=convention, head=head, batch_tokens=batch_tokens)
+    settings = dict(convention=convention, head=head, batch_tokens=batch_tokens or default_budget(lm),
+                    share_prompt=shares_prompt(lm, encoded))
     identity = run_identity(lm, pairs, settings | dict(max_length=max_length))
     source = str(data) if isinstance(data, (str, Path)) else type(data).__name__
     about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, seed=loading.get('seed'),
@@ -217,7 +217,7 @@ def score_dataset(
     start = time.time()
     with _output(out, identity) as folder:
         if folder: _write_manifest(folder, identity | about | dict(complete=False))
-        scores = _score_shards(lm, encoded, folder, convention, head, batch_tokens, progress)
+        scores = _score_shards(lm, encoded, folder, settings, progress)
         tokens = (2 * scores.prompt_tokens + scores.chosen_tokens + scores.rejected_tokens)[scores.status == 'ok'].sum()
         scores.attrs['manifest'] = identity | about | dict(
             complete=True, seconds=round(time.time() - start, 1), counts=scores.status.value_counts().to_dict(),
