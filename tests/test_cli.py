@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -15,8 +16,8 @@ from ches_align.audit.scoring import load_scores
 SETTINGS = ['--model', 'smollm2-135m', '--dtype', 'bfloat16', '--batch_tokens', '2048']
 
 def start(command, *args, **kw):
-    code = f'import sys; from ches_align.cli import {command}; sys.argv[0] = {command!r}; {command}()'
-    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], text=True, **kw,
+    script = Path(sys.executable).with_name(command)
+    return subprocess.Popen([sys.executable, str(script), *map(str, args)], text=True, **kw,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 def run(command, *args, ok=True, **kw):
