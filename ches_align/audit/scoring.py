@@ -212,7 +212,8 @@ def score_dataset(
                     share_prompt=shares_prompt(lm, encoded))
     identity = run_identity(lm, pairs, settings | dict(max_length=max_length))
     source = str(data) if isinstance(data, (str, Path)) else type(data).__name__
-    about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, seed=loading.get('seed'),
+    form = 'text' if any(isinstance(p.prompt, str) for p in pairs) else 'messages'
+    about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, form=form, seed=loading.get('seed'),
                  loading=loading, hardware=f'{platform.machine()}, {os.cpu_count()} CPUs, {_device_name(lm)}')
     start = time.time()
     with _output(out, identity) as folder:

@@ -69,7 +69,7 @@ class GradNormEstimate(NamedTuple):
     naive: float    # squared norm of the mean gradient, biased upwards
     trace: float    # tr F
     ratio_sq: float # |grad V|^2 / (STD^2 tr F), at most 1 in truth; NaN when all rewards are equal
-    ratio_sq_low: float # its interval
+    ratio_sq_low: float # its interval; NaN also where a single sample makes all the spread
     ratio_sq_high: float
 
 def grad_norm_ustat(
@@ -79,9 +79,11 @@ def grad_norm_ustat(
 ) -> GradNormEstimate:
     "Estimate |grad V|^2 without bias (eq-ustat), STD and tr F. Raises `ValueError` for bad shapes or numbers."
     n = len(rewards)
-    if rewards.shape != (n,) or gram.shape != (n, n): raise ValueError(f'{n} rewards with a Gram matrix {tuple(gram.shape)}')
+    if rewards.shape != (n,) or gram.shape != (n, n):
+        raise ValueError(f'{n} rewards with a Gram matrix {tuple(gram.shape)}')
     if n < 4: raise ValueError(f'{n} samples: at least 4')
-    if bad := int((~rewards.isfinite()).sum() + (~gram.isfinite()).sum()): raise ValueError(f'{bad} numbers are not finite')
+    bad = int((~rewards.isfinite()).sum() + (~gram.isfinite()).sum())
+    if bad: raise ValueError(f'{bad} numbers are not finite')
     r, K = rewards.double() - rewards[0].double(), gram.double()
     keep = torch.cat([torch.ones(1, n), 1 - torch.eye(n)]).double()  # all samples, then without each in turn
     m = keep.sum(1)
