@@ -8,13 +8,14 @@ __all__ = ['STATS', 'ControlledConfig', 'ControlledData', 'stratified', 'control
 
 # %% ../../nbs/theory/07_controlled.ipynb #96d6db4a
 from collections.abc import Callable, Collection
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from .softmax import expected_reward_grad, reward_moments, softmax_jacobian
+from .softmax import reward_moments, softmax_jacobian
 
 # %% ../../nbs/theory/07_controlled.ipynb #a42cfc0a
 @dataclass(frozen=True)
@@ -29,9 +30,6 @@ class ControlledConfig:
     finetune_epochs: int = 5000    # epochs on the one label
     adam_lr: float = 1e-4          # learning rate of Adam, pretraining and finetuning
     sgd_lr: float = 1e-2           # learning rate of SGD, no momentum
-
-    def __post_init__(self):
-        if not 0 < self.modified_share < 1: raise ValueError(f'modified_share {self.modified_share} is not in (0, 1)')
 
 # %% ../../nbs/theory/07_controlled.ipynb #72a579e7
 class ControlledData(NamedTuple):
@@ -61,10 +59,11 @@ def controlled_data(
     cfg: ControlledConfig,            # sizes
     seed: int,                        # draws the subset, the pretraining labels and the new labels
     inside: bool = False,             # draw new labels among the other pretraining labels instead of outside them
-) -> ControlledData:                  # the same subset, pretraining labels and modified inputs for both values of `inside`
+) -> ControlledData:                  # all but `new` are the same for both values of `inside`
     "The data of one seed (Section 4.2). Raises `ValueError` for sizes that do not fit."
     gen, vocab, k, n = torch.Generator().manual_seed(seed), int(labels.max()) + 1, cfg.labels_per_class, cfg.n_train
     if not 1 < k < vocab: raise ValueError(f'labels_per_class {k}: must be in 2..{vocab - 1} for {vocab} classes')
+    if not 0 < cfg.modified_share < 1: raise ValueError(f'modified_share {cfg.modified_share} is not in (0, 1)')
     rows = stratified(labels, n, gen)
     x, old = images[rows].float(), labels[rows]
     ranks = torch.rand(vocab, vocab, generator=gen).fill_diagonal_(2)  # the class itself always comes first
@@ -104,7 +103,7 @@ def label_loss(
 ) -> Float[Tensor, ""]:                   # cross-entropy, nats, at least 0
     "The SFT loss (eq-two-losses), from log-softmax. Raises `ValueError` for targets that do not sum to one."
     if not torch.isfinite(logits).all(): raise ValueError('the logits are not finite')
-    if (off := (target.sum(-1) - 1).abs().max()) > 1e-5: raise ValueError(f'a target misses the sum of one by {off:.2g}')
+    if (off := (target.sum(-1) - 1).abs().max()) > 1e-5: raise ValueError(f'a target misses a sum of 1 by {off:.2g}')
     return -(logits.log_softmax(-1) * target).sum(-1).mean()
 
 # %% ../../nbs/theory/07_controlled.ipynb #a053715d
@@ -142,8 +141,7 @@ def input_bounds(
     reward: Float[Tensor, "batch vocab"], # r(x, y) in [-1, 1]
 ) -> dict[str, Float[Tensor, "batch"]]:   # fp64: std, rft and sft gradient norms, and the bounds fisher, gamma, theorem
     "Per input: reward STD, gradient norms of expected reward and of ln p of the best label, three bounds (eq-bounds)."
-    net = _double(net)
-    x, r = x.double(), reward.double()
+    net, x, r = deepcopy(net).double(), x.double(), reward.double()
     z, K = net(x), logit_gram(net, x)
     logps = z.log_softmax(-1)
     mean, std = torch.vmap(reward_moments)(logps, r)
@@ -154,12 +152,6 @@ def input_bounds(
     gamma = torch.linalg.eigvalsh(K)[:, -1].sqrt()
     return dict(std=std, rft=_norm(v, K), sft=_norm(g, K), fisher=std * lam.sqrt(), gamma=gamma * std,
                 theorem=6 * gamma * std**(2/3))
-
-def _double(net: nn.Sequential) -> nn.Sequential:
-    "A copy in fp64."
-    twin = build_mlp((*(l.in_features for l in net if isinstance(l, nn.Linear)), net[-1].out_features), 0).double()
-    twin.load_state_dict(net.state_dict())
-    return twin
 
 def _norm(v: Float[Tensor, "batch vocab"], K: Float[Tensor, "batch vocab vocab"]) -> Float[Tensor, "batch"]:
     "Norm of J_f^T v, the root of v^T K v."
@@ -174,13 +166,14 @@ def input_stats(
     x: Float[Tensor, "batch dim"],        # inputs
     logits: Float[Tensor, "batch vocab"], # what `net` gives for them
     reward: Float[Tensor, "batch vocab"], # r(x, y)
-) -> Float[Tensor, "batch 4"]:            # expected reward, its STD, norm of its gradient, 1 if the best label is likeliest
+) -> Float[Tensor, "batch 4"]:            # mean reward, STD, norm of its gradient, best label likeliest (0, 1)
     "Where every input stands (columns `STATS`), exact expectations over the labels."
     logps, r = logits.double().log_softmax(-1), reward.double()
     mean, std = torch.vmap(reward_moments)(logps, r)
     norm = _norm(logps.exp() * (r - mean[:, None]), logit_gram(net, x).double())
     return torch.stack([mean, std, norm, logits.argmax(-1) == r.argmax(-1)], 1)
 
+# %% ../../nbs/theory/07_controlled.ipynb #53521bc5
 def train(
     net: nn.Sequential,                         # the policy, changed in place
     x: Float[Tensor, "batch dim"],              # inputs
@@ -205,8 +198,6 @@ def train(
             if epoch in log: log[epoch][rows] = input_stats(net, x[rows], logits, reward[rows])
             if epoch == epochs: continue   # the last look comes after the last step
             value = loss(logits, rows)
-            opt.zero_grad()
-            value.backward()
-            opt.step()
+            opt.zero_grad(); value.backward(); opt.step()
         if epoch < epochs and not torch.isfinite(value): raise ValueError(f'epoch {epoch}: the loss is {value.item()}')
     return log
