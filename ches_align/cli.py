@@ -83,7 +83,9 @@ def _scored_pairs(scores, data: str | None, **given):
     made = scores.attrs['manifest']
     loading = made.get('loading', {}) | {k: v for k, v in given.items() if v}
     if not (data or made.get('data')): raise AuditError('the scores do not say of which data they are: give --data')
-    return load_pairs(data or made['data'], **loading)
+    if data: return load_pairs(data, **loading)
+    try: return load_pairs(made['data'], **loading)
+    except AuditError as e: raise AuditError(f'{e} (so the manifest names the data; give --data)') from None
 
 def _choose(table, pairs, rule: dict, control: str | None, weights: bool):
     "Apply a rule, or draw its control, or weigh all scored rows"
