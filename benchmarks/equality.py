@@ -89,6 +89,7 @@ if __name__ == '__main__':
                                 ('batches of 8192 tokens', 8192, 1), ('reverse order', 2048, -1)):
         got = score_block(lm, pairs[::order], head=False, batch_tokens=budget)[::order]
         errors[name] = worst(got, exact)
+    errors['prompt shared'] = worst(score_block(lm, pairs, head=False, share_prompt=True), exact)
     left = torch.cat([padded_left(lm, pairs[i:i + 5]) for i in range(0, len(pairs), 5)])
     errors['padding on the left'] = dict(ches=((left - exact[:, 0]) / exact[:, 0]).abs().max().item())
     for convention, sample, theirs in (('official_script', no_end, script), ('official_module', pairs, exact)):
