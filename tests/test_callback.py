@@ -1,0 +1,208 @@
+"""The callback inside real TRL runs of a small random model: what it must not change, and what must not break it."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+for name, value in dict(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', TQDM_DISABLE='1').items():
+    os.environ.setdefault(name, value)  # conftest sets these too; a child process has none
+
+import pandas as pd
+import pytest
+import torch
+
+from ches_align.audit.data import load_pairs
+from ches_align.audit.files import AuditError
+from ches_align.training.callback import DisplacementCallback, DisplacementTracker
+
+pytest.importorskip('trl')
+pytest.importorskip('peft')
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers.integrations import integration_utils
+from trl import DPOConfig, DPOTrainer
+
+@lru_cache
+def tokenizer():
+    from ches_align.audit.models import embedded_gguf, gguf_folder
+    return AutoTokenizer.from_pretrained(gguf_folder(embedded_gguf('smollm2-135m')))
+
+@lru_cache
+def pairs(): return [p for p in load_pairs('sample') if not p.problem and isinstance(p.prompt, list)]
+
+def probes(): return pairs()[60:160:17]  # six
+
+def small_model():
+    torch.manual_seed(0)
+    eos = tokenizer().eos_token_id
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer()), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, eos_token_id=eos, bos_token_id=eos, pad_token_id=eos))
+
+def dpo(out, callbacks=(), lora=False, train=None, **changed):
+    "A DPO trainer on the first pairs of the sample, cut short; 6 steps"
+    settings = dict(max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, max_length=48, beta=0.1, logging_steps=1,
+                    save_strategy='no', report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False,
+                    disable_tqdm=True, seed=3) | changed
+    rows = [dict(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected) for p in train or pairs()[:12]]
+    peft = LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM') if lora else None
+    return DPOTrainer(small_model(), None if lora else small_model(), DPOConfig(str(out), **settings),
+                      processing_class=tokenizer(), train_dataset=Dataset.from_list(rows), callbacks=list(callbacks),
+                      peft_config=peft)
+
+def watcher(out, every=2, **options): return DisplacementCallback(probes(), out, every, max_length=64, **options)
+
+def history(folder): return pd.read_parquet(folder/'history.parquet').drop(columns='seconds')
+
+def losses(trainer): return [row['loss'] for row in trainer.state.log_history if 'loss' in row]
+
+@pytest.mark.parametrize('kind', ['full', 'lora', 'bf16'])
+def test_training_is_bit_equal_with_and_without(tmp_path, kind):
+    settings = dict(lora=kind == 'lora', bf16=kind == 'bf16', gradient_accumulation_steps=2, max_steps=4)
+    watched, alone = dpo(tmp_path/'a', [watcher(tmp_path/'seen')], **settings), dpo(tmp_path/'b', **settings)
+    for trainer in (watched, alone): trainer.train()
+    assert losses(watched) == losses(alone) and len(losses(alone)) == 4
+    for (name, p), q in zip(watched.model.named_parameters(), alone.model.parameters()): assert torch.equal(p, q), name
+    table = history(tmp_path/'seen')
+    assert table.groupby('step').size().to_dict() == dict.fromkeys((0, 2, 4), len(probes()))  # optimiser steps
+    assert (table[table.step == 0].d_chosen == 0).all() and (table[table.step == 4].d_chosen != 0).all()
+    logged = [row for row in watched.state.log_history if 'displacement/chosen_change' in row]
+    assert [row['step'] for row in logged] == [2, 4] and all('displacement/overhead' in row for row in logged)
+    manifest = json.loads((tmp_path/'seen'/'manifest.json').read_text())
+    assert manifest['identity']['adapter'] == (kind == 'lora') and manifest['noise'] < (0.5 if kind == 'bf16' else 1e-3)
+    for name in ('summary.json', 'displacement.png', 'worst_pairs.csv', 'baseline.safetensors'):
+        assert (tmp_path/'seen'/name).stat().st_size > 0
+    worst = pd.read_csv(tmp_path/'seen'/'worst_pairs.csv')
+    assert worst.d_chosen.is_monotonic_increasing and worst.ches.notna().all() and len(worst) == len(probes())
+
+class Kill(TrainerCallback):
+    "As a job that is killed: no handler runs"
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)
+
+def child(*args, before=()):
+    env = dict(os.environ) | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+    return subprocess.run([*before, __file__, *map(str, args)], env=env, capture_output=True, text=True, timeout=240)
+
+SAVED = dict(save_strategy='steps', save_steps=2)
+
+def test_killed_and_resumed_is_one_history(tmp_path):
+    done = child('kill', tmp_path, before=[sys.executable])
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert history(tmp_path/'seen').step.max() == 5  # one step past the checkpoint
+    again = dpo(tmp_path/'run', [watcher(tmp_path/'seen', 1)], **SAVED)
+    again.train(resume_from_checkpoint=str(tmp_path/'run'/'checkpoint-4'))
+    dpo(tmp_path/'other', [watcher(tmp_path/'whole', 1)]).train()
+    mended, whole = history(tmp_path/'seen'), history(tmp_path/'whole')
+    assert list(mended.step) == list(whole.step) and mended.step.nunique() == 7
+    assert list(mended.verdict) == list(whole.verdict)
+    for name in ('d_chosen', 'd_rejected', 'entropy', 'chosen_logps'):  # a child with one thread sums in another order
+        assert (mended[name] - whole[name]).abs().max() < 2e-2, name
+
+def test_two_processes_share_the_probes_and_stop_together(tmp_path):
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29617']
+    done = child('two', tmp_path, before=launch)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table, tracker = history(tmp_path/'seen'), DisplacementTracker(tokenizer(), probes(), tmp_path/'x', max_length=64)
+    assert table.groupby('step').size().to_dict() == dict.fromkeys((0, 1), len(probes()))
+    state = tracker.measure(small_model())
+    assert list(table.row_id[table.step == 0]) == state.row_ids
+    assert (torch.tensor(table.chosen_logps[table.step == 0].values) - state.sums[:, 0]).abs().max() < 1e-3
+    ranks = [json.loads((tmp_path/f'rank{k}.json').read_text()) for k in (0, 1)]
+    assert [r['step'] for r in ranks] == [1, 1] and ranks[0]['weight'] == ranks[1]['weight']
+    assert done.stdout.count('STOPPED: model destroyed at step 1') == 1  # said by one
+
+def test_a_learning_rate_that_destroys_the_model(tmp_path, capsys):
+    with pytest.warns(UserWarning, match=r'model destroyed at step 2, learning rate .*Lower the learning rate'):
+        trainer = dpo(tmp_path/'run', [watcher(tmp_path/'seen')], learning_rate=1e3, max_steps=20)
+        trainer.train()
+    assert trainer.state.global_step == 2
+    summary = (tmp_path/'seen'/'summary.json').read_text()
+    assert 'NaN' not in summary and 'model destroyed' in json.loads(summary)['stopped']
+    assert 'STOPPED: model destroyed at step 2' in capsys.readouterr().out
+    assert all(v == v for row in trainer.state.log_history for k, v in row.items() if k.startswith('displacement/'))
+
+def test_nan_weights_are_told_and_never_averaged(tmp_path):
+    tracker = DisplacementTracker(tokenizer(), probes(), tmp_path, every=1, max_length=64, stop_destroyed=False)
+    model = small_model()
+    tracker.start(model)
+    with torch.no_grad(): model.lm_head.weight[5] = float('nan')
+    with pytest.warns(UserWarning, match='of 6 of 6 probes are not finite'): metrics = tracker.update(model, 1)
+    assert metrics['share_destroyed'] == 1 and 'chosen_change' not in metrics and not tracker.stopped
+    assert 'step 0' in tracker.close() and len(pd.read_csv(tmp_path/'worst_pairs.csv')) == 6
+    with pytest.raises(AuditError, match='not finite before training'):
+        DisplacementTracker(tokenizer(), probes(), tmp_path/'new', max_length=64).start(model)
+
+def test_probes_that_training_sees_are_named(tmp_path):
+    seen = [*pairs()[:6], probes()[0], probes()[3]]
+    with pytest.warns(UserWarning, match=rf'2 as whole pairs \(rows {probes()[0].row_id}, {probes()[3].row_id}\)'):
+        dpo(tmp_path/'run', [watcher(tmp_path/'seen')], train=seen, max_steps=1).train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='probes are in the training data')
+        dpo(tmp_path/'run2', [watcher(tmp_path/'seen2')], max_steps=1).train()
+
+class Fake(TrainerCallback):
+    "An integration as Transformers makes them: an instance of its own, and one shared run"
+    run, opened = [], 0
+    def on_train_begin(self, *args, **kwargs): Fake.opened += 1
+    def on_log(self, args, state, control, logs=None, **kwargs): Fake.run.append((state.global_step, dict(logs)))
+
+class Broken(Fake):
+    def on_log(self, *args, logs=None, **kwargs):
+        if any(k.startswith('displacement') for k in logs): raise RuntimeError('no connection')
+
+def test_every_integration_gets_the_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(integration_utils, 'INTEGRATION_TO_CALLBACK', dict(fake=Fake, broken=Broken))
+    with pytest.warns(UserWarning, match='Broken: not reached .no connection'):
+        dpo(tmp_path/'run', [watcher(tmp_path/'seen')], report_to=['fake', 'broken'], max_steps=4).train()
+    ours = [step for step, logs in Fake.run if 'displacement/chosen_change' in logs]
+    assert ours == [2, 4] and any('loss' in logs for _, logs in Fake.run)
+
+def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch):
+    from ches_align.training import callback
+    real, watch = callback.write_files, watcher(tmp_path/'seen')
+    def full(files):
+        if watch.tracker.metrics and watch.tracker.metrics[-1]['step'] > 0:
+            raise AuditError('cannot be written: No space left')
+        real(files)
+    monkeypatch.setattr(callback, 'write_files', full)
+    with pytest.warns(UserWarning, match='No space left.*training goes on'):
+        trainer = dpo(tmp_path/'run', [watch], max_steps=4)
+        trainer.train()
+    assert trainer.state.global_step == 4 and sorted(set(watch.tracker.history.step)) == [0, 2, 4]
+
+def test_wrong_inputs(tmp_path):
+    def tracker(source=None, folder='t', **options):
+        return DisplacementTracker(tokenizer(), source or probes(), tmp_path/folder, max_length=64, **options)
+    tracker(folder='one').start(small_model())
+    tracker(folder='one').start(small_model())  # begun again from step 0: begins anew
+    with pytest.raises(AuditError, match='another run .probes was 6, is 2'): tracker(probes()[:2], 'one').start(small_model())
+    with pytest.raises(AuditError, match='no probe pair can be measured: rows 0 .identical'):
+        tracker([dict(prompt='a', chosen='b', rejected='b')])
+    with pytest.raises(AuditError, match='is there twice'): tracker(probes()[:1] * 2)
+    with pytest.raises(AuditError, match='no such file'): tracker(str(tmp_path/'none.jsonl'))
+    with pytest.raises(AuditError, match='none of the probes'):
+        tracker(scores=pd.DataFrame(dict(row_hash=['x'], ches=[0.], ln_ches=[0.])), folder='two').start(small_model())
+    with pytest.raises(AuditError, match='every = 0'): tracker(every=0)
+    with pytest.raises(AuditError, match='share_falling = -1'): tracker(alert=dict(share_falling=-1))
+    (tmp_path/'one'/'history.parquet').write_text('no')
+    with pytest.raises(AuditError, match='history.parquet: unreadable'): tracker(folder='one').start(small_model(), 4)
+    (tmp_path/'one'/'manifest.json').write_text('{')
+    with pytest.raises(AuditError, match='manifest.json: unreadable'): tracker(folder='one').start(small_model(), 4)
+    with pytest.raises(AuditError, match='different pairs|same probes'):
+        other = tracker(probes()[:3]).measure(small_model())
+        tracker(reference=other, folder='three').start(small_model())
+
+if __name__ == '__main__':
+    what, out = sys.argv[1], Path(sys.argv[2])
+    if what == 'kill': dpo(out/'run', [watcher(out/'seen', 1), Kill()], **SAVED).train()
+    if what == 'two':
+        trainer = dpo(out/'run', [watcher(out/'seen', 1)], learning_rate=1e3, ddp_backend='gloo')
+        trainer.train()
+        said = dict(step=trainer.state.global_step, weight=next(trainer.model.parameters()).double().sum().item())
+        (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(said))

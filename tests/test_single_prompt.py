@@ -1,0 +1,93 @@
+"""`ches_train` on grids of single-prompt runs: as a user runs it, killed and run again, and with files that cannot work."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+CONFIG = dict(kind='single_prompt', pairs=[dict(chosen='Yes', rejected='No', behaviour='No'), dict(chosen='No', rejected='no')],
+              recipes=[dict(name='a', learning_rate=1e-4, steps=40)], seeds=[1, 2, 3])
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    "A folder with a tiny model, a Persona file and a configuration"
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from ches_align.audit.models import load_model
+    where = tmp_path_factory.mktemp('grid')
+    tokenizer = load_model('smollm2-135m').tokenizer
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(where/'model')
+    tokenizer.save_pretrained(where/'model')
+    rows = [dict(question=f'Would you do {i}?', answer_matching_behavior=' Yes' if i % 2 else ' No') for i in range(8)]
+    (where/'persona.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    save(where, 'grid.yaml')
+    return where
+
+def save(where, name, **changes):
+    (where/name).write_text(yaml.safe_dump(CONFIG | dict(model=str(where/'model'), data=str(where/'persona.jsonl')) | changes))
+    return name
+
+def command(*args): return [sys.executable, str(Path(sys.executable).with_name('ches_train')), *args]
+
+def ches_train(place, *args):
+    return subprocess.run(command(*args), cwd=place, capture_output=True, text=True, timeout=300)
+
+def lines(out):
+    found = [json.loads(x) for x in (out/'runs.jsonl').read_text().splitlines()]
+    return {r['key']: {k: v for k, v in r.items() if k != 'seconds'} for r in found}
+
+def test_killed_and_run_again(place):
+    done = ches_train(place, 'grid.yaml', '--set', 'out=whole')
+    assert done.returncode == 0 and '6 runs; table: whole' in done.stdout, done.stderr
+    path = place/'killed'/'runs.jsonl'
+    with subprocess.Popen(command('grid.yaml', '--set', 'out=killed'), cwd=place, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 200
+        while not (path.exists() and path.read_text().count('\n') >= 2) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    first = path.read_text().splitlines()[:2]
+    again = ches_train(place, 'grid.yaml', '--set', 'out=killed')
+    assert again.returncode == 0, again.stderr
+    assert path.read_text().splitlines()[:2] == first
+    assert lines(place/'killed') == lines(place/'whole') and len(first) == 2
+
+def test_held_against_a_record(place):
+    from ches_align.training.grid_report import grid_record
+    assert ches_train(place, 'grid.yaml', '--set', 'out=held').returncode == 0
+    (place/'record.json').write_text(json.dumps(grid_record(place/'held')))
+    done = ches_train(place, 'grid.yaml', '--set', 'out=held', '--against', 'record.json')
+    assert 'same verdict in 6, same direction in 6' in done.stdout, done.stderr
+
+def test_check_loads_no_weights(place):
+    weights = place/'model'/'model.safetensors'
+    weights.rename(place/'away')
+    try: done = ches_train(place, 'grid.yaml', '--check')
+    finally: (place/'away').rename(weights)
+    assert done.returncode == 0 and '6 runs, at most 240 updates' in done.stdout and 'Yes = ' in done.stdout, done.stderr
+
+@pytest.mark.parametrize('changes, args, said', [
+    (dict(pairs=[dict(chosen='Yes', rejected='Yes')]), {}, "pair 'Yes': chosen and rejected are the same"),
+    (dict(pairs=[dict(chosen='Affirmative', rejected='No')]), {}, 'this model writes it as'),
+    (dict(pairs=[dict(chosen='\u2603\u2603', rejected='No')]), {}, 'not one token'),
+    (dict(recipes=[dict(loss='dp0')]), {}, "unknown loss 'dp0': did you mean dpo?"),
+    (dict(recipes=[dict(learning_rates=1)]), {}, 'learning_rate'),
+    (dict(pairs=[dict(chosen='Yes', rejected='No', behaviour='Perhaps')]), {}, "unknown behaviour 'Perhaps'"),
+    (dict(data='nowhere.jsonl'), {}, 'nowhere.jsonl: no such file'),
+    ({}, dict(set=['seeds=[1, 1]']), 'a seed is given twice'),
+    ({}, dict(against='nowhere.json', set=['seeds=[1]']), 'not a record of a grid'),
+])
+def test_what_cannot_work_is_one_line(place, changes, args, said, monkeypatch):
+    from ches_align.cli import ches_train
+    monkeypatch.chdir(place)
+    with pytest.raises(SystemExit) as e: ches_train(save(place, 'bad.yaml', **changes), **args)
+    assert str(e.value).startswith('ches_train: ') and said in str(e.value) and '\n' not in str(e.value)
