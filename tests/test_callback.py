@@ -46,9 +46,9 @@ def small_model():
 
 def dpo(out, callbacks=(), lora=False, train=None, **changed):
     "A DPO trainer on the first pairs of the sample, cut short; 6 steps"
-    settings = dict(max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, max_length=48, beta=0.1, logging_steps=1,
-                    save_strategy='no', report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False,
-                    disable_tqdm=True, seed=3) | changed
+    settings = dict(max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, max_length=48, beta=0.1,
+                    logging_steps=1, save_strategy='no', report_to=[], use_cpu=True, bf16=False,
+                    gradient_checkpointing=False, disable_tqdm=True, seed=3) | changed
     rows = [dict(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected) for p in train or pairs()[:12]]
     peft = LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM') if lora else None
     return DPOTrainer(small_model(), None if lora else small_model(), DPOConfig(str(out), **settings),
@@ -181,13 +181,15 @@ def test_wrong_inputs(tmp_path):
         return DisplacementTracker(tokenizer(), source or probes(), tmp_path/folder, max_length=64, **options)
     tracker(folder='one').start(small_model())
     tracker(folder='one').start(small_model())  # begun again from step 0: begins anew
-    with pytest.raises(AuditError, match='another run .probes was 6, is 2'): tracker(probes()[:2], 'one').start(small_model())
+    with pytest.raises(AuditError, match='another run .probes was 6, is 2'):
+        tracker(probes()[:2], 'one').start(small_model())
     with pytest.raises(AuditError, match='no probe pair can be measured: rows 0 .identical'):
         tracker([dict(prompt='a', chosen='b', rejected='b')])
     with pytest.raises(AuditError, match='is there twice'): tracker(probes()[:1] * 2)
     with pytest.raises(AuditError, match='no such file'): tracker(str(tmp_path/'none.jsonl'))
+    foreign = pd.DataFrame(dict(row_hash=['x'], ches=[0.], ln_ches=[0.]))
     with pytest.raises(AuditError, match='none of the probes'):
-        tracker(scores=pd.DataFrame(dict(row_hash=['x'], ches=[0.], ln_ches=[0.])), folder='two').start(small_model())
+        tracker(scores=foreign, folder='two').start(small_model())
     with pytest.raises(AuditError, match='every = 0'): tracker(every=0)
     with pytest.raises(AuditError, match='share_falling = -1'): tracker(alert=dict(share_falling=-1))
     (tmp_path/'one'/'history.parquet').write_text('no')

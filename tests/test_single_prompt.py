@@ -31,6 +31,16 @@ def place(tmp_path_factory):
     save(where, 'grid.yaml')
     return where
 
+CONFIGS = sorted(p for p in (Path(__file__).parents[1]/'configs').rglob('*.yaml') if p.parent.name != 'accelerate')
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: f'{p.parent.name}/{p.stem}')
+def test_every_shipped_file_is_read(path):
+    from ches_align.training.config import load_config
+    from ches_align.training.grid import SinglePromptConfig
+    from ches_align.training.train import TrainConfig
+    cfg = load_config(path, dict(preference=TrainConfig, single_prompt=SinglePromptConfig))
+    assert cfg.kind in path.read_text()
+
 def save(where, name, **changes):
     (where/name).write_text(yaml.safe_dump(CONFIG | dict(model=str(where/'model'), data=str(where/'persona.jsonl')) | changes))
     return name

@@ -20,6 +20,7 @@ from typing import Any, Sequence
 
 import pandas as pd
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from fastcore.basics import patch
 from matplotlib.figure import Figure
@@ -39,7 +40,7 @@ from .displacement import (COMPARED, ProbeState, TokenClasses, compare, core_mod
 def load_probes(
     source: Any,                   # pairs, or whatever `load_pairs` reads
     tokenizer: Any,                # of the model
-    limit: int | None = 64,        # at most this many, drawn with `seed`; bounds the cost
+    limit: int | None = 64,        # at most this many of what is read, drawn with `seed`; given pairs are all taken
     seed: int = 0,                 # for the draw
     max_length: int | None = None, # longest prompt + response, in tokens
 ) -> tuple[list[Pair], list[EncodedPair]]: # the pairs that can be measured; warns of the others
@@ -126,7 +127,7 @@ class DisplacementTracker:
         probes: Any,                 # pairs, or whatever `load_pairs` reads
         out: str | Path,             # folder for history, baseline, manifest, plot and tables
         every: int = 10,             # steps between measurements
-        limit: int | None = 64,      # at most this many probes
+        limit: int | None = 64,      # at most this many probes of what is read; given pairs are all taken
         max_length: int | None = 1024, # tokens of prompt and response; longer ones are cut
         classes: Any = None,         # `TokenClasses` (or one a probe), for verdicts at the fork
         answers: int = 0,            # tokens of the model's own answers, for verdicts on refusals; 0: none
@@ -174,8 +175,7 @@ def probe_identity(
     classes = [tracker.classes] if isinstance(tracker.classes, TokenClasses) else tracker.classes or []
     kept = dict(classes=[[sorted(ids) for ids in c[:2]] for c in classes], answers=tracker.answers)
     size = {k: getattr(config, k, None) for k in ('vocab_size', 'hidden_size', 'num_hidden_layers')}
-    return dict(architecture=type(core).__name__, model=getattr(core.config, '_name_or_path', '') or None, **size,
-                adapter=hasattr(model, 'peft_config'), probes=len(probes),
+    return dict(architecture=type(core).__name__, **size, adapter=hasattr(model, 'peft_config'), probes=len(probes),
                 probe_hash=hashlib.sha256(json.dumps([probes, kept]).encode()).hexdigest()[:16])
 
 # %% ../../nbs/training/22_callback.ipynb #ab82ba13
@@ -211,7 +211,9 @@ def _open(tracker: DisplacementTracker, model: nn.Module, step: int, twice: Sequ
     elif step: tracker.tell(f'no history in {tracker.out}: changes are counted from step {step}, not from step 0')
     tracker.floor = max(tracker.tolerance, 2 * noise)
     tracker.manifest = dict(identity=identity, begun=begun, noise=noise, floor=tracker.floor,
-                            tolerance=tracker.tolerance, every=tracker.every, rows=[p.row_id for p in tracker.pairs])
+                            tolerance=tracker.tolerance, every=tracker.every,
+                            model=getattr(core_model(model).config, '_name_or_path', ''),
+                            rows=[p.row_id for p in tracker.pairs])
     with writing(tracker.out): tracker.out.mkdir(parents=True, exist_ok=True)
     tracker.baseline.save(tracker.out/'baseline.safetensors')
     write_files({tracker.out/'manifest.json': (json.dumps(plain(tracker.manifest), indent=1) + '\n').encode()})
@@ -220,9 +222,8 @@ def _open(tracker: DisplacementTracker, model: nn.Module, step: int, twice: Sequ
 def _history_rows(tracker: DisplacementTracker, state: ProbeState, step: int, began: float) -> pd.DataFrame:
     rows = compare(tracker.baseline, state, tracker.classes, tracker.tokenizer,
                    [pair_texts(p)[1] for p in tracker.pairs], tracker.floor)
-    sums = state.sums
-    more = dict(step=step, seconds=time.time() - began, chosen_logps=sums[:, 0].numpy(), rejected_logps=sums[:, 1].numpy())
-    return rows.assign(**more)[HISTORY]
+    logps = dict(zip(('chosen_logps', 'rejected_logps'), state.sums.T.numpy()))
+    return rows.assign(step=step, seconds=time.time() - began, **logps)[HISTORY]
 
 def _ruined(tracker: DisplacementTracker, rows: pd.DataFrame) -> str:
     "Why the model is past saving, or ''"
@@ -256,14 +257,17 @@ def _judge_step(tracker: DisplacementTracker, metrics: dict, rows: pd.DataFrame,
 @patch
 def begin(self: DisplacementTracker, model: nn.Module, step: int, twice: Sequence[ProbeState],
           whole: bool = True) -> dict[str, float]:
-    "Take the two first measurements; go on with the history in `out` when `step` is above 0; CHES needs a whole model"
+    "Take the two first measurements; above step 0, go on with the history in `out`; CHES needs a `whole` model"
+    self.history, self.metrics, self.stopped = pd.DataFrame(columns=HISTORY), [], ''
     _open(self, model, step, twice)
     self.similarity = self._similarity(model if whole else None)
     if self.train_data is not None: self.check_overlap(self.train_data)
     for k, rows in self.history.groupby('step', sort=True):
         self.metrics.append(dict(step=int(k)) | step_metrics(rows, self.floor))
     self.clock, self.spent = time.time(), 0.
-    return self.record(twice[0], step, self.clock) if not len(self.history) else self.metrics[-1]
+    if not len(self.history): self.record(twice[0], step, self.clock)
+    self.clock, self.spent = time.time(), 0.
+    return self.metrics[-1]
 
 @patch
 def record(self: DisplacementTracker, state: ProbeState, step: int, began: float,
@@ -279,7 +283,8 @@ def record(self: DisplacementTracker, state: ProbeState, step: int, began: float
     except AuditError as e: self.tell(f'{e} (training goes on; the history is kept in memory)')
     now = time.time()
     self.spent += now - max(began, self.clock)
-    metrics |= dict(seconds=now - began, overhead=self.spent / max(now - self.clock - self.spent, 1e-9))
+    rest = now - self.clock - self.spent  # of the time since the start
+    if began > self.clock: metrics |= dict(seconds=now - began, overhead=self.spent / max(rest, 1e-9))
     return metrics
 
 @patch
@@ -409,9 +414,10 @@ class DisplacementCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, processing_class=None, train_dataloader=None, **kwargs):
         tokenizer = self.tokenizer or getattr(processing_class, 'tokenizer', processing_class)
         out = self.out or Path(args.output_dir)/'displacement'
+        if self.tracker is None and tokenizer is None: raise AuditError('the trainer has no tokenizer: give tokenizer=')
         if self.tracker is None:
             self.tracker = DisplacementTracker(tokenizer, self.probes, out, self.every, **self.options)
-        self.split = _is_sharded(args)
+        self.split = _is_sharded(args, model)
         began = time.time()
         twice = [self._gathered(model, budget) for budget in (None, 1)]
         def open_history():
@@ -440,11 +446,13 @@ class DisplacementCallback(TrainerCallback):
             return bool(self.tracker.stopped)
         if self._on_first(record): control.should_training_stop = True
 
-# %% ../../nbs/training/22_callback.ipynb #c9114616
-def _is_sharded(args: Any) -> bool:
+# %% ../../nbs/training/22_callback.ipynb #022d3443
+def _is_sharded(args: Any, model: nn.Module) -> bool:
     "Are the parameters split over processes, so that every call of the model needs all of them?"
+    state = AcceleratorState() if AcceleratorState._shared_state else PartialState()
     return bool(getattr(args, 'fsdp', None) or getattr(args, 'deepspeed', None)
-                or PartialState().distributed_type.value in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM', 'TP'))
+                or state.distributed_type.value in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM')
+                or any(type(p).__name__ == 'DTensor' for p in model.parameters()))
 
 def _tell_overlap(tracker: DisplacementTracker, dataloader: Any) -> None:
     "Look for probes in the data that the trainer holds; what cannot be looked through is left"
@@ -493,6 +501,9 @@ def _report(self: DisplacementCallback, args, state, control, model, logs: dict[
 def _joined(reporter: TrainerCallback, args, state, control, model) -> TrainerCallback:
     "An integration that joins the run which the trainer's own has opened"
     trackio = getattr(reporter, '_trackio', None)
+    if getattr(reporter, 'logging_dir', '') is None:  # TensorBoard: the folder that the trainer's own has made
+        made = sorted(Path(args.output_dir, 'runs').glob('*'), key=lambda d: d.stat().st_mtime)
+        reporter.logging_dir = str(made[-1]) if made else None
     if trackio is not None and trackio.context_vars.current_run.get() is not None: reporter._initialized = True
     else: reporter.on_train_begin(args, state, control, model=model)
     return reporter

@@ -40,7 +40,7 @@ def _tokens(cfg: SinglePromptConfig) -> str:
     "The pairs' token ids, or why they are not known"
     from transformers import AutoTokenizer
     words = dict.fromkeys(w for p in cfg.pairs for w in (p.chosen, p.rejected))
-    try: tokenizer = AutoTokenizer.from_pretrained(_resolve(cfg.model))
+    try: tokenizer = AutoTokenizer.from_pretrained(_resolve(cfg.model), local_files_only=True)
     except Exception as e:  # the hub's client has many error types
         return f"tokens: no tokenizer at hand ({type(e).__name__}); {', '.join(words)} are looked up when the grid runs"
     return 'tokens: ' + ', '.join(f'{w} = {single_token(tokenizer, w)}' for w in words)
