@@ -61,6 +61,14 @@ def history(folder): return pd.read_parquet(folder/'history.parquet').drop(colum
 
 def losses(trainer): return [row['loss'] for row in trainer.state.log_history if 'loss' in row]
 
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    "A small model is quickest so, and sums do not depend on the machine"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 @pytest.mark.parametrize('kind', ['full', 'lora', 'bf16'])
 def test_training_is_bit_equal_with_and_without(tmp_path, kind):
     settings = dict(lora=kind == 'lora', bf16=kind == 'bf16', gradient_accumulation_steps=2, max_steps=4)
@@ -101,8 +109,8 @@ def test_killed_and_resumed_is_one_history(tmp_path):
     mended, whole = history(tmp_path/'seen'), history(tmp_path/'whole')
     assert list(mended.step) == list(whole.step) and mended.step.nunique() == 7
     assert list(mended.verdict) == list(whole.verdict)
-    for name in ('d_chosen', 'd_rejected', 'entropy', 'chosen_logps'):  # a child with one thread sums in another order
-        assert (mended[name] - whole[name]).abs().max() < 2e-2, name
+    for name in ('d_chosen', 'd_rejected', 'entropy', 'chosen_logps'):
+        assert (mended[name] - whole[name]).abs().max() < 1e-4, name  # fp32 sums
 
 def test_two_processes_share_the_probes_and_stop_together(tmp_path):
     launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29617']

@@ -57,6 +57,7 @@ def load_probes(
         raise AuditError(f'probe row {twice} is there twice: give each pair once')
     return [p for p, _ in kept], [e for _, e in kept]
 
+# %% ../../nbs/training/22_callback.ipynb #9dd6824d
 def probe_overlap(
     pairs: Sequence[Pair],          # the probes
     encoded: Sequence[EncodedPair], # the same, tokenised
@@ -145,10 +146,10 @@ class DisplacementTracker:
         self.tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ScoringModel) else tokenizer
         self.pairs, self.encoded = load_probes(probes, self.tokenizer, limit, seed, max_length)
         self.out, self.every, self.patience = Path(out).expanduser(), every, patience
-        self.stop_destroyed = stop_destroyed
         self.classes, self.answers, self.tolerance, self.budget = classes, answers, tolerance, budget
-        self.alert, self.stop = (Rule(**r) if isinstance(r, dict) else r for r in (alert, stop))
-        self.alert = self.alert or Rule(share_catastrophic=0.1)
+        rules = alert or Rule(share_catastrophic=0.1), stop
+        self.alert, self.stop = (Rule(**r) if isinstance(r, dict) else r for r in rules)
+        self.stop_destroyed = stop_destroyed
         self.reference, self.scores, self.train_data = reference, scores, train_data
         self.history, self.baseline, self.floor = pd.DataFrame(columns=HISTORY), None, tolerance
         self.metrics: list[dict] = []  # of every measurement
@@ -269,6 +270,7 @@ def begin(self: DisplacementTracker, model: nn.Module, step: int, twice: Sequenc
     self.clock, self.spent = time.time(), 0.
     return self.metrics[-1]
 
+# %% ../../nbs/training/22_callback.ipynb #5054b1db
 @patch
 def record(self: DisplacementTracker, state: ProbeState, step: int, began: float,
            lr: float | None = None) -> dict[str, float]:
@@ -287,6 +289,7 @@ def record(self: DisplacementTracker, state: ProbeState, step: int, began: float
     if began > self.clock: metrics |= dict(seconds=now - began, overhead=self.spent / max(rest, 1e-9))
     return metrics
 
+# %% ../../nbs/training/22_callback.ipynb #48f351c7
 @patch
 def start(self: DisplacementTracker, model: nn.Module, step: int = 0) -> dict[str, float]:
     "Measure the probes twice, in batches of different shape. Raises `AuditError`."
@@ -302,7 +305,7 @@ def update(self: DisplacementTracker, model: nn.Module, step: int, lr: float | N
     began = time.time()
     return self.record(self.measure(model), step, began, lr)
 
-# %% ../../nbs/training/22_callback.ipynb #5054b1db
+# %% ../../nbs/training/22_callback.ipynb #b36790eb
 @patch
 def _similarity(self: DisplacementTracker, model: nn.Module | None) -> pd.DataFrame:
     "CHES and length-normalised CHES of the probes; empty columns where they cannot be had"
@@ -334,6 +337,7 @@ def check_overlap(self: DisplacementTracker, train: Any) -> dict[str, list[int]]
                        'hold pairs out')
     return found
 
+# %% ../../nbs/training/22_callback.ipynb #9a8aa2e3
 @patch
 def worst_pairs(self: DisplacementTracker, count: int = 10) -> pd.DataFrame:
     "The probes whose preferred response has fallen most, worst first, with their texts and scores"
@@ -345,7 +349,7 @@ def worst_pairs(self: DisplacementTracker, count: int = 10) -> pd.DataFrame:
     whole = pd.concat([last[columns], self.similarity[['ches', 'ln_ches']], texts], axis=1)
     return whole.sort_values('d_chosen', na_position='first').head(count).reset_index(drop=True)
 
-# %% ../../nbs/training/22_callback.ipynb #48f351c7
+# %% ../../nbs/training/22_callback.ipynb #d5a22159
 @patch
 def plot(self: DisplacementTracker) -> Figure:
     "Median and quartiles of both changes, and shares of falling probes and verdicts, against the step"
@@ -364,11 +368,13 @@ def plot(self: DisplacementTracker) -> Figure:
     for name, color, style in (('falling', '#0072B2', '-'), ('catastrophic', '#D55E00', '--'),
                                ('benign', '#009E73', ':'), ('unclear', '#777777', '-.')):
         values = shares.get(f'share_{name}', pd.Series(0., shares.index))
-        right.plot(shares.index, values, style, color=color, label=name)
+        wide = dict(lw=5, alpha=.4) if name == 'falling' else {}  # verdicts lie on top of it
+        right.plot(shares.index, values, style, color=color, label=name, **wide)
     right.set(xlabel='step', ylabel='share of probes', ylim=(-.02, 1.02), title='Preferred response below its start')
     right.legend(frameon=False)
     return fig
 
+# %% ../../nbs/training/22_callback.ipynb #789aabfd
 @patch
 def summary(self: DisplacementTracker) -> dict[str, Any]:
     "What a run left, as JSON values; the numbers are those of the last measurement that was finite"
@@ -436,16 +442,6 @@ class DisplacementCallback(TrainerCallback):
         for reporter in self.reporters or []:
             if getattr(reporter, 'tb_writer', None): reporter.tb_writer.close()
 
-    def _measure(self, args, state, control, model, lr_scheduler):
-        began, lr = time.time(), lr_scheduler.get_last_lr()[0] if lr_scheduler is not None else None
-        probes = self._gathered(model)
-        def record():
-            metrics = self.tracker.record(probes, state.global_step, began, lr)
-            logs = {f'displacement/{k}': v for k, v in metrics.items() if k != 'step'}
-            self._report(args, state, control, model, logs)
-            return bool(self.tracker.stopped)
-        if self._on_first(record): control.should_training_stop = True
-
 # %% ../../nbs/training/22_callback.ipynb #022d3443
 def _is_sharded(args: Any, model: nn.Module) -> bool:
     "Are the parameters split over processes, so that every call of the model needs all of them?"
@@ -470,6 +466,18 @@ def _gathered(self: DisplacementCallback, model: nn.Module, budget: int | None =
     parts = gather_object([part])
     order = [i for rank, p in enumerate(parts) if p is not None for i in range(rank, count, here.num_processes)]
     return join_states([p for p in parts if p is not None], order)
+
+# %% ../../nbs/training/22_callback.ipynb #f2d56402
+@patch
+def _measure(self: DisplacementCallback, args, state, control, model, lr_scheduler):
+    began, lr = time.time(), lr_scheduler.get_last_lr()[0] if lr_scheduler is not None else None
+    probes = self._gathered(model)
+    def record():
+        metrics = self.tracker.record(probes, state.global_step, began, lr)
+        logs = {f'displacement/{k}': v for k, v in metrics.items() if k != 'step'}
+        self._report(args, state, control, model, logs)
+        return bool(self.tracker.stopped)
+    if self._on_first(record): control.should_training_stop = True
 
 @patch
 def _on_first(self: DisplacementCallback, work: Any) -> Any:

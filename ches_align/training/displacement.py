@@ -58,6 +58,7 @@ def _two_distributions(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     if len(before) != len(after): raise ValueError(f'vocabularies of {len(before)} and {len(after)} tokens')
     return before, after.to(before.device)
 
+# %% ../../nbs/training/21_displacement.ipynb #5f6bf331
 def _extremes(change: Tensor, top: int) -> tuple[list, list]:
     "The `top` largest rises and falls; what did not move is left out"
     found = []
@@ -113,6 +114,7 @@ def _word_ids(words: Sequence[str], spellings: dict[str, set[int]], name: str, s
     if not found: raise ValueError(f'{name}: none of {", ".join(words) or "no words"} is a token of this vocabulary')
     return frozenset(found)
 
+# %% ../../nbs/training/21_displacement.ipynb #98411331
 def token_classes(
     tokenizer: Any,          # of the model
     same: Sequence[str],     # words that mean what the preferred token means, itself among them
@@ -275,6 +277,7 @@ class ProbeState:
             raise AuditError(f'{path}: not a saved ProbeState ({str(e)[:200]})') from None
         return cls(chosen=sides[0], rejected=sides[1], fork=flat.get('fork'), **about)
 
+# %% ../../nbs/training/21_displacement.ipynb #67a579ec
 def join_states(
     parts: Sequence[ProbeState], # measured apart, as by several processes
     order: Sequence[int],        # position of each of their pairs in the whole
@@ -357,6 +360,7 @@ def _greedy(model: nn.Module, prompts: list[list[int]], count: int, budget: int)
             if 'position_ids' in inputs: inputs['position_ids'] = inputs['position_ids'][:, -1:] + 1
     return [next((ids[:k] for k, t in enumerate(ids) if t in end), ids) for ids in answers]
 
+# %% ../../nbs/training/21_displacement.ipynb #794290d0
 def measure_probes(
     model: nn.Module,             # a causal language model, wrapped or not
     pairs: Sequence[EncodedPair], # from `encode_pairs`; only those with status 'ok' are measured
@@ -410,6 +414,7 @@ def _fork_numbers(before: ProbeState, after: ProbeState, top: int = 10, chunk: i
                                   total(q.topk(min(top, q.shape[1]), 1).values)], 1))
     return [dict(zip(('moved', 'entropy_before', 'entropy', 'top_mass'), row)) for row in torch.cat(found).tolist()]
 
+# %% ../../nbs/training/21_displacement.ipynb #4f83871f
 def compare(
     before: ProbeState,      # at the start, or of a reference model
     after: ProbeState,       # now, same pairs
