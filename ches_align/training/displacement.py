@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['YES_NO', 'COMPARED', 'MassShift', 'mass_shift', 'TokenClasses', 'token_classes', 'similar_classes', 'Verdict',
            'token_verdict', 'is_refusal', 'TextVerdict', 'text_verdict', 'ProbeState', 'join_states', 'core_model',
-           'evaluating', 'fork_index', 'measure_probes', 'compare']
+           'evaluating', 'left_padded', 'fork_index', 'measure_probes', 'compare']
 
 # %% ../../nbs/training/21_displacement.ipynb #7431797a
 import difflib
@@ -145,7 +145,8 @@ def similar_classes(
     rows = torch.nn.functional.normalize(rows - rows.mean(0), dim=1)
     near = rows @ rows[[chosen, rejected]].T
     words, special = [tokenizer.decode([i]).strip().casefold() for i in (chosen, rejected)], special_ids(tokenizer)
-    spelled = [{i, *(_spellings(tokenizer).get(w, ()) if w else ())} for w, i in zip(words, (chosen, rejected))]
+    spellings = _spellings(tokenizer)
+    spelled = [{i, *spellings.get(w, ())} for w, i in zip(words, (chosen, rejected))]
     close = [{i for i in (near[:, k] >= threshold).nonzero()[:, 0].tolist()
               if near[i, k] > near[i, 1 - k] and i not in special} for k in (0, 1)]
     source = f'rows with cosine >= {threshold:g} to {tokenizer.decode([chosen])!r} | {tokenizer.decode([rejected])!r}'
@@ -313,8 +314,12 @@ def evaluating(
     finally:
         for m, mode in modes: m.training = mode
 
-def _padded(model: nn.Module, rows: list[list[int]], keep: int) -> dict[str, Tensor]:
-    "Inputs for left-padded rows, as far as the model takes them; logits of the last `keep` positions are wanted"
+def left_padded(
+    model: nn.Module,              # wrapped or not
+    rows: Sequence[Sequence[int]], # token ids
+    keep: int,                     # logits of so many last positions are wanted
+) -> dict[str, Tensor]:            # what the model takes, on its device
+    "Inputs for rows of different lengths, padded on the left."
     core, width = core_model(model), max(map(len, rows))
     takes, device = inspect.signature(type(core).forward).parameters, next(core.parameters()).device
     ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
@@ -347,13 +352,13 @@ def _greedy(model: nn.Module, prompts: list[list[int]], count: int, budget: int)
     ends = [getattr(c, 'eos_token_id', None) for c in (core.config, getattr(core, 'generation_config', None))]
     end = {t for e in ends if e is not None for t in (e if isinstance(e, (list, tuple)) else [e])}
     for batch in plan_batches([len(p) + count for p in prompts], budget):
-        inputs = _padded(model, [prompts[i] for i in batch], 1)
+        inputs = left_padded(model, [prompts[i] for i in batch], 1)
         for _ in range(count):
             out = model(**inputs, use_cache=True)
             tokens, past = out.logits[:, -1].float().argmax(-1, keepdim=True), getattr(out, 'past_key_values', None)
             for i, token in zip(batch, tokens[:, 0].tolist()): answers[i].append(token)
             if past is None or 'attention_mask' not in inputs:
-                inputs = _padded(model, [[*prompts[i], *answers[i]] for i in batch], 1)
+                inputs = left_padded(model, [[*prompts[i], *answers[i]] for i in batch], 1)
                 continue
             mask = torch.cat([inputs['attention_mask'], torch.ones_like(tokens)], 1)
             inputs |= dict(input_ids=tokens, attention_mask=mask, past_key_values=past)
@@ -380,7 +385,7 @@ def measure_probes(
         for batch in plan_batches([len(row) for _, _, row, _ in sides], budget):
             some = [sides[j] for j in batch]
             keep = max(n for *_, n in some) + 1
-            logits = model(**_padded(model, [row for _, _, row, _ in some], keep), use_cache=False).logits[:, -keep:]
+            logits = model(**left_padded(model, [row for _, _, row, _ in some], keep), use_cache=False).logits[:, -keep:]
             for z, (i, k, row, n) in zip(logits, some):
                 logps[k][i] = _row_logps(z[-n - 1:-1], row[-n:])
                 if fork and k == 0: forks[i] = z[at[i] - n - 1].float().log_softmax(-1).cpu()

@@ -31,7 +31,7 @@ from ..audit.files import AuditError, plain, read_rows, write_files, writing
 from ..audit.models import ScoringModel, load_model
 from ..theory.losses import LOSSES
 from ..theory.single_token import logp_rates, pair_geometry
-from .config import ConfigError, config_dict, unknown_name
+from .config import ConfigError, check_loss, config_dict, unknown_name
 from .displacement import YES_NO, TokenClasses, mass_shift, similar_classes, token_classes, token_verdict
 from .single_prompt import (
     FAMILIES, OPTIMIZERS, Prompt, family_examples, forget, next_logps, persona_prompts, pick_prompt, preference_run,
@@ -91,8 +91,8 @@ class SinglePromptConfig:
             if pair.chosen == pair.rejected: raise ConfigError(f'pair {pair.chosen!r}: chosen and rejected are the same')
             if pair.behaviour not in (None, *FAMILIES): raise ConfigError(unknown_name('behaviour', pair.behaviour, FAMILIES))
         for recipe in self.recipes:
-            for what, name, known in (('loss', recipe.loss, LOSSES), ('optimizer', recipe.optimizer, OPTIMIZERS)):
-                if name not in known: raise ConfigError(unknown_name(what, name, known))
+            check_loss(recipe.loss, recipe.loss_args)
+            if recipe.optimizer not in OPTIMIZERS: raise ConfigError(unknown_name('optimizer', recipe.optimizer, OPTIMIZERS))
             if not (0 < recipe.learning_rate < math.inf and recipe.steps > 0):
                 raise ConfigError(f'recipe {recipe.name}: learning_rate and steps must be positive')
         for start in self.starts:
@@ -241,47 +241,54 @@ def run_grid(
     for pair in cfg.pairs:
         for word in (pair.chosen, pair.rejected): single_token(lm.tokenizer, word)
     finished = _open(cfg, lm)
-    done, base, started = {r['key'] for r in finished}, snapshot(lm.model), {}
+    done, held = {r['key'] for r in finished}, _Held(snapshot(lm.model))
     total = len(cfg.starts)*len(cfg.pairs)*len(cfg.recipes)*len(cfg.seeds)
     with tqdm(total=total, initial=len(done), unit='run', desc=str(cfg.out)) as bar:
         for start in cfg.starts:
-            for pair in cfg.pairs: _cell(cfg, lm, start, pair, base, started, done, bar)
-    restore(lm.model, base)
+            for pair in cfg.pairs: _cell(cfg, lm, start, pair, held, done, bar)
+    restore(lm.model, held.base)
     return load_runs(cfg.out)
 
-# %% ../../nbs/training/26_grid.ipynb #9449aac3
-def _optimizer(lm: ScoringModel, recipe: Recipe, keep: dict) -> torch.optim.Optimizer:
-    "The recipe's optimizer; the last one is used again, since new memory costs more than a step"
-    name, made = keep.get('optimizer', ('', None))
-    if name != recipe.name or recipe.untie:
-        made = OPTIMIZERS[recipe.optimizer](lm.model.parameters(), lr=recipe.learning_rate)
-        keep['optimizer'] = recipe.name, made
-    forget(made)
-    return made
+# %% ../../nbs/training/26_grid.ipynb #9ceb64ac
+@dataclass
+class _Held:
+    "What one cell leaves to the next: the weights it started from, and an optimizer, whose memory costs more than a step"
+    base: list[Tensor]           # of the model as it comes
+    start: tuple | None = None   # whose weights are held
+    steps: int = 0               # that their SFT took
+    weights: list[Tensor] = field(default_factory=list)
+    recipe: str = ''             # whose optimizer is held
+    optimizer: Any = None
 
-def _cell(cfg: SinglePromptConfig, lm: ScoringModel, start: Start, pair: PairSpec, base: list, started: dict, done: set,
-          bar: tqdm) -> None:
+def _optimizer(lm: ScoringModel, recipe: Recipe, held: _Held) -> torch.optim.Optimizer:
+    "The recipe's optimizer, without memory of earlier runs"
+    if held.recipe != recipe.name or recipe.untie:  # an untied head is a parameter of its own
+        held.recipe = recipe.name
+        held.optimizer = OPTIMIZERS[recipe.optimizer](lm.model.parameters(), lr=recipe.learning_rate)
+    forget(held.optimizer)
+    return held.optimizer
+
+def _cell(cfg: SinglePromptConfig, lm: ScoringModel, start: Start, pair: PairSpec, held: _Held, done: set, bar: tqdm) -> None:
     "All recipes and seeds of one start and pair; SFT only when a run is missing"
     wanted = [(r, s) for r in cfg.recipes for s in cfg.seeds if _key(start, pair, r, s) not in done]
     if not wanted: return
     pool = persona_prompts(cfg.data, pair.behaviour)
     prompts = {s: pick_prompt(pool, s) for s in cfg.seeds}
     same = start.name, *((pair.chosen, pair.behaviour) if start.sft == 'chosen' else ())
-    if same not in started:
-        # one set of weights is kept: pairs that start alike stand next to each other
-        for key in [k for k in started if k != 'optimizer']: del started[key]
-        restore(lm.model, base)
-        started[same] = _start(lm, cfg, start, pair, prompts), snapshot(lm.model)
-    steps, from_here = started[same]
+    if held.start != same:  # one set of weights is held: pairs that start alike stand next to each other
+        held.start, held.weights = None, []
+        restore(lm.model, held.base)
+        held.steps = _start(lm, cfg, start, pair, prompts)
+        held.start, held.weights = same, snapshot(lm.model)
     classes = pair_classes(lm, single_token(lm.tokenizer, pair.chosen), single_token(lm.tokenizer, pair.rejected))
     for recipe, seed in wanted:
-        restore(lm.model, from_here)
+        restore(lm.model, held.weights)
         with untied(lm.model) if recipe.untie else nullcontext():
-            optimizer = _optimizer(lm, recipe, started)
+            optimizer = _optimizer(lm, recipe, held)
             line, kept = one_run(lm, prompts[seed], pair, recipe, optimizer, classes, cfg.template, cfg.enough)
         key = _key(start, pair, recipe, seed)
         line = dict(key=key, start=start.name, recipe=recipe.name, seed=seed, **{f'pair_{k}': v for k, v in
-                    dataclasses.asdict(pair).items()}, sft_steps=steps) | line
+                    dataclasses.asdict(pair).items()}, sft_steps=held.steps) | line
         if cfg.keep_distributions:
             name = hashlib.sha256(key.encode()).hexdigest()[:16]
             write_files({cfg.out/'distributions'/f'{name}.safetensors': tensor_bytes({str(k): v for k, v in kept.items()})})

@@ -143,8 +143,8 @@ def grid_record(
         marks = {m: {k: v[:5] if isinstance(v, list) else v for k, v in x.items()
                      if m == last or k in ('spearman', 'overlap', 'moved')} for m, x in r['marks'].items()}
         return r | dict(marks=marks, chosen=[round(x, 4) for x in r['chosen']], rejected=[round(x, 4) for x in r['rejected']])
-    manifest = json.loads((Path(out)/'manifest.json').read_text())
-    return manifest | dict(seconds=round(sum(r['seconds'] for r in load_runs(out))), runs=[short(r) for r in load_runs(out)])
+    manifest, runs = json.loads((Path(out)/'manifest.json').read_text()), load_runs(out)
+    return manifest | dict(seconds=round(sum(r['seconds'] for r in runs)), runs=[short(r) for r in runs])
 
 def compare_runs(
     ours: Sequence[dict],    # of `load_runs`

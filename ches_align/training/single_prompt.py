@@ -7,7 +7,8 @@ __all__ = ['OPTIMIZERS', 'MARKS', 'FAMILIES', 'Prompt', 'persona_prompts', 'pick
            'FusedRMSprop', 'forget', 'rmsprop', 'Run', 'next_logps', 'preference_run', 'snapshot', 'restore', 'untied',
            'family_examples', 'sft_epoch']
 
-# %% ../../nbs/training/24_single_prompt.ipynb #7d17a0ff
+# %% ../../nbs/training/24_single_prompt.ipynb #f8c6c24a
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..audit.files import AuditError, read_rows
 from ..theory.losses import LOSSES, PairLogps
+from .displacement import left_padded
 
 # %% ../../nbs/training/24_single_prompt.ipynb #b316f35b
 class Prompt(NamedTuple):
@@ -142,6 +144,7 @@ def preference_run(
     "Train one preference between two tokens, as in section 3 of Razin et al. (2025). Raises `ValueError` for y+ = y-."
     if chosen == rejected: raise ValueError(f'chosen and rejected are both token {chosen}: there is nothing to prefer')
     run, reference, pair = Run([], [], [], {}, ''), None, torch.tensor([chosen, rejected])
+    goal = math.inf if enough is None else math.log(enough)
     model.eval()
     for step in range(steps + 1):
         logps = next_logps(model, ids)
@@ -151,7 +154,7 @@ def preference_run(
         one = torch.ones(1, device=logps.device)
         result = loss(PairLogps(both[:1], both[1:], reference[:1], reference[1:], one, one))
         for curve, x in zip(run, (*both.tolist(), result.loss.item())): curve.append(x)
-        last = step == steps or (enough is not None and run.chosen[-1] >= torch.tensor(enough).log().item())
+        last = step == steps or run.chosen[-1] >= goal
         if step == 0 or step in marks or last: run.kept[step] = logps.detach().float().cpu()
         if last: return run._replace(stopped='' if step == steps else 'enough')
         result.loss.mean().backward()
@@ -205,16 +208,11 @@ def sft_epoch(
 ) -> int:                      # steps taken
     "Raise the log-probability of one token a prompt, for one epoch or until `done`."
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    device = next(model.parameters()).device
     for step, part in enumerate(range(0, len(order), batch)):
         if done(): return step
         prompts, tokens = zip(*(examples[i] for i in order[part:part + batch]))
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0]*(width - len(p)) + list(p) for p in prompts], device=device)
-        mask = torch.tensor([[0]*(width - len(p)) + [1]*len(p) for p in prompts], device=device)
-        places = (mask.cumsum(-1) - 1).clamp(min=0)
-        z = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1).logits[:, -1]
-        nn.functional.cross_entropy(z.float(), torch.tensor(tokens, device=device)).backward()
+        z = model(**left_padded(model, prompts, 1), use_cache=False).logits[:, -1]
+        nn.functional.cross_entropy(z.float(), torch.tensor(tokens, device=z.device)).backward()
         optimizer.step()
         optimizer.zero_grad()
     return -(-len(order) // batch)
