@@ -9,7 +9,7 @@ _homes = {
     'load_pairs': 'audit.data', 'load_model': 'audit.models',
     'score_dataset': 'audit.scoring', 'load_scores': 'audit.scoring',
     'select_pairs': 'audit.selection', 'audit_report': 'audit.report',
-    'DisplacementCallback': 'training.callback', 'DisplacementTracker': 'training.callback',
+    'DisplacementCallback': 'training.callback', 'DisplacementTracker': 'training.tracker',
     'train_preferences': 'training.train',
 }
 __all__ = list(_homes)

@@ -197,7 +197,9 @@ def ches_audit(
 # %% ../nbs/60_cli.ipynb #00b5b923
 def _train(cfg, resume: bool, check: bool) -> str:
     "One preference run; what to print"
-    from ches_align.training.train import check as check_train, processes, run_summary, train_preferences
+    from ches_align.training.pair_trainer import processes
+    from ches_align.training.train import run_summary, train_preferences
+    from ches_align.training.train_config import check as check_train
     if check: return check_train(cfg)
     made = train_preferences(cfg, resume)
     return run_summary(made) if processes().is_main_process else ''
@@ -224,7 +226,7 @@ def ches_train(
     with one_line('ches_train'):
         from ches_align.training.config import load_config
         from ches_align.training.grid import SinglePromptConfig
-        from ches_align.training.train import TrainConfig
+        from ches_align.training.train_config import TrainConfig
         _quiet()
         cfg = load_config(config, dict(preference=TrainConfig, single_prompt=SinglePromptConfig), list(set))
         said = _grid(cfg, check, against) if isinstance(cfg, SinglePromptConfig) else _train(cfg, resume, check)

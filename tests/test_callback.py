@@ -17,7 +17,8 @@ import torch
 
 from ches_align.audit.data import load_pairs
 from ches_align.audit.files import AuditError
-from ches_align.training.callback import DisplacementCallback, DisplacementTracker
+from ches_align.training.callback import DisplacementCallback
+from ches_align.training.tracker import DisplacementTracker
 
 pytest.importorskip('trl')
 pytest.importorskip('peft')
@@ -172,13 +173,13 @@ def test_every_integration_gets_the_numbers(tmp_path, monkeypatch):
     assert ours == [2, 4] and any('loss' in logs for _, logs in Fake.run)
 
 def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch):
-    from ches_align.training import callback
-    real, watch = callback.write_files, watcher(tmp_path/'seen')
+    from ches_align.training import tracker
+    real, watch = tracker.write_files, watcher(tmp_path/'seen')
     def full(files):
         if watch.tracker.metrics and watch.tracker.metrics[-1]['step'] > 0:
             raise AuditError('cannot be written: No space left')
         real(files)
-    monkeypatch.setattr(callback, 'write_files', full)
+    monkeypatch.setattr(tracker, 'write_files', full)
     with pytest.warns(UserWarning, match='No space left.*training goes on'):
         trainer = dpo(tmp_path/'run', [watch], max_steps=4)
         trainer.train()

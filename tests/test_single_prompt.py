@@ -37,7 +37,7 @@ CONFIGS = sorted(p for p in (Path(__file__).parents[1]/'configs').rglob('*.yaml'
 def test_every_shipped_file_is_read(path):
     from ches_align.training.config import load_config
     from ches_align.training.grid import SinglePromptConfig
-    from ches_align.training.train import TrainConfig
+    from ches_align.training.train_config import TrainConfig
     cfg = load_config(path, dict(preference=TrainConfig, single_prompt=SinglePromptConfig))
     assert cfg.kind in path.read_text()
 

@@ -25,8 +25,8 @@ from ches_align.audit.files import AuditError, write_files
 from ches_align.audit.models import embedded_gguf, gguf_folder, load_model
 from ches_align.theory.losses import LOSSES
 from ches_align.training.config import ConfigError, load_config
-from ches_align.training.train import (Displacement, Lora, TrainConfig, check, make_trainer, read_data,
-                                       train_preferences)
+from ches_align.training.train import make_trainer, read_data, train_preferences
+from ches_align.training.train_config import Displacement, Lora, TrainConfig, check
 
 warnings.filterwarnings('ignore', category=FutureWarning)
 ROOT = Path(__file__).resolve().parent.parent
