@@ -87,7 +87,7 @@ def _gathered(self: DisplacementCallback, model: nn.Module, budget: int | None =
     order = [i for rank, p in enumerate(parts) if p is not None for i in range(rank, count, here.num_processes)]
     return join_states([p for p in parts if p is not None], order)
 
-# %% ../../nbs/training/24_callback.ipynb #f2d56402
+# %% ../../nbs/training/24_callback.ipynb #0d78619b
 @patch
 def _measure(self: DisplacementCallback, args, state, control, model, lr_scheduler):
     began, lr = time.time(), lr_scheduler.get_last_lr()[0] if lr_scheduler is not None else None
@@ -110,6 +110,7 @@ def _on_first(self: DisplacementCallback, work: Any) -> Any:
     if said[1] is not None: raise AuditError(said[1])
     return said[0]
 
+# %% ../../nbs/training/24_callback.ipynb #f2d56402
 @patch
 def _report(self: DisplacementCallback, args, state, control, model, logs: dict[str, float]) -> None:
     "Into `state.log_history` and to every integration; one that fails is told once and left out"

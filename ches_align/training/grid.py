@@ -249,6 +249,7 @@ def _optimizer(lm: ScoringModel, recipe: Recipe, held: _Held) -> torch.optim.Opt
     forget(held.optimizer)
     return held.optimizer
 
+# %% ../../nbs/training/28_grid.ipynb #ad62350a
 def _cell(cfg: SinglePromptConfig, lm: ScoringModel, start: Start, pair: PairSpec, held: _Held, done: set, bar: tqdm) -> None:
     "All recipes and seeds of one start and pair; SFT only when a run is missing"
     wanted = [(r, s) for r in cfg.recipes for s in cfg.seeds if _key(start, pair, r, s) not in done]

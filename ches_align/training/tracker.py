@@ -30,8 +30,6 @@ from .probes import (COMPARED, ProbeState, compare, core_model, evaluating, load
                                         measure_probes, probe_overlap)
 
 # %% ../../nbs/training/23_tracker.ipynb #c36b6fae
-HISTORY = ['step', 'seconds', 'chosen_logps', 'rejected_logps', *COMPARED]
-
 class DisplacementTracker:
     "Measures fixed pairs again and again, keeps the history, and says when to worry. All log-probabilities in nats."
     def __init__(self,
@@ -71,9 +69,6 @@ class DisplacementTracker:
         if text not in self.notes:
             self.notes.append(text)
             warnings.warn(text, stacklevel=3)
-
-    def measure(self, model: nn.Module, budget: int | None = None, some: slice = slice(None)) -> ProbeState:
-        return measure_probes(model, self.encoded[some], budget or self.budget, answers=self.answers)
 
 # %% ../../nbs/training/23_tracker.ipynb #b614073b
 def probe_identity(
@@ -131,6 +126,8 @@ def _open(tracker: DisplacementTracker, model: nn.Module, step: int, twice: Sequ
     write_files({tracker.out/'manifest.json': (json.dumps(plain(tracker.manifest), indent=1) + '\n').encode()})
 
 # %% ../../nbs/training/23_tracker.ipynb #181bce30
+HISTORY = ['step', 'seconds', 'chosen_logps', 'rejected_logps', *COMPARED]
+
 def _history_rows(tracker: DisplacementTracker, state: ProbeState, step: int, began: float) -> pd.DataFrame:
     rows = compare(tracker.baseline, state, tracker.classes, tracker.tokenizer,
                    [pair_texts(p)[1] for p in tracker.pairs], tracker.floor)
@@ -201,6 +198,11 @@ def record(self: DisplacementTracker, state: ProbeState, step: int, began: float
     return metrics
 
 # %% ../../nbs/training/23_tracker.ipynb #48f351c7
+@patch
+def measure(self: DisplacementTracker, model: nn.Module, budget: int | None = None,
+            some: slice = slice(None)) -> ProbeState:
+    return measure_probes(model, self.encoded[some], budget or self.budget, answers=self.answers)
+
 @patch
 def start(self: DisplacementTracker, model: nn.Module, step: int = 0) -> dict[str, float]:
     "Measure the probes twice, in batches of different shape. Raises `AuditError`."
