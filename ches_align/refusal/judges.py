@@ -35,9 +35,9 @@ def no_text(
 ) -> str:          # '' or what is wrong
     "Why a response is nothing that could be judged: empty, without a word, or the same words over and over."
     if not isinstance(response, str) or not response.strip(): return 'empty response'
-    words = re.findall(r'\w+', response.lower())
+    words = re.findall(r'\w+', response.lower())[:60]
     if not words: return 'no words'
-    return 'repeats itself' if len(words) >= 20 and len(set(words)) < len(words) / 6 else ''
+    return 'repeats itself' if len(words) >= 20 and len(set(words)) < len(words) / 4 else ''
 
 class RuleJudge:
     "English refusal phrases in a response's opening; it does not read the prompt."
@@ -156,7 +156,7 @@ def _judge_some(judge: Callable, rows: list[dict]) -> list[Verdict]:
 def judge_responses(
     rows: Sequence[dict],            # with `prompt` and `response`, as `generate_responses` gives them
     judge: Callable[[Sequence[dict]], list[Verdict]] = RuleJudge(), # `RuleJudge`, `ChatJudge` or your own
-    out: str | Path | None = None,   # folder for `judged.jsonl` and `manifest.json`; None: in memory only
+    out: str | Path | None = None,   # folder of its own for `judged.jsonl` and `manifest.json`; None: memory
     batch: int = 64,                 # rows handed to the judge, and written, at a time
 ) -> list[dict[str, Any]]:           # the rows with refused, judge_reason, judge_error, judge
     "Judge every row; with `out`, continue, and judge again what failed. Raises `AuditError` for another run's folder."

@@ -122,7 +122,7 @@ def _run_batches(plan, keys, encoded, seeds, engine, row, have, folder, progress
             start = time.perf_counter()
             try: made = engine([encoded[keys[j][0]] for j in batch], [seeds[j] for j in batch])
             except (torch.OutOfMemoryError, MemoryError):
-                raise AuditError(f'out of memory with {len(batch)} rows: lower batch_tokens; the rest is kept') from None
+                raise AuditError(f'{len(batch)} rows are too many for the memory: lower batch_tokens') from None
             seconds = round((time.perf_counter() - start) / len(batch), 4)
             rows = [row(*keys[j], ids) | dict(seconds=seconds) for j, ids in zip(batch, made)]
             if folder: _add_run(folder, rows)
@@ -135,7 +135,7 @@ def generate_responses(
     lm: ScoringModel,                # from `load_model` or `load_generator`
     prompts: Sequence[Text],         # texts, or messages in TRL's form
     sampling: Sampling = Sampling(), # how, how long, how many
-    out: str | Path | None = None,   # folder for `responses.jsonl` and `manifest.json`; None: in memory only
+    out: str | Path | None = None,   # folder of its own for `responses.jsonl` and `manifest.json`; None: memory
     batch_tokens: int | None = None, # rows times longest prompt and response; None: 4096, on a GPU 65536, vLLM 2**20
     engine: str = 'transformers',    # transformers, vllm or auto
     chat: bool | None = None,        # apply the chat template; None: if there is one

@@ -125,8 +125,9 @@ def _own_settings(model, settings: GenerationConfig) -> Iterator[None]:
 def _warpers(sampling: Sampling, seeds: Sequence[int], device: Any) -> LogitsProcessorList:
     "Temperature, truncation, noise; none of them when greedy"
     s = sampling
-    steps = [s.temperature != 1 and TemperatureLogitsWarper(float(s.temperature)),
-             s.top_k and TopKLogitsWarper(s.top_k), s.top_p < 1 and TopPLogitsWarper(s.top_p), RowNoise(seeds, device)] if s.temperature else []
+    if s.temperature == 0: return LogitsProcessorList()
+    steps = [s.temperature != 1 and TemperatureLogitsWarper(float(s.temperature)), s.top_k and TopKLogitsWarper(s.top_k),
+             s.top_p < 1 and TopPLogitsWarper(s.top_p), RowNoise(seeds, device)]
     return LogitsProcessorList([step for step in steps if step])
 
 # %% ../../nbs/rl/29_sampling.ipynb #b31e17bf
