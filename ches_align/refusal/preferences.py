@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
-from ..audit.data import Text, parse_dialogue
+from ..audit.data import parse_dialogue
 from ..audit.files import AuditError, plain, read_rows, write_files
 from ..rl.sampling import prompt_hash, row_seed
 
