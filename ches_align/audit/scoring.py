@@ -20,13 +20,12 @@ from typing import Any, Iterator, Sequence
 
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data import Pair, load_pairs
-from .files import AuditError, write_files, writing
+from .files import AuditError, only_writer, write_files, writing
 from .hidden_states import (EncodedPair, default_budget, encode_pairs, pair_states, shares_prompt,
                                             special_ids)
 from .models import ScoringModel, load_model
@@ -233,17 +232,11 @@ def _device_name(lm: ScoringModel) -> str:
 @contextmanager
 def _output(out: str | Path | None, identity: dict) -> Iterator[Path | None]:
     "The output folder, made, locked and checked against its manifest"
-    if out is None: yield None; return
-    folder = Path(out).expanduser()
-    lock = FileLock(folder/'.lock', timeout=0)
-    with writing(folder):
-        (folder/'scores').mkdir(parents=True, exist_ok=True)
-        try: lock.acquire()
-        except Timeout: raise AuditError(f'{folder}: another run is writing there; choose another --out') from None
-    try:
+    with only_writer(out) as folder:
+        if folder is None: yield None; return
+        with writing(folder): (folder/'scores').mkdir(exist_ok=True)
         if (folder/'manifest.json').exists():
             check_identity(json.loads((folder/'manifest.json').read_text()), identity, folder)
         elif any((folder/'scores').glob('*.parquet')):
             raise AuditError(f'{folder}: scores without a manifest; choose another --out')
         yield folder
-    finally: lock.release()

@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..audit.files import AuditError, add_run, load_runs, open_runs, plain, read_rows, write_files
+from ..audit.files import add_run, AuditError, load_runs, only_writer, open_runs, plain, read_rows, write_files
 from ..audit.models import ScoringModel, load_model
 from ..theory.losses import LOSSES
 from ..theory.single_token import logp_rates, pair_geometry
@@ -221,12 +221,13 @@ def run_grid(
     lm = lm or load_model(cfg.model, dtype='float32', device=cfg.device)
     for pair in cfg.pairs:
         for word in (pair.chosen, pair.rejected): single_token(lm.tokenizer, word)
-    finished = open_runs(cfg.out, _manifest(cfg, lm), _about(cfg, lm))
-    done, held = {r['key'] for r in finished}, _Held(snapshot(lm.model))
     total = len(cfg.starts)*len(cfg.pairs)*len(cfg.recipes)*len(cfg.seeds)
-    with tqdm(total=total, initial=len(done), unit='run', desc=str(cfg.out)) as bar:
-        for start in cfg.starts:
-            for pair in cfg.pairs: _cell(cfg, lm, start, pair, held, done, bar)
+    with only_writer(cfg.out):
+        done = {r['key'] for r in open_runs(cfg.out, _manifest(cfg, lm), _about(cfg, lm))}
+        held = _Held(snapshot(lm.model))
+        with tqdm(total=total, initial=len(done), unit='run', desc=str(cfg.out)) as bar:
+            for start in cfg.starts:
+                for pair in cfg.pairs: _cell(cfg, lm, start, pair, held, done, bar)
     restore(lm.model, held.base)
     return load_runs(cfg.out)
 

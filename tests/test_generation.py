@@ -1,0 +1,65 @@
+"""A run of generation that dies by SIGKILL in the middle ends with the texts of one that did not; then it is judged."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+SCRIPT = '''
+import sys
+from ches_align.audit.models import load_model
+from ches_align.rl.generation import generate_responses
+from ches_align.rl.sampling import Sampling
+prompts = [f'Say {i} things about the number {i}.' for i in range(12)]
+generate_responses(load_model('model', device='cpu'), prompts, Sampling(max_new_tokens=60, count=4, seed=5), sys.argv[1],
+                   batch_tokens=400, progress=False)
+'''
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    "A folder with a tiny model that has the embedded model's tokenizer"
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from ches_align.audit.models import load_model
+    where = tmp_path_factory.mktemp('generation')
+    tokenizer = load_model('smollm2-135m').tokenizer
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(where/'model')
+    tokenizer.save_pretrained(where/'model')
+    return where
+
+def run(place, out): return subprocess.Popen([sys.executable, '-c', SCRIPT, out], cwd=place, stderr=subprocess.PIPE, text=True)
+
+def rows(path):
+    found = [json.loads(x) for x in path.read_text().splitlines()]
+    return {(r['prompt_index'], r['k']): (r['response'], r['tokens'], r['finished']) for r in found}, len(found)
+
+def test_killed_and_run_again(place):
+    process, path = run(place, 'killed'), place/'killed'/'responses.jsonl'
+    deadline = time.time() + 120
+    while not (path.exists() and path.stat().st_size) and process.poll() is None and time.time() < deadline: time.sleep(.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    have, _ = rows(path)
+    assert 0 < len(have) < 48
+    for out in ('killed', 'whole'):
+        process = run(place, out)
+        assert process.wait(180) == 0, process.stderr.read()
+    (again, lines), (whole, _) = rows(path), rows(place/'whole'/'responses.jsonl')
+    assert again == whole and len(whole) == lines == 48 and have.items() <= whole.items()
+
+def test_two_at_once_and_judged(place):
+    from filelock import FileLock
+    from ches_align.refusal.judges import judge_responses
+    with FileLock(place/'whole'/'.lock'):
+        process = run(place, 'whole')
+        assert process.wait(120) and 'another run is writing there' in process.stderr.read()
+    found = [json.loads(x) for x in (place/'whole'/'responses.jsonl').read_text().splitlines()]
+    judged = judge_responses(found, out=place/'judged')
+    assert [r['response'] for r in judged] == [r['response'] for r in found]
+    assert judge_responses(found, out=place/'judged') == judged
