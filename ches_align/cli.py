@@ -214,20 +214,33 @@ def _grid(cfg, check: bool, against: str | None) -> str:
     said = [f'{len(runs)} runs; table: {written[1]}, picture: {written[2]}']
     return '\n'.join(said + ([hold_against(runs, against)] if against else []))
 
+def _subsets(study, check: bool) -> str:
+    "One study of subsets; what to print"
+    from ches_align.studies.subset_report import check_subsets, write_study
+    from ches_align.studies.subsets import run_subsets
+    from ches_align.training.pair_trainer import processes
+    if check: return check_subsets(study)
+    runs = run_subsets(study)
+    if not processes().is_main_process: return ''
+    table, picture = write_study(study.out)
+    return f'{len(runs)} arms; table: {table}, picture: {picture}'
+
 @call_parse
 def ches_train(
-    config: str,           # YAML file, of kind preference or single_prompt
-    resume: bool = False,  # continue a preference run from its last checkpoint (a grid always continues)
+    config: str,           # YAML file, of kind preference, single_prompt or subsets
+    resume: bool = False,  # continue a preference run from its last checkpoint (grids and studies always continue)
     check: bool = False,   # say what it would take, and end
     against: str = None,   # a committed record that a grid's runs are held against
     set: Param('values that replace those of the file: key=value, a.b=value', str, nargs='*') = (),
 ):
     "Train as a YAML file says, and watch for likelihood displacement."
     with one_line('ches_train'):
+        from ches_align.studies.subsets import SubsetStudy
         from ches_align.training.config import load_config
         from ches_align.training.grid import SinglePromptConfig
         from ches_align.training.train_config import TrainConfig
         _quiet()
-        cfg = load_config(config, dict(preference=TrainConfig, single_prompt=SinglePromptConfig), list(set))
-        said = _grid(cfg, check, against) if isinstance(cfg, SinglePromptConfig) else _train(cfg, resume, check)
+        cfg = load_config(config, {k.kind: k for k in (TrainConfig, SinglePromptConfig, SubsetStudy)}, list(set))
+        said = (_grid(cfg, check, against) if isinstance(cfg, SinglePromptConfig) else
+                _subsets(cfg, check) if isinstance(cfg, SubsetStudy) else _train(cfg, resume, check))
         if said: print(said)

@@ -20,7 +20,8 @@ from torch import nn
 from ..audit.files import AuditError, add_run
 from ..audit.hidden_states import EncodedPair
 from ..training.config import ConfigError, unknown_name
-from ..training.probes import measure_probes
+from ..training.pair_trainer import processes
+from ..training.probes import measure_probes, weights_dtype
 from ..training.train import RunData, load_trainable, make_trainer
 from ..training.train_config import TrainConfig
 
@@ -55,23 +56,24 @@ def response_logps(
     model: nn.Module,             # wrapped or not
     pairs: Sequence[EncodedPair], # all with status 'ok'
 ) -> dict[int, list[float]]:      # row id -> ln pi(y+), ln pi(y-), nats
-    "Summed log-probabilities of both responses of fixed pairs."
-    state = measure_probes(model, pairs, fork=False)
+    "Summed log-probabilities of both responses of fixed pairs, in the precision of the weights."
+    with weights_dtype(model): state = measure_probes(model, pairs, fork=False)
     return dict(zip(state.row_ids, state.sums.tolist()))
 
 def run_arm(
     config: TrainConfig,             # of this arm
     train: Sequence[EncodedPair],    # what it trains on
     measured: Sequence[EncodedPair], # what is measured afterwards, trained on or not
-    before: dict[int, list[float]],  # the same at the start, from `response_logps`
+    before: dict[int, list[float]],  # the same at the start, from `response_logps` or a table of scores
 ) -> tuple[dict, nn.Module]:         # steps, seconds, changes (nats) in the order of `measured`; the trained model
     "Train one arm from the start that `config.model` names, and measure (@eq-arm-change)."
     began, said = time.perf_counter(), ''
     trainer = make_trainer(config, load_trainable(config), RunData(list(train), [], [], {}))
     try: trainer.train()
     except AuditError as e: said = str(e)   # weights that training destroyed are a result
-    finally: shutil.rmtree(Path(config.out), ignore_errors=True)
-    trained = time.perf_counter()
+    trained, here = time.perf_counter(), processes()
+    here.wait_for_everyone()
+    if here.is_main_process: shutil.rmtree(Path(config.out), ignore_errors=True)
     after = response_logps(trainer.model, measured)
     change = np.array([np.subtract(after[e.row_id], before[e.row_id]) for e in measured])
     losses = [r['loss'] for r in trainer.state.log_history if 'loss' in r]

@@ -102,5 +102,5 @@ def check_subsets(
     parameters = measure_architecture(read_architecture(study.architecture or study.model), 1, 8).parameters
     work = 2*length*parameters*(study.size*(2 + 6*config.epochs + 2) + 2*study.held_out)
     hours = work/tflops/1e12/3600
-    return (f'{said}\n{arms} arms of {study.size} pairs, {steps:g} steps each; at {tflops:g} TFLOP/s and {length} tokens a response '
+    return (f'{said}\n{arms} arms of {study.size} pairs, {steps:g} steps each on one device; at {tflops:g} TFLOP/s and {length} tokens a response '
             f'at most {60*hours:.1f} minutes an arm, {arms*hours:.1f} hours in all')

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Sequence
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -29,8 +30,9 @@ from ..audit.hidden_states import EncodedPair, encode_pairs
 from ..audit.models import _resolve
 from ..audit.scoring import load_scores, score_dataset
 from ..audit.selection import order_values
-from .arms import Arm, arm_config, finish_arm, response_logps, run_arm
+from .arms import Arm, arm_config, finish_arm, run_arm
 from ..training.config import ConfigError, config_dict
+from ..training.pair_trainer import processes
 from ..training.train import load_trainable, train_preferences
 from ..training.train_config import TrainConfig
 
@@ -133,6 +135,7 @@ def check_scores(
     hashes = dict(zip(mine.row_id, mine.row_hash))
     other = [r for r, e in encoded.items() if hashes.get(r) != e.row_hash]
     if other: raise AuditError(f'the scores are of other data: {len(other)} of {len(encoded)} rows (first: {other[0]}) are not in them')
+    if mine.chosen_logps.isna().all(): raise AuditError('the scores hold no log-probabilities: score again, without --no_head')
     return mine[mine.status == 'ok'].reset_index(drop=True)
 
 def plan_arms(study: SubsetStudy, bench: Bench) -> list[tuple[Arm, dict]]:
@@ -177,6 +180,8 @@ def open_bench(study: SubsetStudy, progress: bool = True) -> tuple[Bench, dict]:
     start = _fitted(study, [p for p in pairs if p.row_id not in set(held)])
     lm = load_trainable(dataclasses.replace(study.common, model=start))
     out = Path(study.out).expanduser()/'scores'
+    if processes().num_processes > 1 and not study.scores:
+        raise AuditError(f'score first, in one process: ches_score {study.data} --model {start} ...; then scores: FOLDER')
     scores = load_scores(study.scores) if study.scores else score_dataset(pairs, lm, out, study.max_length, progress=progress)
     table = check_scores(scores, lm.provenance, encoded)
     encoded = {r: encoded[r] for r in table.row_id}
@@ -192,27 +197,31 @@ def run_subsets(
     progress: bool = True, # a bar, on a terminal
 ) -> list[dict]:           # all lines, as `load_runs`
     "Run what is missing of a study. Raises `AuditError`."
-    out = Path(study.out).expanduser()
-    with only_writer(out):
+    out, here = Path(study.out).expanduser(), processes()
+    with only_writer(out if here.is_main_process else None):
         bench, identity = open_bench(study, progress)
-        about = dict(model=Path(study.model).name, data=Path(study.data).name, usable=len(bench.encoded), flagged=bench.flagged,
-                     held=bench.held, versions={p: version(p) for p in ('ches_align', 'torch', 'transformers', 'trl')},
-                     hardware=f'{os.cpu_count()} CPUs, {torch.get_num_threads()} threads' if not torch.cuda.is_available()
-                     else torch.cuda.get_device_name())
-        done = {r['key'] for r in open_runs(out, identity, about)}
-        arms = [(a, said) for a, said in plan_arms(study, bench) if a.key not in done]
-        if arms: _run_arms(study, bench, arms, len(done), out, progress)
+        planned, said = plan_arms(study, bench), [None, '']
+        if here.is_main_process:
+            try: said[0] = [r['key'] for r in open_runs(out, identity, _about(study, bench))]
+            except AuditError as e: said[1] = str(e)
+        if here.num_processes > 1: broadcast_object_list(said)
+        if said[1]: raise AuditError(said[1])
+        arms = [(a, named) for a, named in planned if a.key not in said[0]]
+        _run_arms(study, bench, arms, len(said[0]), out, progress)
     return load_runs(out)
+
+def _about(study: SubsetStudy, bench: Bench) -> dict:
+    "What the manifest tells besides"
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} CPUs, {torch.get_num_threads()} threads'
+    return dict(model=Path(study.model).name, data=Path(study.data).name, usable=len(bench.encoded), flagged=bench.flagged,
+                held=bench.held, versions={p: version(p) for p in ('ches_align', 'torch', 'transformers', 'trl')}, hardware=machine)
 
 def _run_arms(study: SubsetStudy, bench: Bench, arms: list, done: int, out: Path, progress: bool) -> None:
     "The arms that are missing, each a line"
-    lm = load_trainable(dataclasses.replace(study.common, model=bench.start))
-    used = sorted({r for a, _ in arms for r in a.rows} | set(bench.held))
-    before = response_logps(lm.model, [bench.encoded[r] for r in used])
-    del lm
+    before = dict(zip(bench.scores.row_id, bench.scores[['chosen_logps', 'rejected_logps']].values.tolist()))
     common = dataclasses.replace(study.common, model=bench.start)
     for arm, said in tqdm(arms, initial=done, total=done + len(arms), unit='arm', disable=None if progress else True):
         train = [bench.encoded[r] for r in arm.rows]
         measured = train + [bench.encoded[r] for r in bench.held]
         line, _ = run_arm(arm_config(common, arm, out/'work'), train, measured, before)
-        finish_arm(out, arm, line, **said)
+        if processes().is_main_process: finish_arm(out, arm, line, **said)

@@ -27,7 +27,7 @@ from ..audit.models import ScoringModel, wrap_model
 from ..audit.scoring import load_scores, score_block
 from .displacement import Rule, TokenClasses, draw_history, step_metrics
 from .probes import (COMPARED, ProbeState, compare, core_model, evaluating, load_probes,
-                                        measure_probes, probe_overlap)
+                                        measure_probes, probe_overlap, weights_dtype)
 
 # %% ../../nbs/training/23_tracker.ipynb #c36b6fae
 class DisplacementTracker:
@@ -229,15 +229,12 @@ def _similarity(self: DisplacementTracker, model: nn.Module | None) -> pd.DataFr
         if table.ches.isna().all(): raise AuditError(f'scores {str(self.scores)[:80]}: none of the probes is in there')
         return table
     if model is None: return blank
-    core = core_model(model)
-    autocast = core.__dict__.pop('forward', None)  # mixed precision wraps `forward`: states are taken without it
     try:
-        with evaluating(model): rows = score_block(wrap_model(core, self.tokenizer), self.encoded, head=False)
+        with evaluating(model), weights_dtype(model):
+            rows = score_block(wrap_model(core_model(model), self.tokenizer), self.encoded, head=False)
     except (AuditError, RuntimeError, AttributeError, TypeError) as e:
         self.tell(f'CHES of the probes was not computed ({str(e)[:150]})')
         return blank
-    finally:
-        if autocast is not None: core.forward = autocast
     return pd.DataFrame(rows)[['row_hash', 'ches', 'ln_ches']]
 
 @patch

@@ -1,0 +1,77 @@
+"A study of subsets as a user runs it: from a file, killed and continued, by two processes, and with what cannot work."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from ches_align.audit.models import _resolve
+
+ENV = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    where = tmp_path_factory.mktemp('studies')
+    tokenizer = AutoTokenizer.from_pretrained(_resolve('smollm2-135m'))
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                 num_attention_heads=2, pad_token_id=2)).save_pretrained(where/'model')
+    tokenizer.save_pretrained(where/'model')
+    study = dict(kind='subsets', model='model', data='sample', sample=40, max_length=48, measures=['ches', 'random'],
+                 quantiles=[0, 1], size=8, held_out=6, train=dict(learning_rate=1e-3, batch=2, accumulation=2))
+    (where/'study.yaml').write_text(yaml.safe_dump(study))
+    return where
+
+def command(*args): return [sys.executable, str(Path(sys.executable).with_name('ches_train')), 'study.yaml', *args]
+
+def ches_train(place, *args):
+    return subprocess.run(command(*args), cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
+
+def lines(out):
+    found = [json.loads(x) for x in (out/'runs.jsonl').read_text().splitlines()]
+    return {r['key']: {k: v for k, v in r.items() if 'seconds' not in k} for r in found}
+
+def test_killed_and_run_again(place):
+    "The finished arms stay, the others follow; the table is that of a run in one go"
+    done = ches_train(place, '--set', 'out=whole')
+    assert done.returncode == 0 and '3 arms; table: whole' in done.stdout, done.stderr
+    process = subprocess.Popen(command('--set', 'out=killed'), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
+    path, end = place/'killed'/'runs.jsonl', time.time() + 120
+    while not path.exists() and time.time() < end: time.sleep(.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = len(path.read_text().splitlines())
+    assert 1 <= kept < 3
+    assert ches_train(place, '--set', 'out=killed').returncode == 0
+    assert lines(place/'killed') == lines(place/'whole')
+    assert (place/'killed'/'points.png').exists()
+
+def test_two_processes(place):
+    "With the same pairs a step, two processes train an arm to the weights of one: the changes agree"
+    asked = ches_train(place, '--set', 'out=two', 'train.accumulation=1')
+    assert asked.returncode == 0, asked.stderr
+    launch = ['accelerate.commands.launch', '--config_file', str(Path(__file__).parents[1]/'configs/accelerate/ddp_2gpu.yaml')]
+    both = [sys.executable, '-m', *launch, *command()[1:], '--set', 'out=pair', 'train.batch=1', 'train.accumulation=1']
+    told = subprocess.run(both, cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
+    assert told.returncode != 0 and 'score first, in one process' in told.stderr
+    done = subprocess.run([*both, 'scores=two/scores'], cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
+    assert done.returncode == 0 and done.stdout.count('3 arms; table') == 1, done.stderr
+    one, two = lines(place/'two'), lines(place/'pair')
+    assert one.keys() == two.keys()
+    for key in one:
+        apart = max(abs(a - b) for a, b in zip(one[key]['d_chosen'], two[key]['d_chosen']))
+        assert apart < 1e-2 and one[key]['steps'] == two[key]['steps']  # sums of 40 tokens after steps of 1e-3
+
+@pytest.mark.parametrize('changes, said', [
+    (['measures=[chess]'], "cannot order by 'chess'"),
+    (['size=60'], 'the study needs 60 + 6 held out'),
+    (['scores=nowhere'], 'no scores there'),
+    (['train={learning_rate: 1e-3, lss: dpo}'], 'did you mean loss'),
+    (['quantiles=[1.5]'], 'in [0, 1]'),
+    (['pool=39'], 'pairs can be trained on'),
+    (['data=nowhere.jsonl'], 'no such file')], ids=lambda v: v[0].split('=')[0] if isinstance(v, list) else '')
+def test_what_cannot_work(place, changes, said):
+    done = ches_train(place, '--set', 'out=wrong', *changes)
+    assert done.returncode == 1 and said in done.stderr and done.stderr.count('\n') <= 2, done.stderr
