@@ -110,8 +110,10 @@ def ches_generate(
 # %% ../nbs/61_cli_refusal.ipynb #fcad4401
 def _template(file: str | None) -> str | None:
     if file is None: return None
-    try: return Path(file).expanduser().read_text('utf-8')
+    try: text = Path(file).expanduser().read_text('utf-8')
     except (OSError, UnicodeDecodeError) as e: raise AuditError(f'judge template {file}: cannot be read ({e})') from None
+    if not text.strip(): raise AuditError(f'judge template {file}: the file is empty')
+    return text
 
 def _make_judge(judge: str, template: str | None, folder: str | None, load: dict) -> Any:
     "rule, sorry, or a model by name"
@@ -120,7 +122,7 @@ def _make_judge(judge: str, template: str | None, folder: str | None, load: dict
     if judge == 'rule' and template: raise AuditError('judge rule reads no template: leave --template out')
     if judge == 'rule': return RuleJudge()
     text = _template(template)
-    if judge == 'sorry': return sorry_judge(text, folder or SORRY_JUDGE, **load)
+    if judge == 'sorry': return sorry_judge(template, folder or SORRY_JUDGE, **load)  # it reads the file
     try: return ChatJudge(judge, text or JUDGE_PROMPT, **load)
     except AuditError as e:
         if not any(s in str(e) for s in ('cannot be loaded', 'no such file')): raise
@@ -200,8 +202,8 @@ def ches_judge(
 ):
     "Say of each response whether it refuses, and how often a model does."
     with one_line('ches_judge'):
-        _quiet()
         rows = _read_whole(responses, ('prompt', 'response'), 'ches_generate')
+        _quiet()
         asked = _make_judge(judge, template, judge_path, dict(dtype=dtype, device=device, quantize=quantize))
         print(_said(_judge(rows, asked, Path(out).expanduser(), _origin(responses))), f'rows: {out}/rows.jsonl', sep='\n')
 
@@ -256,10 +258,10 @@ def ches_refusal_pairs(
 ):
     "Make preference pairs that prefer the refusal, and split them by prompt."
     with one_line('ches_refusal_pairs'):
+        rows = _read_whole(judged, ('prompt', 'response', 'refused'), 'ches_judge')
         _quiet()
         from ches_align.refusal.preferences import make_preferences
         from ches_align.rl.sampling import prompt_hash
-        rows = _read_whole(judged, ('prompt', 'response', 'refused'), 'ches_judge')
         sizes = Counter(prompt_hash(r['prompt']) for r in rows).values()
         if max(sizes) < 2: raise AuditError(f'{judged}: one response a prompt, a pair needs two: ches_generate --count 2')
         good = _gold(gold, seed)
@@ -268,7 +270,7 @@ def ches_refusal_pairs(
         counts = _write_pairs(pairs, Path(out).expanduser(), test, seed, about)
         print(_composition(pairs, counts, sum(n > 2 for n in sizes)), f'train: {out}/train.jsonl', sep='\n')
 
-# %% ../nbs/61_cli_refusal.ipynb #1873a396
+# %% ../nbs/61_cli_refusal.ipynb #eef9e06b
 def _differing(made: list[dict]) -> list[str]:
     "What besides model and seed is not the same in all"
     plans = [dict(prompts=m['prompts'], judge=m['judge'], template=m['template'],
@@ -292,7 +294,7 @@ def _measure(prompts: str, model: str, out: Path, draw: dict, read: dict, load: 
     write_files({out/'refusals.json': _json(made)})
     if made['undecided_because']: print(_said(made), end='\n\n')
 
-# %% ../nbs/61_cli_refusal.ipynb #41862eb7
+# %% ../nbs/61_cli_refusal.ipynb #de229f88
 @call_parse
 def ches_refusal_rate(
     prompts: Param('as for ches_generate; left out: only --against', str, opt=False, nargs='?') = None,
@@ -324,10 +326,10 @@ def ches_refusal_rate(
     with one_line('ches_refusal_rate'):
         _quiet()
         if prompts is None and not against: raise AuditError('no prompts, and no finished folders (--against) to compare')
-        if prompts is not None:
+        if prompts:
             read, load = dict(style=style, split=split, limit=limit, seed=sample_seed), dict(dtype=dtype, device=device)
             draw = dict(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, count=count, seed=seed)
             run = dict(batch_tokens=batch_tokens, engine=engine, chat=chat, no_chat=no_chat)
             _measure(prompts, model, Path(out).expanduser(), draw, read, load | dict(revision=revision), run,
                      (judge, template, judge_path, load | dict(quantize=quantize)))
-        print(_compare([*against, *([out] if prompts is not None else [])]))
+        print(_compare([*against, *[out] * bool(prompts)]))

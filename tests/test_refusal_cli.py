@@ -107,3 +107,20 @@ def test_wrong_input_is_one_line(start, answers):
     for name, (process, says) in wrong.items():
         error = end(process, ok=False)
         assert says in error and len(error.strip().splitlines()) == 1, f'{name}: {error}'
+
+@pytest.mark.parametrize('path', sorted((ROOT/'configs'/'sorry_bench').glob('*.yaml')), ids=lambda p: p.stem)
+def test_published_values(path):
+    from ches_align.training.config import load_config
+    from ches_align.training.memory import read_architecture
+    from ches_align.training.train_config import TrainConfig
+    c = load_config(path, dict(preference=TrainConfig))
+    model, arm = ('gemma_2b_it', path.stem[12:]) if path.stem.startswith('gemma') else ('llama3_8b_instruct', path.stem[19:])
+    here = f'runs/sorry_bench/{model}'
+    assert (c.loss, c.loss_args, c.optimizer, c.schedule, c.dtype, c.bf16) == (
+        'dpo', dict(beta=.1), 'rmsprop', 'constant', 'float32', False)
+    assert (c.batch, c.accumulation, c.epochs, c.out) == (4, 8, 1, f'{here}/{arm}')
+    assert c.learning_rate == (1e-6 if arm == 'gold' else 5e-6) and (c.sft > 0) == (arm == 'dpo_sft')
+    assert c.max_steps == (12 if arm == 'filtered_matched' else None)
+    data = dict(gold='pairs/gold_train', filtered='kept19', filtered_matched='kept19').get(arm, 'pairs/train')
+    assert c.data == f'{here}/{data}.jsonl'
+    assert read_architecture(c.architecture).model_type in c.model.replace('Meta-Llama', 'llama')
