@@ -103,25 +103,30 @@ def ches_generate(
         rows = _generate(
             prompts, model, Path(out).expanduser(), dict(temperature=temperature, top_p=top_p, seed=seed, count=count,
                                                          max_new_tokens=max_new_tokens),
-            dict(style=style, split=split, limit=limit, seed=sample_seed), dict(dtype=dtype, device=device, revision=revision),
+            dict(style=style, split=split, limit=limit, seed=sample_seed),
+            dict(dtype=dtype, device=device, revision=revision),
             dict(batch_tokens=batch_tokens, engine=engine, chat=chat, no_chat=no_chat))
         print(_generated(rows, model, out, max_new_tokens))
 
 # %% ../nbs/61_cli_refusal.ipynb #fcad4401
-def _template(file: str | None) -> str | None:
-    if file is None: return None
-    try: text = Path(file).expanduser().read_text('utf-8')
-    except (OSError, UnicodeDecodeError) as e: raise AuditError(f'judge template {file}: cannot be read ({e})') from None
-    if not text.strip(): raise AuditError(f'judge template {file}: the file is empty')
+def _question(judge: str, template: str | None, folder: str | None) -> str | None:
+    "The text put to the judge; refuses options that cannot be meant"
+    from ches_align.refusal.judges import sorry_judge
+    if folder and judge != 'sorry': raise AuditError('--judge_path goes with --judge sorry; --judge names any other')
+    if template and judge == 'rule': raise AuditError('judge rule reads no template: leave --template out')
+    if judge == 'sorry' and template is None: sorry_judge()  # says where to find it
+    if template is None: return None
+    try: text = Path(template).expanduser().read_text('utf-8')
+    except (OSError, UnicodeDecodeError) as e:
+        raise AuditError(f'judge template {template}: cannot be read ({e})') from None
+    if not text.strip(): raise AuditError(f'judge template {template}: the file is empty')
     return text
 
 def _make_judge(judge: str, template: str | None, folder: str | None, load: dict) -> Any:
     "rule, sorry, or a model by name"
     from ches_align.refusal.judges import JUDGE_PROMPT, SORRY_JUDGE, ChatJudge, RuleJudge, sorry_judge
-    if folder and judge != 'sorry': raise AuditError('--judge_path goes with --judge sorry; a model is named by --judge')
-    if judge == 'rule' and template: raise AuditError('judge rule reads no template: leave --template out')
+    text = _question(judge, template, folder)
     if judge == 'rule': return RuleJudge()
-    text = _template(template)
     if judge == 'sorry': return sorry_judge(template, folder or SORRY_JUDGE, **load)  # it reads the file
     try: return ChatJudge(judge, text or JUDGE_PROMPT, **load)
     except AuditError as e:
@@ -129,14 +134,14 @@ def _make_judge(judge: str, template: str | None, folder: str | None, load: dict
         raise AuditError(f'unknown judge {judge!r}: rule, sorry, or a model ({e})') from None
 
 def _judge_is_there(judge: str, template: str | None, folder: str | None, load: dict) -> None:
-    "Before hours of generation: options that cannot be meant, a judge that cannot be had"
+    "Asked before hours of generation"
     from transformers import AutoConfig
     from ches_align.audit.models import _resolve
     from ches_align.refusal.judges import SORRY_JUDGE
-    try:
-        if judge == 'rule' or _template(template) is None and judge == 'sorry': raise AuditError('costs nothing to make')
-        AutoConfig.from_pretrained(_resolve(folder or SORRY_JUDGE if judge == 'sorry' else judge))
-    except Exception: _make_judge(judge, template, folder, load)  # says what is wrong, if anything is
+    _question(judge, template, folder)
+    if judge == 'rule': return
+    try: AutoConfig.from_pretrained(_resolve(folder or SORRY_JUDGE if judge == 'sorry' else judge))
+    except Exception: _make_judge(judge, template, folder, load)  # says why, or is there though it has no config
 
 # %% ../nbs/61_cli_refusal.ipynb #9a9179ce
 def _refusals(judged: list[dict], about: dict) -> dict:
@@ -174,8 +179,8 @@ def _aligned(lines: list[dict]) -> str:
 def _said(made: dict) -> str:
     "All of refusals.json for people"
     lines = [dict(judge=made['judge']) | _shares(made)]
-    said = [_aligned(lines)]
-    if made['categories']: said.append(_aligned([dict(category=c['category'] or '-') | _shares(c) for c in made['categories']]))
+    said, groups = [_aligned(lines)], [dict(category=c['category'] or '-') | _shares(c) for c in made['categories']]
+    if groups: said.append(_aligned(groups))
     if made['rows'] == made['undecided']: said.append('no response got a verdict: the refusal rate is undefined')
     if why := made['undecided_because']:
         reasons = ', '.join(f'{n} {reason}' for reason, n in list(why.items())[:5])
@@ -205,7 +210,8 @@ def ches_judge(
         rows = _read_whole(responses, ('prompt', 'response'), 'ches_generate')
         _quiet()
         asked = _make_judge(judge, template, judge_path, dict(dtype=dtype, device=device, quantize=quantize))
-        print(_said(_judge(rows, asked, Path(out).expanduser(), _origin(responses))), f'rows: {out}/rows.jsonl', sep='\n')
+        made = _judge(rows, asked, Path(out).expanduser(), _origin(responses))
+        print(_said(made), f'rows: {out}/rows.jsonl', sep='\n')
 
 # %% ../nbs/61_cli_refusal.ipynb #f716d9c6
 def _gold(source: str | None, seed: int) -> dict | None:
@@ -226,11 +232,11 @@ def _write_pairs(pairs: list[dict], out: Path, test: float, seed: int, about: di
     from ches_align.audit.files import only_writer
     from ches_align.refusal.preferences import write_preferences
     with only_writer(out):
-        if (out/'manifest.json').exists(): raise AuditError(f'{out} holds a run of another command: name another folder (out)')
+        if (out/'manifest.json').exists(): raise AuditError(f'{out} holds a run of another command: name another --out')
         there = _read_json(out/'split.json') if (out/'split.json').exists() else {}
         now = plain(about | dict(seed=seed, test=test))
         if other := [k for k, v in now.items() if there and there.get(k) != v]:
-            raise AuditError(f"{out} holds pairs of another {' and '.join(other)}: name another folder (out), or delete it")
+            raise AuditError(f"{out} holds pairs of another {' and '.join(other)}: name another --out, or delete it")
         return write_preferences(pairs, out, test, seed, about)
 
 # %% ../nbs/61_cli_refusal.ipynb #127abe68
@@ -263,7 +269,7 @@ def ches_refusal_pairs(
         from ches_align.refusal.preferences import make_preferences
         from ches_align.rl.sampling import prompt_hash
         sizes = Counter(prompt_hash(r['prompt']) for r in rows).values()
-        if max(sizes) < 2: raise AuditError(f'{judged}: one response a prompt, a pair needs two: ches_generate --count 2')
+        if max(sizes) < 2: raise AuditError(f'{judged}: one response a prompt, a pair needs two (--count 2)')
         good = _gold(gold, seed)
         about = dict(judged=_digest(rows), reward_model=reward_model, gold=good and _digest(good))
         pairs = make_preferences(rows, _scorer(reward_model, device), seed, good)
@@ -283,7 +289,7 @@ def _compare(folders: list[str]) -> str:
     try: lines, other = [dict(folder=f, model=m['model'] or '-', judge=m['judge']) | _shares(m)
                          for f, m in zip(folders, made)], _differing(made)
     except (KeyError, TypeError, ValueError) as e:
-        raise AuditError(f"refusals.json of {', '.join(folders)}: not of ches_judge or ches_refusal_rate ({e!r})") from None
+        raise AuditError(f"{', '.join(folders)}: a refusals.json is not of ches_judge ({e!r})") from None
     return _aligned(lines) + (f"\nnot of the same {' and '.join(other)}: not comparable as they stand" if other else '')
 
 def _measure(prompts: str, model: str, out: Path, draw: dict, read: dict, load: dict, run: dict, judge: tuple) -> None:
@@ -325,7 +331,7 @@ def ches_refusal_rate(
     "How often a model refuses: generate, judge, and one row of a table."
     with one_line('ches_refusal_rate'):
         _quiet()
-        if prompts is None and not against: raise AuditError('no prompts, and no finished folders (--against) to compare')
+        if prompts is None and not against: raise AuditError('no prompts, and no finished folders (--against)')
         if prompts:
             read, load = dict(style=style, split=split, limit=limit, seed=sample_seed), dict(dtype=dtype, device=device)
             draw = dict(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, count=count, seed=seed)

@@ -32,8 +32,8 @@ def start(tmp_path_factory):
         script = place/f'{name}.command'
         script.write_text(SHELL.format(module=module, function=function, name=name))
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
-        return subprocess.Popen([sys.executable, str(script), *map(str, args)], cwd=place, text=True, env=os.environ | dict(
-            PYTHONPATH=paths), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen([sys.executable, str(script), *map(str, args)], cwd=place, text=True,
+                                env=os.environ | dict(PYTHONPATH=paths), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     begin.place = place
     return begin
 
@@ -114,7 +114,8 @@ def test_published_values(path):
     from ches_align.training.memory import read_architecture
     from ches_align.training.train_config import TrainConfig
     c = load_config(path, dict(preference=TrainConfig))
-    model, arm = ('gemma_2b_it', path.stem[12:]) if path.stem.startswith('gemma') else ('llama3_8b_instruct', path.stem[19:])
+    model = next(m for m in ('gemma_2b_it', 'llama3_8b_instruct') if path.stem.startswith(m))
+    arm = path.stem.removeprefix(f'{model}_')
     here = f'runs/sorry_bench/{model}'
     assert (c.loss, c.loss_args, c.optimizer, c.schedule, c.dtype, c.bf16) == (
         'dpo', dict(beta=.1), 'rmsprop', 'constant', 'float32', False)
