@@ -265,11 +265,11 @@ def ches_refusal_pairs(
     "Make preference pairs that prefer the refusal, and split them by prompt."
     with one_line('ches_refusal_pairs'):
         rows = _read_whole(judged, ('prompt', 'response', 'refused'), 'ches_judge')
-        _quiet()
-        from ches_align.refusal.preferences import make_preferences
-        from ches_align.rl.sampling import prompt_hash
-        sizes = Counter(prompt_hash(r['prompt']) for r in rows).values()
+        sizes = Counter(json.dumps(r['prompt'], sort_keys=True) for r in rows).values()
         if max(sizes) < 2: raise AuditError(f'{judged}: one response a prompt, a pair needs two (--count 2)')
+        from ches_align.refusal.preferences import make_preferences, split_prompts
+        _quiet()
+        split_prompts([], test)  # a share that cannot be is refused before a model is loaded
         good = _gold(gold, seed)
         about = dict(judged=_digest(rows), reward_model=reward_model, gold=good and _digest(good))
         pairs = make_preferences(rows, _scorer(reward_model, device), seed, good)
@@ -331,7 +331,8 @@ def ches_refusal_rate(
     "How often a model refuses: generate, judge, and one row of a table."
     with one_line('ches_refusal_rate'):
         _quiet()
-        if prompts is None and not against: raise AuditError('no prompts, and no finished folders (--against)')
+        if not (prompts or against): raise AuditError('no prompts, and no finished folders (--against)')
+        if against: _compare(against)  # cannot be read: said before anything is generated
         if prompts:
             read, load = dict(style=style, split=split, limit=limit, seed=sample_seed), dict(dtype=dtype, device=device)
             draw = dict(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, count=count, seed=seed)

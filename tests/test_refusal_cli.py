@@ -83,14 +83,6 @@ def test_judge_pairs_score(start, answers):
     said = end(start('ches_score', 'pairs/train.jsonl', '--limit', 4, '--dtype', 'bfloat16', '--out', 'scores'))
     assert '4 pairs scored by smollm2-135m' in said and 'flagged: none' in said
 
-def test_rejudges_only_what_failed(start):
-    rows = [dict(prompt=f'p{i}', response='Sure, here it is.' if i else '', id=str(i)) for i in range(3)]
-    save(start.place/'some.jsonl', rows)
-    for n in (3, 4):
-        said = end(start('ches_judge', 'some.jsonl', '--out', 'some'))
-        assert '1 empty response' in said and len(lines(start.place/'some'/'judged.jsonl')) == n
-    assert [r['id'] for r in lines(start.place/'some'/'rows.jsonl')] == ['0', '1', '2']
-
 def test_wrong_input_is_one_line(start, answers):
     place, judge = start.place, 'ches_judge'
     two = save(place/'two.jsonl', [dict(prompt='p', response='r', k=k) for k in (0, 1)])
