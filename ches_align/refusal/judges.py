@@ -134,9 +134,10 @@ def sorry_judge(
         raise AuditError("SORRY-Bench's judge needs its prompt, which is not shipped here: copy the text for finetuned "
                          'judges out of github.com/SORRY-Bench/sorry-bench into a file, with {question} and {answer} '
                          'where they go, and give its path as template')
-    file = Path(template).expanduser() if len(str(template)) < 1000 else None
-    if file is not None and file.is_file(): template = file.read_text('utf-8')
-    elif '{' not in str(template): raise AuditError(f'judge template {template}: no such file')
+    if '{' not in str(template):  # a path, not the text
+        file = Path(template).expanduser()
+        if not file.is_file(): raise AuditError(f'judge template {str(template)[:200]}: no such file')
+        template = file.read_text('utf-8')
     try: return ChatJudge(model, f'[INST] {str(template).strip()} [/INST]', chat=False, max_new_tokens=50, **loading)
     except AuditError as e:
         if isinstance(model, ScoringModel) or 'cannot be loaded' not in str(e): raise
