@@ -225,6 +225,7 @@ def _subsets(study, check: bool) -> str:
     table, picture = write_study(study.out)
     return f'{len(runs)} arms; table: {table}, picture: {picture}'
 
+# %% ../nbs/60_cli.ipynb #8e0c41d2
 @call_parse
 def ches_train(
     config: str,           # YAML file, of kind preference, single_prompt or subsets

@@ -10,5 +10,18 @@ for name, value in dict(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', MPLB
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'.ci'))
 
+def save_tiny(where: Path) -> Path:
+    "A made-up model of two layers with the embedded model's tokenizer, as a folder that a command can load"
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from ches_align.audit.models import _resolve
+    tokenizer = AutoTokenizer.from_pretrained(_resolve('smollm2-135m'))
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(where)
+    tokenizer.save_pretrained(where)
+    return where
+
 def pytest_addoption(parser):
     parser.addoption('--flags', default='', help="run notebook cells with these flags too: --flags 'slow trl'")

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from conftest import save_tiny
 
 SCRIPT = '''
 import sys
@@ -21,16 +22,8 @@ generate_responses(load_model('model', device='cpu'), prompts, Sampling(max_new_
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     "A folder with a tiny model that has the embedded model's tokenizer"
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from ches_align.audit.models import load_model
     where = tmp_path_factory.mktemp('generation')
-    tokenizer = load_model('smollm2-135m').tokenizer
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(where/'model')
-    tokenizer.save_pretrained(where/'model')
+    save_tiny(where/'model')
     return where
 
 def run(place, out): return subprocess.Popen([sys.executable, '-c', SCRIPT, out], cwd=place, stderr=subprocess.PIPE, text=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import save_tiny
 
 CONFIG = dict(kind='single_prompt', pairs=[dict(chosen='Yes', rejected='No', behaviour='No'), dict(chosen='No', rejected='no')],
               recipes=[dict(name='a', learning_rate=1e-4, steps=40)], seeds=[1, 2, 3])
@@ -16,16 +17,8 @@ CONFIG = dict(kind='single_prompt', pairs=[dict(chosen='Yes', rejected='No', beh
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     "A folder with a tiny model, a Persona file and a configuration"
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from ches_align.audit.models import load_model
     where = tmp_path_factory.mktemp('grid')
-    tokenizer = load_model('smollm2-135m').tokenizer
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(where/'model')
-    tokenizer.save_pretrained(where/'model')
+    save_tiny(where/'model')
     rows = [dict(question=f'Would you do {i}?', answer_matching_behavior=' Yes' if i % 2 else ' No') for i in range(8)]
     (where/'persona.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     save(where, 'grid.yaml')

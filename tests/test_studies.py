@@ -3,22 +3,15 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-from ches_align.audit.models import _resolve
+from conftest import save_tiny
 
 ENV = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     where = tmp_path_factory.mktemp('studies')
-    tokenizer = AutoTokenizer.from_pretrained(_resolve('smollm2-135m'))
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                 num_attention_heads=2, pad_token_id=2)).save_pretrained(where/'model')
-    tokenizer.save_pretrained(where/'model')
+    save_tiny(where/'model')
     study = dict(kind='subsets', model='model', data='sample', sample=40, max_length=48, measures=['ches', 'random'],
                  quantiles=[0, 1], size=8, held_out=6, train=dict(learning_rate=1e-3, batch=2, accumulation=2))
     (where/'study.yaml').write_text(yaml.safe_dump(study))

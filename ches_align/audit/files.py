@@ -193,6 +193,7 @@ def _differs(key: str, then: Any, now: Any) -> str:
     short = all(isinstance(v, (str, int, float, type(None))) and len(str(v)) < 40 for v in (then, now))
     return f'{key} (was {then}, is {now})' if short else key
 
+# %% ../../nbs/audit/10_files.ipynb #6d17b0aa
 def add_run(
     out: Path,                    # as for `open_runs`
     line: dict | Sequence[dict],  # of one finished run, or of several; `plain` makes it JSON

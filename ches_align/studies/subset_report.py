@@ -92,7 +92,7 @@ def write_study(
     write_files(files)
     return list(files)
 
-# %% ../../nbs/studies/40_subset_report.ipynb #51d9add8
+# %% ../../nbs/studies/40_subset_report.ipynb #df91951f
 SCORES = ('ches', 'ln_ches', 'head_ches', 'neg_edit_distance', 'last_hidden_inner', 'chosen_tokens', 'rejected_tokens')
 
 def study_record(
@@ -108,7 +108,7 @@ def study_record(
     return plain(made | dict(seconds=round(sum(r['seconds'] for r in runs)), runs=runs,
                              scores=dict(row_id=used.row_id.tolist()) | columns))
 
-# %% ../../nbs/studies/40_subset_report.ipynb #e28b16a5
+# %% ../../nbs/studies/40_subset_report.ipynb #7c36daa4
 def check_subsets(
     study: SubsetStudy,
     tflops: float = 100., # teraflops a second that are reached; an H100 in TF32 or bf16 reaches 100 to 400

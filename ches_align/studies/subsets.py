@@ -45,6 +45,7 @@ class Fit:
     batch: int = 4              # pairs a device and forward pass
     accumulation: int = 8       # forward passes a step
 
+# %% ../../nbs/studies/39_subsets.ipynb #e52a193d
 @dataclass(kw_only=True)
 class SubsetStudy:
     "Train on subsets at quantiles of scores; `ches_train FILE` reads it from YAML."
@@ -86,7 +87,7 @@ class SubsetStudy:
         return TrainConfig(model=self.model, data=self.data, max_length=self.max_length, chat=self.chat,
                            architecture=self.architecture)
 
-# %% ../../nbs/studies/39_subsets.ipynb #ac50d837
+# %% ../../nbs/studies/39_subsets.ipynb #74cd142a
 def quantile_slice(
     values: Sequence[float], # a score a row; NaN = none
     row_ids: Sequence[int],  # decide between equal values
@@ -100,7 +101,7 @@ def quantile_slice(
     start = min(max(0, round(quantile*(len(order) - 1)) - size//2), len(order) - size)
     return row_ids[order[start:start + size]].tolist()
 
-# %% ../../nbs/studies/39_subsets.ipynb #0cd6db5d
+# %% ../../nbs/studies/39_subsets.ipynb #b4b786c1
 @dataclass
 class Bench:
     "What all arms of a study share."
@@ -121,6 +122,7 @@ def study_rows(study: SubsetStudy, tokenizer: Any) -> tuple[list[Pair], dict[int
     usable = {e.row_id: e for e in encoded if e.status == 'ok'}
     return [p for p in pairs if p.row_id in usable], usable, flagged
 
+# %% ../../nbs/studies/39_subsets.ipynb #a4610f5f
 def check_scores(
     scores: pd.DataFrame,             # from `load_scores`
     provenance: dict,                 # of the start
@@ -138,6 +140,7 @@ def check_scores(
     if mine.chosen_logps.isna().all(): raise AuditError('the scores hold no log-probabilities: score again, without --no_head')
     return mine[mine.status == 'ok'].reset_index(drop=True)
 
+# %% ../../nbs/studies/39_subsets.ipynb #8eff72d0
 def plan_arms(study: SubsetStudy, bench: Bench) -> list[tuple[Arm, dict]]:
     "Every arm, and what names it in the table. Raises `AuditError` for a score that there is not."
     arms, held = [], set(bench.held)
@@ -155,7 +158,7 @@ def plan_arms(study: SubsetStudy, bench: Bench) -> list[tuple[Arm, dict]]:
                              dict(measure=measure, quantile=q, mean_value=mean)))
     return arms
 
-# %% ../../nbs/studies/39_subsets.ipynb #7ba35b00
+# %% ../../nbs/studies/39_subsets.ipynb #29d6e275
 def _fitted(study: SubsetStudy, rows: Sequence[Pair]) -> str:
     "The start: the model, or a copy fitted to the preferred responses of the rows that arms may train on"
     if study.fit is None: return study.model
@@ -171,6 +174,7 @@ def _json_line(pair: Pair) -> str:
     "A pair in TRL's form, one line"
     return json.dumps(plain(dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected)), ensure_ascii=False) + '\n'
 
+# %% ../../nbs/studies/39_subsets.ipynb #589d2594
 def open_bench(study: SubsetStudy, progress: bool = True) -> tuple[Bench, dict]:
     "Read, fit, score. Raises `AuditError`; the second is what a manifest must hold"
     pairs, encoded, flagged = study_rows(study, AutoTokenizer.from_pretrained(_resolve(study.model)))
@@ -191,7 +195,7 @@ def open_bench(study: SubsetStudy, progress: bool = True) -> tuple[Bench, dict]:
     rows = hashlib.sha256(' '.join(f'{r}:{e.row_hash}' for r, e in encoded.items()).encode()).hexdigest()[:16]
     return bench, dict(study=settings, **{k: lm.provenance[k] for k in ('weights_hash', 'tokenizer_hash', 'dtype')}, data_hash=rows)
 
-# %% ../../nbs/studies/39_subsets.ipynb #74e07893
+# %% ../../nbs/studies/39_subsets.ipynb #9deb2295
 def run_subsets(
     study: SubsetStudy,
     progress: bool = True, # a bar, on a terminal

@@ -159,6 +159,7 @@ def weights_dtype(
     finally:
         for m, forward in wrapped: m.forward = forward
 
+# %% ../../nbs/training/22_probes.ipynb #2c9f6e13
 def left_padded(
     model: nn.Module,              # wrapped or not
     rows: Sequence[Sequence[int]], # token ids
