@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..audit.files import add_run, AuditError, load_runs, only_writer, open_runs, plain, read_rows, write_files
-from ..audit.models import ScoringModel, load_model
+from ..audit.models import ScoringModel, load_model, weights_hash
 from ..theory.losses import LOSSES
 from ..theory.single_token import logp_rates, pair_geometry
 from .config import ConfigError, check_loss, config_dict, unknown_name
@@ -87,6 +87,7 @@ class SinglePromptConfig:
     architecture: dict[str, Any] | None = None # a Transformers config, to check a model that cannot be reached
 
     def __post_init__(self):
+        self.out = Path(self.out).expanduser()
         for pair in self.pairs:
             if pair.chosen == pair.rejected: raise ConfigError(f'pair {pair.chosen!r}: chosen and rejected are the same')
             if pair.behaviour not in (None, *FAMILIES): raise ConfigError(unknown_name('behaviour', pair.behaviour, FAMILIES))
@@ -98,6 +99,7 @@ class SinglePromptConfig:
         for start in self.starts:
             if start.sft == 'chosen' and not (start.until and 0 < start.until < 1):
                 raise ConfigError(f'start {start.name}: SFT on the chosen token needs `until`, a probability')
+            if start.sft != 'chosen' and start.until: raise ConfigError(f"start {start.name}: `until` goes with sft: chosen")
         for what, items in (('start', self.starts), ('recipe', self.recipes)):
             names = [x.name for x in items]
             if len(set(names)) < len(names): raise ConfigError(f'two {what}s are called {max(names, key=names.count)}')
@@ -184,7 +186,7 @@ def _manifest(cfg: SinglePromptConfig, lm: ScoringModel) -> dict:
     "What must be the same for a run to continue"
     rows = json.dumps(list(read_rows(cfg.data)), sort_keys=True, ensure_ascii=False)
     config = {k: v for k, v in plain(config_dict(cfg)).items() if k not in ('out', 'architecture', 'data', 'model', 'device', 'keep_distributions')}
-    model = {k: v for k, v in lm.provenance.items() if k != 'model'}
+    model = {k: v for k, v in lm.provenance.items() if k != 'model'} | dict(weights_hash=weights_hash(lm.model))  # as it is now
     return dict(config=config, model=model, data_hash=hashlib.sha256(rows.encode()).hexdigest()[:16])
 
 def _about(cfg: SinglePromptConfig, lm: ScoringModel) -> dict:
@@ -225,10 +227,11 @@ def run_grid(
     with only_writer(cfg.out):
         done = {r['key'] for r in open_runs(cfg.out, _manifest(cfg, lm), _about(cfg, lm))}
         held = _Held(snapshot(lm.model))
-        with tqdm(total=total, initial=len(done), unit='run', desc=str(cfg.out)) as bar:
-            for start in cfg.starts:
-                for pair in cfg.pairs: _cell(cfg, lm, start, pair, held, done, bar)
-    restore(lm.model, held.base)
+        try:
+            with tqdm(total=total, initial=len(done), unit='run', desc=str(cfg.out)) as bar:
+                for start in cfg.starts:
+                    for pair in cfg.pairs: _cell(cfg, lm, start, pair, held, done, bar)
+        finally: restore(lm.model, held.base)  # an interrupted grid leaves the model as it came, too
     return load_runs(cfg.out)
 
 # %% ../../nbs/training/28_grid.ipynb #9ceb64ac
