@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SCORES', 'point_table', 'foretelling', 'plot_points', 'write_study', 'study_record', 'check_subsets']
 
-# %% ../../nbs/studies/40_subset_report.ipynb #c9669d03
-import dataclasses
+# %% ../../nbs/studies/40_subset_report.ipynb #4c23c26f
 import io
 import json
+import math
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -28,18 +29,20 @@ from ..training.train_config import check as check_training
 # %% ../../nbs/studies/40_subset_report.ipynb #764995a2
 def point_table(
     runs: Sequence[dict], # of `load_runs`
-) -> pd.DataFrame:        # measure, quantile, seeds, trained, low, high, held, rejected, share, steps
-    "The numbers of the figure."
+) -> pd.DataFrame:        # measure, quantile, seeds, trained, low, high, held, held_low, held_high, rejected, share, destroyed
+    "The numbers of the figure; an arm that destroyed the model is counted, and is in no mean."
     rows = []
     for r in runs:
         n = len(r['rows'])
         d, e = np.array(r['d_chosen'], float), np.array(r['d_rejected'], float)
-        rows.append(dict(measure=r['measure'], quantile=r['quantile'], trained=d[:n].mean(), rejected=e[:n].mean(),
-                         held=d[n:].mean() if len(d) > n else np.nan, share=(d[:n] < 0).mean(), steps=r['steps']))
+        whole = bool(np.isfinite([*d, *e]).all())
+        found = dict(trained=d[:n].mean(), rejected=e[:n].mean(), held=d[n:].mean() if len(d) > n else np.nan, share=(d[:n] < 0).mean())
+        rows.append(dict(measure=r['measure'], quantile=r['quantile'], destroyed=not whole) | (found if whole else dict.fromkeys(found, np.nan)))
     groups = pd.DataFrame(rows).groupby(['measure', 'quantile'], sort=False)
-    table, spread, n = groups.mean(), groups.trained.std(), groups.trained.count()
-    half = (t.ppf(.975, (n - 1).clip(lower=1))*spread/np.sqrt(n)).where(n > 1)
-    return table.assign(seeds=n, low=table.trained - half, high=table.trained + half).reset_index()
+    table, n, halves = groups.mean(), groups.trained.count(), {}
+    for c in ('trained', 'held'): halves[c] = (t.ppf(.975, (n - 1).clip(lower=1))*groups[c].std()/np.sqrt(n)).where(n > 1)
+    return table.assign(seeds=n, destroyed=groups.destroyed.sum(), low=table.trained - halves['trained'], high=table.trained + halves['trained'],
+                        held_low=table.held - halves['held'], held_high=table.held + halves['held']).reset_index()
 
 def foretelling(
     runs: Sequence[dict],   # of `load_runs`
@@ -51,8 +54,8 @@ def foretelling(
     known, rows = scores.set_index('row_id'), []
     for r in (r for r in runs if r['measure'] == among):
         some = known.loc[r['rows']].reset_index()
-        change, lengths = r['d_chosen'][:len(some)], [some.chosen_tokens, some.rejected_tokens]
-        for m in measures:
+        change, lengths = np.array(r['d_chosen'][:len(some)], float), [some.chosen_tokens, some.rejected_tokens]
+        for m in measures if np.isfinite(change).all() else ():
             value = ORDERS[m](some) if m in ORDERS else some[m]
             rows.append(dict(measure=m, pairs=len(some), rho=partial_spearman(value, change),
                              with_length_held=partial_spearman(value, change, lengths)))
@@ -64,17 +67,18 @@ def plot_points(
     table: pd.DataFrame, # from `point_table`
     title: str = '',
 ) -> Any:                # a Matplotlib figure
-    "Change of ln pi(y+) against the quantile, a line a measure; the random subsets are the grey band."
+    "Change of ln pi(y+) against the quantile, a line a measure; random subsets dashed, with their interval where there is one."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(8, 3.6), dpi=100, layout='constrained')
     for ax, column, name in zip(fig.subplots(1, 2, sharey=True), ('trained', 'held'), ('trained pairs', 'held-out pairs')):
-        colors = iter(('#0072B2', '#009E73', '#56B4E9', '#D55E00', '#CC79A7', '#E69F00', 'k'))
+        colors = cycle(('#0072B2', '#009E73', '#56B4E9', '#D55E00', '#CC79A7', '#E69F00', 'k'))
+        low, high = ('low', 'high') if column == 'trained' else ('held_low', 'held_high')
         for measure, part in table.groupby('measure', sort=False):
             if measure == 'random':
-                ax.axhline(part[column].mean(), color='0.6', lw=6, alpha=.4, label='random')
+                ax.axhline(part[column].mean(), color='0.5', lw=1, ls='--', label='random')
+                if part[low].notna().all(): ax.axhspan(part[low].min(), part[high].max(), color='0.6', alpha=.25, lw=0)
                 continue
-            half = (part.high - part.low)/2 if column == 'trained' else None
-            ax.errorbar(part['quantile'], part[column], half, color=next(colors), marker='.', capsize=2, lw=1, label=measure)
+            ax.errorbar(part['quantile'], part[column], (part[high] - part[low])/2, color=next(colors), marker='.', capsize=2, lw=1, label=measure)
         ax.axhline(0, color='k', lw=.6)
         ax.set(xlabel='quantile of the score', ylabel='mean change of ln π(y+), nats', title=name)
     fig.axes[1].legend(frameon=False, fontsize=8)
@@ -115,11 +119,12 @@ def check_subsets(
 ) -> str:                 # lines of text
     "What a study would take, without weights. Raises `AuditError`."
     config = arm_config(study.common, Arm('check', [], 0, study.train), Path(study.out))
-    said = check_training(dataclasses.replace(config, limit=study.sample))
+    said = '\n'.join(l for l in check_training(config).split('\n') if not l.startswith('data '))
     arms = len(study.seeds)*sum(1 if m == 'random' else len(study.quantiles) for m in study.measures)
-    steps, length = -(-study.size//(config.batch*config.accumulation))*config.epochs, study.max_length or 1024
+    an_epoch, length = -(-study.size//(config.batch*config.accumulation)), study.max_length or 1024
+    steps = config.max_steps or math.ceil(an_epoch*config.epochs)
     parameters = measure_architecture(read_architecture(study.architecture or study.model), 1, 8).parameters
-    work = 2*length*parameters*(study.size*(2 + 6*config.epochs + 2) + 2*study.held_out)
+    work = 2*length*parameters*(study.size*(2 + 6*steps/an_epoch + 2) + 2*study.held_out)
     hours = work/tflops/1e12/3600
-    return (f'{said}\n{arms} arms of {study.size} pairs, {steps:g} steps each on one device; at {tflops:g} TFLOP/s and {length} tokens a response '
-            f'at most {60*hours:.1f} minutes an arm, {arms*hours:.1f} hours in all')
+    return (f'{said}\n{arms} arms of {study.size} pairs, {steps:g} steps each on one device; at {tflops:g} TFLOP/s and {length} tokens of prompt and response '
+            f'at most {60*hours:.1f} minutes an arm, {arms*hours:.1f} hours in all, without fit and scoring')

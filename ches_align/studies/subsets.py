@@ -22,12 +22,10 @@ import pandas as pd
 import torch
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 from ..audit.data import Pair, load_pairs
 from ..audit.files import AuditError, load_runs, only_writer, open_runs, plain, write_files
 from ..audit.hidden_states import EncodedPair, encode_pairs
-from ..audit.models import _resolve
 from ..audit.scoring import load_scores, score_dataset
 from ..audit.selection import order_values
 from .arms import Arm, arm_config, finish_arm, run_arm
@@ -111,13 +109,13 @@ class Bench:
     start: str                      # the model that arms start from
     flagged: dict[str, int]         # rows left out, by status
 
-def study_rows(study: SubsetStudy, tokenizer: Any) -> tuple[list[Pair], dict[int, EncodedPair], dict[str, int]]:
+def study_rows(study: SubsetStudy, tokenizer: Any, longest: int | None) -> tuple[list[Pair], dict[int, EncodedPair], dict[str, int]]:
     "Pairs, the usable ones in token ids, and why others are not"
     pairs = load_pairs(study.data, study.split, study.columns, study.sample, study.sample_seed, chat=study.chat)
-    encoded = encode_pairs(pairs, tokenizer, None if study.short else study.max_length)
+    encoded = encode_pairs(pairs, tokenizer, None if study.short else longest)
     flagged: dict[str, int] = {}
     for e in encoded:
-        if e.status == 'ok' and study.short and study.max_length and e.length > study.max_length: e.status = 'too_long'
+        if e.status == 'ok' and study.short and longest and e.length > longest: e.status = 'too_long'
         if e.status != 'ok': flagged[e.status] = flagged.get(e.status, 0) + 1
     usable = {e.row_id: e for e in encoded if e.status == 'ok'}
     return [p for p in pairs if p.row_id in usable], usable, flagged
@@ -137,6 +135,10 @@ def check_scores(
     hashes = dict(zip(mine.row_id, mine.row_hash))
     other = [r for r, e in encoded.items() if hashes.get(r) != e.row_hash]
     if other: raise AuditError(f'the scores are of other data: {len(other)} of {len(encoded)} rows (first: {other[0]}) are not in them')
+    if made.get('convention') != 'paper': raise AuditError(f"the scores follow the convention {made.get('convention')}: score again")
+    seen = {r: n for r, *n in mine[['row_id', 'chosen_tokens', 'rejected_tokens']].values.tolist()}
+    cut = [r for r, e in encoded.items() if seen[r] != [len(e.chosen_ids), len(e.rejected_ids)] and len(e.chosen_ids)]
+    if cut: raise AuditError(f'row {cut[0]} was scored over {seen[cut[0]]} response tokens, not those of the study: score with its max_length')
     if mine.chosen_logps.isna().all(): raise AuditError('the scores hold no log-probabilities: score again, without --no_head')
     return mine[mine.status == 'ok'].reset_index(drop=True)
 
@@ -160,8 +162,7 @@ def plan_arms(study: SubsetStudy, bench: Bench) -> list[tuple[Arm, dict]]:
 
 # %% ../../nbs/studies/39_subsets.ipynb #29d6e275
 def _fitted(study: SubsetStudy, rows: Sequence[Pair]) -> str:
-    "The start: the model, or a copy fitted to the preferred responses of the rows that arms may train on"
-    if study.fit is None: return study.model
+    "A copy of the model fitted to the preferred responses of the rows that arms may train on; its folder"
     f, out = study.fit, Path(study.out).expanduser()/'start'
     made = TrainConfig(model=study.model, data=str(out/'rows.jsonl'), out=str(out/'run'), loss='sft_mean', batch=f.batch,
                        learning_rate=f.learning_rate, epochs=f.epochs, accumulation=f.accumulation, max_length=study.max_length,
@@ -177,23 +178,30 @@ def _json_line(pair: Pair) -> str:
 # %% ../../nbs/studies/39_subsets.ipynb #589d2594
 def open_bench(study: SubsetStudy, progress: bool = True) -> tuple[Bench, dict]:
     "Read, fit, score. Raises `AuditError`; the second is what a manifest must hold"
-    pairs, encoded, flagged = study_rows(study, AutoTokenizer.from_pretrained(_resolve(study.model)))
+    lm = load_trainable(study.common)
+    longest = study.max_length or lm.max_length
+    pairs, encoded, flagged = study_rows(study, lm.tokenizer, longest)
     if len(encoded) < study.size + study.held_out:
         raise AuditError(f'{len(encoded)} usable pairs ({flagged or "none flagged"}), the study needs {study.size} + {study.held_out} held out')
     held = sorted(random.Random(study.sample_seed).sample(sorted(encoded), study.held_out))
-    start = _fitted(study, [p for p in pairs if p.row_id not in set(held)])
-    lm = load_trainable(dataclasses.replace(study.common, model=start))
+    start, several = study.model, processes().num_processes > 1
+    if study.fit:
+        if several: raise AuditError('fit in one process; then give OUT/start/run/model as the model, without fit')
+        start = _fitted(study, [p for p in pairs if p.row_id not in set(held)])
+        lm = load_trainable(dataclasses.replace(study.common, model=start))
+    if several and not study.scores:
+        raise AuditError('score first, in one process, the same rows: ches_score DATA --model MODEL --dtype float32 --max_length '
+                         f'{longest} --out FOLDER; then scores: FOLDER')
     out = Path(study.out).expanduser()/'scores'
-    if processes().num_processes > 1 and not study.scores:
-        raise AuditError(f'score first, in one process: ches_score {study.data} --model {start} ...; then scores: FOLDER')
-    scores = load_scores(study.scores) if study.scores else score_dataset(pairs, lm, out, study.max_length, progress=progress)
+    scores = load_scores(study.scores) if study.scores else score_dataset(pairs, lm, out, longest, progress=progress)
     table = check_scores(scores, lm.provenance, encoded)
     encoded = {r: encoded[r] for r in table.row_id}
     bench = Bench(encoded, [r for r in held if r in encoded], table, start, flagged)
     free = ('out', 'scores', 'model', 'data', 'architecture')
     settings = {k: v for k, v in config_dict(study).items() if k not in free}
     rows = hashlib.sha256(' '.join(f'{r}:{e.row_hash}' for r, e in encoded.items()).encode()).hexdigest()[:16]
-    return bench, dict(study=settings, **{k: lm.provenance[k] for k in ('weights_hash', 'tokenizer_hash', 'dtype')}, data_hash=rows)
+    return bench, dict(study=settings, **{k: lm.provenance[k] for k in ('weights_hash', 'tokenizer_hash', 'dtype')}, data_hash=rows,
+                       processes=processes().num_processes)
 
 # %% ../../nbs/studies/39_subsets.ipynb #9deb2295
 def run_subsets(
@@ -212,6 +220,7 @@ def run_subsets(
         if said[1]: raise AuditError(said[1])
         arms = [(a, named) for a, named in planned if a.key not in said[0]]
         _run_arms(study, bench, arms, len(said[0]), out, progress)
+        here.wait_for_everyone()
     return load_runs(out)
 
 def _about(study: SubsetStudy, bench: Bench) -> dict:
@@ -227,5 +236,5 @@ def _run_arms(study: SubsetStudy, bench: Bench, arms: list, done: int, out: Path
     for arm, said in tqdm(arms, initial=done, total=done + len(arms), unit='arm', disable=None if progress else True):
         train = [bench.encoded[r] for r in arm.rows]
         measured = train + [bench.encoded[r] for r in bench.held]
-        line, _ = run_arm(arm_config(common, arm, out/'work'), train, measured, before)
+        line, _ = run_arm(arm_config(common, arm, out), train, measured, before)
         if processes().is_main_process: finish_arm(out, arm, line, **said)

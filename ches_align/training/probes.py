@@ -154,7 +154,8 @@ def weights_dtype(
     model: nn.Module, # as a trainer has it
 ) -> Iterator[None]:
     "Inside, mixed precision is off: the `forward` that Accelerate put in the place of a model's own is set aside."
-    wrapped = [(m, m.__dict__.pop('forward')) for m in model.modules() if {'forward', '_original_forward'} <= vars(m).keys()]
+    wrapped = [(m, m.forward) for m in model.modules() if {'forward', '_original_forward'} <= vars(m).keys()]
+    for m, _ in wrapped: m.forward = m._original_forward
     try: yield
     finally:
         for m, forward in wrapped: m.forward = forward
