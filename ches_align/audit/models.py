@@ -145,6 +145,7 @@ class ScoringModel:
     head: Head             # the output layer
     tokenizer: Any         # its tokenizer
     provenance: dict       # model, revision, weights_hash, dtype ...: what a manifest keeps
+    stored: bool = False   # the weights are those stored under `name`: no adapter on top, not quantised, not from memory
 
     @property
     def device(self) -> torch.device: return self.head.weight.device
@@ -240,7 +241,9 @@ def load_model(
         raise AuditError(f'model {name} cannot be loaded{gated}: {said[:300]}') from e
     if adapter: model = _with_adapter(model, Path(adapter).expanduser())
     if device == 'cpu': _settle_on_cpu(model)
-    return wrap_model(model, tokenizer, name)
+    lm = wrap_model(model, tokenizer, name)
+    lm.stored = not (adapter or quantize)
+    return lm
 
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     from peft import PeftModel

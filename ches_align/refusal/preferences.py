@@ -53,7 +53,8 @@ def load_prompts(
     for i, r in enumerate(rows):
         if 'turns' in r:
             if style and r.get('prompt_style') != style: continue
-            found.append(dict(id=str(r.get('question_id', i)), prompt=r['turns'][0], category=r.get('category')))
+            number = f"question {r['question_id']}" if 'question_id' in r else str(i)
+            found.append(dict(id=number, prompt=(r['turns'] or [''])[0], category=r.get('category')))
         elif 'prompt' in r: found.append(dict(id=str(r.get('id', i)), prompt=r['prompt'], category=r.get('topic')))
         elif turns := parse_dialogue(r['chosen']) if isinstance(r.get('chosen'), str) else r.get('chosen'):
             found.append(dict(id=str(i), prompt=turns[0]['content'], category=None))
@@ -75,7 +76,7 @@ def load_gold(
             if 'gold_refusal' in r:
                 both = r['gold_refusal'], r['gold_non_refusal']
                 sides[prompt_hash(r['prompt'])] = tuple([t] if t else [] for t in both)
-            else: sides.setdefault(str(r['question_id']), ([], []))[float(r['human_score']) >= .5].append(
+            else: sides.setdefault(f"question {r['question_id']}", ([], []))[float(r['human_score']) >= .5].append(
                 r['choices'][0]['turns'][0])
         except (KeyError, TypeError, ValueError, IndexError) as e:
             raise AuditError(f'{str(source)[:80]}, row {i}: neither prompt, gold_refusal, gold_non_refusal nor '
@@ -127,7 +128,9 @@ def make_preferences(
             raise AuditError(f"row {i} lacks {', '.join(sorted(lost))}: judge the responses first")
         r = r | dict(prompt_hash=prompt_hash(r['prompt']))
         mine = groups.setdefault(r['prompt_hash'], {})
-        mine.setdefault(r.get('k', len(mine)), r)
+        k = r.get('k', len(mine))
+        while k in mine and mine[k]['response'] != r['response']: k += 1  # two runs that both number from 0
+        mine.setdefault(k, r)
     if not groups: raise AuditError('no judged responses')
     twos = [[mine[k] for k in sorted(mine)[:2]] for mine in groups.values()]
     ties = [r for two in twos if len(two) == 2 and two[0]['refused'] == two[1]['refused'] is not None for r in two]

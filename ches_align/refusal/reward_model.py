@@ -48,8 +48,9 @@ class RewardScorer:
             raise AuditError('reward model: give its tokenizer, and form auto, chat or pair')
         self.model, self.tokenizer, self.budget = model.to(device).eval(), tokenizer, batch_tokens
         self.form = form if form != 'auto' else 'chat' if tokenizer.chat_template else 'pair'
-        if model.config.pad_token_id is None: model.config.pad_token_id = tokenizer.pad_token_id
-        self.room = getattr(model.config, 'max_position_embeddings', None) or math.inf
+        if tokenizer.pad_token_id is None: raise AuditError('reward model: its tokenizer has no pad token; set one that it was trained with')
+        model.config.pad_token_id = tokenizer.pad_token_id  # by which the model finds a row's last token
+        self.room = min(getattr(model.config, 'max_position_embeddings', None) or math.inf, tokenizer.model_max_length)
         self.identity = dict(reward_model=weights_hash(model), form=self.form)
 
     def encode(self, row: dict) -> list[int]:
@@ -81,6 +82,9 @@ def score_rows(
     fit = [i for i, m in enumerate(made) if not m[1]]
     for batch in plan_batches([len(ids[i]) for i in fit], scorer.budget):
         padded = scorer.tokenizer.pad(dict(input_ids=[ids[fit[j]] for j in batch]), return_tensors='pt')
-        logits = scorer.model(**padded.to(scorer.model.device)).logits[:, 0].float().tolist()
+        try: logits = scorer.model(**padded.to(scorer.model.device)).logits[:, 0].float().tolist()
+        except (RuntimeError, IndexError, ValueError) as e:  # too long for its positions, out of memory ...
+            for j in batch: made[fit[j]] = None, f'{type(e).__name__}: {" ".join(str(e).split())[:200]}'
+            continue
         for j, z in zip(batch, logits): made[fit[j]] = (z, '') if math.isfinite(z) else (None, f'reward is {z}')
     return made

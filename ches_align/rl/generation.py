@@ -20,21 +20,26 @@ from tqdm.auto import tqdm
 from ..audit.data import Text
 from ..audit.files import AuditError, add_run, only_writer, open_runs
 from ..audit.hidden_states import plan_batches
-from ..audit.models import ScoringModel, _resolve
+from ..audit.models import ScoringModel, _resolve, weights_hash
 from .sampling import Sampling, encode_prompts, end_tokens, generate_batch, prompt_hash, row_seed
 
 # %% ../../nbs/rl/31_generation.ipynb #a3e03e59
 Engine = Callable[[Sequence[list[int]], Sequence[int]], list[list[int]]] # prompts and seeds -> responses, in token ids
 
+def _as_stored(lm: ScoringModel) -> bool:
+    "Would another program that loads the model by its name get the same weights?"
+    return lm.stored and not lm.model.config.is_encoder_decoder and weights_hash(lm.model) == lm.provenance['weights_hash']
+
 def _vllm_engine(lm: ScoringModel, sampling: Sampling) -> Engine:
     if importlib.util.find_spec('vllm') is None: raise AuditError("engine 'vllm' is not installed: pip install vllm")
     from vllm import LLM, SamplingParams
+    if not _as_stored(lm):
+        raise AuditError(f"model {lm.name}: engine 'vllm' reads a whole causal model from its folder, and this one is not what is "
+                         "stored there (adapter, quantised, trained in memory): save it and load it from there, or use 'transformers'")
     source = _resolve(lm.name)
-    if lm.model.config.is_encoder_decoder or Path(source, 'adapter_config.json').exists():
-        raise AuditError(f"model {lm.name}: engine 'vllm' takes a whole causal model; use 'transformers' or merge it")
     room = None if lm.max_length is None else int(lm.max_length)
     llm = LLM(model=source, revision=lm.provenance['revision'], dtype=lm.provenance['dtype'], max_model_len=room)
-    same = dict(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+    same = dict(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1,
                 max_tokens=sampling.max_new_tokens, stop_token_ids=end_tokens(lm), skip_special_tokens=False)
     def run(prompts, seeds):
         made = llm.generate([dict(prompt_token_ids=p) for p in prompts],
@@ -54,7 +59,7 @@ def choose_engine(
         raise AuditError(f'model {lm.name}: {type(lm.model).__name__} cannot generate; give a causal or seq2seq model')
     if engine == 'auto':
         able = importlib.util.find_spec('vllm') is not None and torch.cuda.is_available()
-        engine = 'vllm' if able and not lm.model.config.is_encoder_decoder else 'transformers'
+        engine = 'vllm' if able and _as_stored(lm) else 'transformers'
     if engine == 'vllm': return engine, _vllm_engine(lm, sampling)
     return engine, lambda prompts, seeds: generate_batch(lm, prompts, seeds, sampling)
 
@@ -70,6 +75,7 @@ def _check_room(lm: ScoringModel, encoded: list[list[int]], new: int) -> None:
 
 def _identity(lm, prompts, sampling, **more) -> dict:
     kept = {k: v for k, v in lm.provenance.items() if k not in ('model', 'revision')}  # names: the hashes say more
+    kept |= dict(weights_hash=weights_hash(lm.model), end_tokens=end_tokens(lm))        # as they are now
     hashes = hashlib.sha256(' '.join(map(prompt_hash, prompts)).encode()).hexdigest()[:16]
     libraries = {name: version(name) for name in ('ches_align', 'torch', 'transformers', 'tokenizers')}
     return dict(**kept, prompts_hash=hashes, prompts=len(prompts), sampling=asdict(sampling), **more,

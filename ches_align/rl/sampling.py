@@ -152,7 +152,7 @@ def generate_batch(
     device = model.get_input_embeddings().weight.device
     with _own_settings(model, settings):
         made = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
-                              logits_processor=_warpers(sampling, seeds, lm.device))
+                              logits_processor=_warpers(sampling, seeds, device))
     made = made[:, 1 if encoder else width:].tolist()
     lengths = [next((i + 1 for i, t in enumerate(row) if t in ends), len(row)) for row in made]
     return [row[:n] for row, n in zip(made, lengths)]
