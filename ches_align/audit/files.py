@@ -28,9 +28,10 @@ class AuditError(ValueError):
 def _not_utf8(where: Path | str, e: UnicodeDecodeError) -> AuditError:
     return AuditError(f'{where}: not UTF-8 ({e.reason}); convert the file')
 
-def _read_jsonl(path: Path) -> Iterator[dict]:
+def _read_jsonl(path: Path, end: float = math.inf) -> Iterator[dict]:
     with open(path, 'rb') as f:
         for n, line in enumerate(f, 1):
+            if f.tell() > end: return
             if not line.strip(): continue
             try: row = json.loads(line.decode('utf-8-sig' if n == 1 else 'utf-8'))
             except UnicodeDecodeError as e: raise _not_utf8(f'{path}, line {n}', e) from None
@@ -139,7 +140,7 @@ def writing(
 def write_files(
     files: dict[Path, bytes], # path -> whole content
 ) -> None:
-    "Write all files or none; each is whole or absent whenever the process dies. Raises `AuditError`."
+    "Write several files, each whole or absent whenever the process dies; none when one cannot be written. Raises `AuditError`."
     partial = {path: path.with_name(f'.{path.name}.{os.getpid()}.partial') for path in files}
     try:
         for path, part in partial.items():
@@ -208,10 +209,12 @@ def load_runs(
     out: Path,          # as for `open_runs`
     name: str = 'runs',
 ) -> list[dict]:        # in the order they were made
-    "Read the finished runs of a folder. Raises `AuditError` when there are none."
+    "Read the finished runs of a folder, one that is being written or was killed too. Raises `AuditError` without any."
     path = Path(out)/f'{name}.jsonl'
     if not path.exists(): raise AuditError(f'{path}: no such file; nothing has been run there yet')
-    return list(read_rows(path))
+    found = path.read_bytes()
+    whole = found.rfind(b'\n') + 1  # what follows was cut short, or is not written yet
+    return list(_read_jsonl(path, whole))
 
 # %% ../../nbs/audit/10_files.ipynb #5b0d9e42
 @contextmanager

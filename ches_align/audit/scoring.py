@@ -28,7 +28,7 @@ from .data import Pair, load_pairs
 from .files import AuditError, only_writer, write_files, writing
 from .hidden_states import (EncodedPair, default_budget, encode_pairs, pair_states, shares_prompt,
                                             special_ids)
-from .models import ScoringModel, load_model
+from .models import ScoringModel, load_model, weights_hash
 from ..theory.ches import Head, head_ches, last_hidden_inner, neg_edit_distance, pair_scores
 
 # %% ../../nbs/audit/14_scoring.ipynb #45128d1e
@@ -110,6 +110,7 @@ def run_identity(
     data_hash = hashlib.sha256(' '.join(f'{p.row_id}:{p.row_hash}' for p in pairs).encode()).hexdigest()[:16]
     libraries = {name: version(name) for name in ('ches_align', 'torch', 'transformers', 'tokenizers')}
     kept = {k: v for k, v in lm.provenance.items() if k not in ('model', 'revision')}  # names: the hashes say more
+    kept |= dict(weights_hash=weights_hash(lm.model))                                   # as they are now
     return dict(**kept, data_hash=data_hash, rows=len(pairs), **settings, device=lm.device.type, versions=libraries)
 
 def check_identity(
