@@ -225,10 +225,20 @@ def _subsets(study, check: bool) -> str:
     table, picture = write_study(study.out)
     return f'{len(runs)} arms; table: {table}, picture: {picture}'
 
+def _refusals(study, check: bool) -> str:
+    "One study of refusals; what to print"
+    from ches_align.studies.refusal import run_refusals
+    from ches_align.studies.refusal_report import check_refusals, rate_table, write_refusals
+    if check: return check_refusals(study)
+    made = rate_table(run_refusals(study))
+    table, picture = write_refusals(study.out)
+    columns = ['arm', 'pairs', 'steps', 'train_rate', 'train_change', 'test_rate', 'test_change', 'own', 'held']
+    return f'{made[columns].round(3).to_string(index=False)}\ntable: {table}, picture: {picture}'
+
 # %% ../nbs/60_cli.ipynb #8e0c41d2
 @call_parse
 def ches_train(
-    config: str,           # YAML file, of kind preference, single_prompt or subsets
+    config: str,           # YAML file, of kind preference, single_prompt, subsets or refusal
     resume: bool = False,  # continue a preference run from its last checkpoint (grids and studies always continue)
     check: bool = False,   # say what it would take, and end
     against: str = None,   # a committed record that a grid's runs are held against
@@ -236,12 +246,14 @@ def ches_train(
 ):
     "Train as a YAML file says, and watch for likelihood displacement."
     with one_line('ches_train'):
+        from ches_align.studies.refusal_plan import RefusalStudy
         from ches_align.studies.subsets import SubsetStudy
         from ches_align.training.config import load_config
         from ches_align.training.grid import SinglePromptConfig
         from ches_align.training.train_config import TrainConfig
         _quiet()
-        cfg = load_config(config, {k.kind: k for k in (TrainConfig, SinglePromptConfig, SubsetStudy)}, list(set))
+        cfg = load_config(config, {k.kind: k for k in (TrainConfig, SinglePromptConfig, SubsetStudy, RefusalStudy)}, list(set))
         said = (_grid(cfg, check, against) if isinstance(cfg, SinglePromptConfig) else
-                _subsets(cfg, check) if isinstance(cfg, SubsetStudy) else _train(cfg, resume, check))
+                _subsets(cfg, check) if isinstance(cfg, SubsetStudy) else
+                _refusals(cfg, check) if isinstance(cfg, RefusalStudy) else _train(cfg, resume, check))
         if said: print(said)

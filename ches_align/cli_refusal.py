@@ -215,11 +215,9 @@ def ches_judge(
 
 # %% ../nbs/61_cli_refusal.ipynb #f716d9c6
 def _gold(source: str | None, seed: int) -> dict | None:
-    "Gold pairs of a file, or those of both splits of SORRY-Bench's human judgements"
-    from ches_align.refusal.preferences import SORRY_HUMAN, _read_gated, load_gold
-    if source is None: return None
-    if source not in ('hub', SORRY_HUMAN): return load_gold(source, seed)
-    return load_gold([r for split in ('train', 'test') for r in _read_gated(SORRY_HUMAN, split)], seed)
+    "Gold pairs of a file, or those of SORRY-Bench's human judgements"
+    from ches_align.refusal.preferences import load_gold
+    return None if source is None else load_gold(source, seed)
 
 def _scorer(name: str | None, device: str | None) -> Any:
     if name is None: return None

@@ -65,13 +65,14 @@ def load_prompts(
 
 # %% ../../nbs/refusal/36_preferences.ipynb #1ee1041f
 def load_gold(
-    source: Any = SORRY_HUMAN, # a file with prompt, gold_refusal, gold_non_refusal; or human judgements
+    source: Any = 'hub',       # a file with prompt, gold_refusal, gold_non_refusal; human judgements; 'hub': SORRY-Bench's
     seed: int = 128,           # draws among several judged responses
     split: str | None = None,  # which split, where there are several
 ) -> dict[str, tuple[str, str]]: # prompt hash or question id -> (refusal, compliance)
     "Gold pairs; a prompt that lacks one side is left out. Raises `AuditError`."
     sides: dict[str, tuple[list, list]] = {}
-    for i, r in enumerate(_read_gated(source, split)):
+    parts = [(SORRY_HUMAN, 'train'), (SORRY_HUMAN, 'test')] if source in ('hub', SORRY_HUMAN) and not split else [(source, split)]
+    for i, r in enumerate(r for part in parts for r in _read_gated(*part)):
         try:
             if 'gold_refusal' in r:
                 both = r['gold_refusal'], r['gold_non_refusal']
