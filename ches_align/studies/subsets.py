@@ -197,7 +197,7 @@ def open_bench(study: SubsetStudy, progress: bool = True) -> tuple[Bench, dict]:
     table = check_scores(scores, lm.provenance, encoded)
     encoded = {r: encoded[r] for r in table.row_id}
     bench = Bench(encoded, [r for r in held if r in encoded], table, start, flagged)
-    free = ('out', 'scores', 'model', 'data', 'architecture')
+    free = ('out', 'scores', 'model', 'data', 'architecture', 'measures', 'quantiles', 'seeds')  # the last three name arms
     settings = {k: v for k, v in config_dict(study).items() if k not in free}
     rows = hashlib.sha256(' '.join(f'{r}:{e.row_hash}' for r, e in encoded.items()).encode()).hexdigest()[:16]
     return bench, dict(study=settings, **{k: lm.provenance[k] for k in ('weights_hash', 'tokenizer_hash', 'dtype')}, data_hash=rows,
@@ -221,7 +221,7 @@ def run_subsets(
         arms = [(a, named) for a, named in planned if a.key not in said[0]]
         _run_arms(study, bench, arms, len(said[0]), out, progress)
         here.wait_for_everyone()
-    return load_runs(out)
+    return [r for r in load_runs(out) if r['key'] in {a.key for a, _ in planned}]
 
 def _about(study: SubsetStudy, bench: Bench) -> dict:
     "What the manifest tells besides"
