@@ -37,6 +37,7 @@ from .refusal_plan import RefusalStudy, plan_refusal_arms
 from ..training.config import config_dict
 from ..training.displacement import is_refusal
 from ..training.pair_trainer import processes
+from ..training.probes import weights_dtype
 from ..training.train import load_trainable, train_preferences
 from ..training.train_config import TrainConfig
 
@@ -145,8 +146,9 @@ def measure_refusal(
     "Draw and judge one response to every prompt that has a pair."
     asked = [p for p in bench.prompts if p['part']]
     drawn = Sampling(temperature=study.rate_temperature, max_new_tokens=study.max_new_tokens, seed=seed)
-    lm = wrap_generator(model, bench.lm.tokenizer, bench.lm.name)
-    rows = generate_responses(lm, [p['prompt'] for p in asked], drawn, out/'responses', progress=progress)
+    with weights_dtype(model):  # not in the autocast that training may have wrapped it in
+        lm = wrap_generator(model, bench.lm.tokenizer, bench.lm.name)
+        rows = generate_responses(lm, [p['prompt'] for p in asked], drawn, out/'responses', progress=progress)
     judged = judge_responses(rows, judge, out/'judged')
     signs = iter({True: '1', False: '0', None: '?'}[r['refused']] for r in judged)
     return ''.join(next(signs) if p['part'] else '-' for p in bench.prompts)
