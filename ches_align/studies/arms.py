@@ -6,6 +6,7 @@
 __all__ = ['SHARED', 'UNUSED', 'Arm', 'arm_config', 'response_logps', 'run_arm', 'finish_arm']
 
 # %% ../../nbs/studies/38_arms.ipynb #63da5d29
+import gc
 import os
 import shutil
 import time
@@ -70,6 +71,7 @@ def run_arm(
 ) -> tuple[dict, nn.Module]:         # steps, seconds, changes (nats) in the order of `measured`; the trained model
     "Train one arm from the start that `config.model` names, and measure (@eq-arm-change)."
     began, said = time.perf_counter(), ''
+    gc.collect()  # trainers are cycles: that of the arm before may still hold its model
     if config.bf16 and os.environ.get('ACCELERATE_USE_FSDP', '').lower() == 'true':
         raise AuditError('bf16 under FSDP computes the readings in bf16 too, off by tenths of a nat: leave bf16 out')
     trainer = make_trainer(config, load_trainable(config), RunData(list(train), [], [], {}))
