@@ -11,6 +11,7 @@ _homes = {
     'select_pairs': 'audit.selection', 'audit_report': 'audit.report',
     'DisplacementCallback': 'training.callback', 'DisplacementTracker': 'training.tracker',
     'train_preferences': 'training.train',
+    'spread_table': 'rl.spread_table', 'audit_spread': 'rl.spread_audit', 'SpreadWatch': 'rl.spread_watch',
 }
 __all__ = list(_homes)
 
