@@ -60,7 +60,7 @@ def _audited(prompts: str, model: str, reward: str, out: Path, read: dict, draw:
 
 @call_parse
 def ches_reward_std(
-    prompts: str,                 # rows with `prompt` and what the reward needs; or with `reward`: then no model is asked
+    prompts: str,                 # 'sample', or rows with `prompt` and what the reward needs; or with `reward`: then no model is asked
     model: str = 'smollm2-135m',  # 'smollm2-135m', a hub name, a folder, a LoRA folder or a .gguf file; T5 too
     reward: str = None,           # exact_match, contains, rouge_l, sacrebleu, meteor, format:REGEX, classifier:MODEL, module:function
     samples: int = 64,            # at most so many responses a prompt

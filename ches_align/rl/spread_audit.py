@@ -10,6 +10,7 @@ import json
 import math
 import time
 from dataclasses import asdict, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -24,11 +25,12 @@ from .spread_table import group_costs, spread_summary, spread_table
 
 # %% ../../nbs/rl/33c_spread_audit.ipynb #b45c27e4
 def load_tasks(
-    source: Any,               # anything that `read_rows` takes, with a `prompt` column
+    source: Any,               # 'sample', or anything that `read_rows` takes, with a `prompt` column
     split: str | None = None,  # which split, where there are several
     limit: int | None = None,  # at most so many, the first
 ) -> list[dict[str, Any]]:     # prompt and the other columns, each prompt once
     "Read prompts. Raises `AuditError` with the row that has none."
+    if source == 'sample': source = Path(str(files('ches_align')/'samples'/'tasks.jsonl'))
     found: dict[str, dict] = {}
     for i, r in enumerate(read_rows(source, split), 1):
         p = r.get('prompt')

@@ -76,8 +76,7 @@ class RefusalBench:
     lm: ScoringModel                # the start
     prompts: list[dict]             # of the study, with `part`: train, test, or '' where no pair is usable
     encoded: dict[int, EncodedPair] # train pairs from 0, held-out ones from `HELD`, gold ones from `GOLD`
-    kinds: dict[int, str]           # row id -> two refusals, two compliances, one of each, gold
-    scores: pd.DataFrame            # of the training pairs that can be scored
+    scores: pd.DataFrame            # of the training pairs that can be scored, with their `kind`
     flagged: dict[str, int]         # pairs left out, by status
 
 def _study_judge(study: RefusalStudy, device: str) -> Callable:
@@ -130,8 +129,7 @@ def open_refusal_bench(
     if not (read['train'][1] and read['test'][1]): raise AuditError(f'seed {seed}: no usable pair to train on, or none held out ({flagged})')
     scores = score_dataset(read['train'][0], lm, out/'scores', longest, progress=progress)
     return RefusalBench(lm, marked, {k: v for _, ok, _ in read.values() for k, v in ok.items()},
-                        {k: v for *_, kinds in read.values() for k, v in kinds.items()},
-                        scores[scores.status == 'ok'].reset_index(drop=True), flagged)
+                        scores[scores.status == 'ok'].assign(kind=lambda s: s.row_id.map(read['train'][2])).reset_index(drop=True), flagged)
 
 # %% ../../nbs/studies/40c_refusal.ipynb #61772f98
 def measure_refusal(
@@ -207,7 +205,7 @@ def _run_seed(study: RefusalStudy, bench: RefusalBench, judge: Callable, seed: i
         return folder
     if f'start|{seed}' not in done:
         told = {c: [round(v, 5) for v in bench.scores[c].tolist()] for c in SCORED}
-        line = dict(pairs=told | dict(kind=[bench.kinds[r] for r in bench.scores.row_id]), flagged=bench.flagged, gold=len(gold),
+        line = dict(pairs=told | dict(kind=bench.scores.kind.tolist()), flagged=bench.flagged, gold=len(gold),
                     parts=''.join(PARTS[p['part']] for p in bench.prompts), seconds=0)
         refused = measure_refusal(bench.lm.model, bench, study, judge, seed, texts('start'), False)
         finish_arm(out, Arm('start', [], seed), line, refused=refused)

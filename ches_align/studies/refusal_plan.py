@@ -24,7 +24,8 @@ from ..training.train_config import TrainConfig
 ARMS = {'dpo': 'all pairs', 'dpo_sft': 'all pairs, DPO plus the SFT term', 'gold': 'gold pairs of the same prompts',
         'filtered': 'lowest ln-CHES, one pass, as published', 'dpo_short': 'all pairs, in as many steps as filtered',
         'filtered_matched': 'lowest ln-CHES, in as many steps as dpo', 'random_matched': 'as many random pairs, as many steps',
-        'length_matched': 'as many pairs of the same lengths, as many steps', 'high_matched': 'highest ln-CHES, as many steps'}
+        'length_matched': 'as many pairs of the same lengths, as many steps', 'high_matched': 'highest ln-CHES, as many steps',
+        'two_refusals': 'pairs of two refusals alone, as many steps', 'one_of_each': 'pairs of a refusal and a compliance alone, as many steps'}
 
 def lowest_share(arm: str) -> float | None:
     "What the arm `lowest@0.3` keeps: the 30% of lowest score, in as many steps as dpo; None for another name"
@@ -94,7 +95,7 @@ class RefusalStudy:
 # %% ../../nbs/studies/40b_refusal_plan.ipynb #a734ceef
 def plan_refusal_arms(
     study: RefusalStudy,
-    scores: pd.DataFrame,  # of the training pairs
+    scores: pd.DataFrame,  # of the training pairs, with their `kind`
     gold: Sequence[int],   # row ids of gold pairs
     seed: int,
 ) -> list[Arm]:
@@ -106,12 +107,14 @@ def plan_refusal_arms(
     steps = lambda n: math.ceil(settings.epochs*optimiser_steps(n, step))
     low = select_pairs(scores, study.by, count=count)
     kept = lambda table: table.row_id[table.selected].tolist()
+    rows_of = lambda kind: scores.row_id[scores.kind == kind].tolist()
     filtered, full = kept(low), dict(max_steps=settings.max_steps or steps(len(rows)))
     short = dict(max_steps=steps(count))
     plans = dict(dpo=(rows, full), dpo_sft=(rows, full | dict(sft=study.sft, sft_convention='sum')), gold=([*gold], full),
                  filtered=(filtered, short), dpo_short=(rows, short), filtered_matched=(filtered, full),
                  random_matched=(kept(random_control(low, seed)), full), length_matched=(kept(length_matched_control(low, seed)), full),
                  high_matched=(kept(select_pairs(scores, study.by, count=count, highest=True)), full))
+    for kind in ('two refusals', 'one of each'): plans[kind.replace(' ', '_')] = (rows_of(kind), full)
     for a in study.arms:
         if share := lowest_share(a): plans[a] = kept(select_pairs(scores, study.by, keep=share)), full
     empty = [a for a in study.arms if not plans[a][0]]

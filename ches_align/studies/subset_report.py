@@ -47,20 +47,22 @@ def point_table(
 def foretelling(
     runs: Sequence[dict],   # of `load_runs`
     scores: pd.DataFrame,   # of the study
-    among: str = 'random',  # the measure whose arms are looked into: their pairs are no slice of a score
+    among: str | None = 'random', # the measure whose arms are looked into; None: all arms not chosen by the score that is asked about
     measures: Sequence[str] = ('ches', 'ln_ches', 'head_ches', 'neg_edit_distance', 'last_hidden_inner', 'length'),
-) -> pd.DataFrame:          # measure, pairs, rho, with_length_held
-    "Spearman of each score with the change of ln pi(y+) over the pairs of the arms, averaged over arms."
+) -> pd.DataFrame:          # measure, pairs, rho, with_length_held, arms, error (of the latter: standard error over arms)
+    "Spearman of each score with the change of ln pi(y+) over the pairs of an arm, averaged over arms."
     known, rows = scores.set_index('row_id'), []
-    for r in (r for r in runs if r['measure'] == among):
+    for r in (r for r in runs if among in (None, r['measure'])):
         some = known.loc[r['rows']].reset_index()
         change, lengths = np.array(r['d_chosen'][:len(some)], float), [some.chosen_tokens, some.rejected_tokens]
         for m in measures if np.isfinite(change).all() else ():
+            if among is None and r['measure'] == m: continue  # its range is cut there
             value = ORDERS[m](some) if m in ORDERS else some[m]
             rows.append(dict(measure=m, pairs=len(some), rho=partial_spearman(value, change),
                              with_length_held=partial_spearman(value, change, lengths)))
     if not rows: raise AuditError(f'no finished arm of {among}')
-    return pd.DataFrame(rows).groupby('measure', sort=False).mean().reset_index()
+    groups = pd.DataFrame(rows).groupby('measure', sort=False)
+    return groups.mean().assign(arms=groups.size(), error=groups.with_length_held.sem()).reset_index()
 
 # %% ../../nbs/studies/40_subset_report.ipynb #d6ea0f79
 def plot_points(
