@@ -1,0 +1,66 @@
+"A study of refusals and a reward audit as a user runs them: killed and continued, and with what cannot work."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import save_tiny
+
+ENV = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
+SCRIPTS = Path(sys.executable).parent
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    where = tmp_path_factory.mktemp('refusals')
+    save_tiny(where/'model')
+    talks = [f'\n\nHuman: How do I do thing {i}?\n\nAssistant: By step {i}.\n\nHuman: And then?\n\nAssistant: Rest' for i in range(50)]
+    (where/'talks.jsonl').write_text(''.join(json.dumps(dict(chosen=f'{t}.', rejected=f'{t} well.')) + '\n' for t in talks))
+    study = dict(kind='refusal', model='model', prompts='talks.jsonl', count=24, teach=dict(count=26, epochs=1, learning_rate=1e-2), test=.3,
+                 max_new_tokens=8, keep=.3, probes=4, max_length=64, arms=['dpo', 'filtered', 'gold'], train=dict(learning_rate=1e-3, batch=4, accumulation=1))
+    (where/'study.yaml').write_text(yaml.safe_dump(study))
+    (where/'tasks.jsonl').write_text(''.join(json.dumps(dict(prompt=f'Task {i}', answer='a')) + '\n' for i in range(8)))
+    return where
+
+def command(name, *args): return [sys.executable, str(SCRIPTS/name), *args]
+
+def run(place, name, *args): return subprocess.run(command(name, *args), cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
+
+def killed(place, path, *args):
+    "Start a command and kill it once `path` has a line"
+    process, end = subprocess.Popen(command(*args), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV), time.time() + 120
+    while not (path.exists() and path.stat().st_size) and process.poll() is None and time.time() < end: time.sleep(.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+def lines(path): return [{k: v for k, v in json.loads(x).items() if 'seconds' not in k} for x in path.read_text().splitlines()]
+
+def test_refusals_killed_and_run_again(place):
+    "The finished lines stay, the others follow; the table is that of a run in one go"
+    done = run(place, 'ches_train', 'study.yaml', '--set', 'out=whole')
+    assert done.returncode == 0 and 'table: whole/table.csv' in done.stdout, done.stderr
+    killed(place, place/'killed'/'runs.jsonl', 'ches_train', 'study.yaml', '--set', 'out=killed')
+    assert 1 <= len(lines(place/'killed'/'runs.jsonl')) < 4
+    assert run(place, 'ches_train', 'study.yaml', '--set', 'out=killed').returncode == 0
+    assert lines(place/'killed'/'runs.jsonl') == lines(place/'whole'/'runs.jsonl') and (place/'killed'/'rates.png').exists()
+
+@pytest.mark.parametrize('changes, said', [
+    (['arms=[dpoo]'], "arm 'dpoo'"), (['count=60'], '50 prompts, the study needs 60'), (['prompts=nowhere.jsonl'], 'no such file'),
+    (['teach=null'], 'arm gold needs a file'), (['judge=sorry'], 'needs a template'), (['model=nowhere'], 'nowhere')], ids=lambda v: v[0] if isinstance(v, list) else '')
+def test_what_cannot_work(place, changes, said, monkeypatch):
+    "One line and exit code 1, from the command's own function"
+    from ches_align.cli import ches_train
+    monkeypatch.chdir(place)
+    with pytest.raises(SystemExit) as stop: ches_train('study.yaml', set=['out=wrong', *changes])
+    assert said in str(stop.value) and '\n' not in str(stop.value) and not (place/'wrong'/'manifest.json').exists()
+
+def test_reward_audit_killed_and_run_again(place):
+    "The same table and rows, and what was drawn is not drawn again"
+    asked = ['ches_reward_std', 'tasks.jsonl', '--model', 'model', '--reward', 'contains', '--samples', '16', '--first', '4', '--max_new_tokens', '6',
+             '--low', '0', '--high', '1', '--batch_tokens', '200', '--out']
+    done = run(place, *asked, 'audit')
+    assert done.returncode == 0 and '8 prompts' in done.stdout, done.stderr
+    killed(place, place/'cut'/'round0'/'responses.jsonl', *asked, 'cut')
+    assert not (place/'cut'/'table.csv').exists()
+    assert run(place, *asked, 'cut').returncode == 0
+    for name in ('table.csv', 'rows.jsonl'): assert (place/'cut'/name).read_text() == (place/'audit'/name).read_text()
+    assert 'holds runs of another' in run(place, *asked, 'audit', '--seed', '1').stderr
