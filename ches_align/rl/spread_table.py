@@ -28,7 +28,6 @@ def spread_table(
     threshold: float = .1,  # share of the range: a prompt whose std is surely below it is flat
     alpha: float = .05,     # 1 - nominal coverage of the intervals
     groups: Sequence[int] = (2, 4, 8, 16), # group sizes to estimate the chance of no gradient for
-    seed: int = 0,          # of the bootstraps
 ) -> pd.DataFrame:          # a row a prompt, in order of appearance: fields of `PromptSpread`, zero_group_G
     "Estimate every prompt. `attrs` hold range and threshold in units of the reward. Raises `AuditError`."
     found: dict[str, list[dict]] = {}
@@ -44,7 +43,7 @@ def spread_table(
     for name, mine in found.items():
         texts = [r['response'] for r in mine] if all('response' in r for r in mine) else None
         rewards = [r['reward'] for r in mine]
-        made = asdict(prompt_spread(rewards, (a, a + width), threshold*width, texts, alpha, seed=seed))
+        made = asdict(prompt_spread(rewards, (a, a + width), threshold*width, texts, alpha))
         chances = {f'zero_group_{g}': zero_group_chance(clean_rewards(rewards)[0], g) for g in groups}
         table.append(dict(prompt_hash=name, prompt=mine[0].get('prompt')) | made | chances)
     table = pd.DataFrame(table)
@@ -131,9 +130,8 @@ def _two_valued(table: pd.DataFrame, a: float, b: float) -> tuple[np.ndarray, np
     "Successes and samples where every reward is at an end of the range"
     k = table['mean'].to_numpy(float)
     k = (k - a)/((b - a) or 1.)*table.n.to_numpy()
-    even = table.how.isin(['exact', 'none']) | ((table['values'] == 1) & (np.abs(k - np.round(k)) < 1e-6) & np.isin(np.round(k), [0, *table.n]))
-    whole = np.isclose(k, 0) | np.isclose(k, table.n) | (table.how == 'exact')
-    return (np.round(k).astype(int), table.n.to_numpy()) if b > a and (even & whole).all() else None
+    ends = np.isclose(k, 0) | np.isclose(k, table.n) | (table.how == 'exact')
+    return (np.round(k).astype(int), table.n.to_numpy()) if b > a and ends.all() else None
 
 # %% ../../nbs/rl/33b_spread_table.ipynb #24ba37c7
 def spread_summary(
