@@ -63,7 +63,8 @@ def rate_table(
         line = dict(arm=arm, seeds=len(mine), pairs=np.mean([len(r['rows']) for r in mine]), steps=np.mean([r.get('steps', 0) for r in mine]),
                     destroyed=sum(not r['refused'] for r in mine))
         for part in PART_SIGNS if line['destroyed'] < len(mine) else ():
-            counts, start = refusal_counts(runs, arm, part), refusal_counts(runs, against, part)
+            same = [r for r in runs if r['seed'] in {m['seed'] for m in mine}]  # compared on the seeds that the arm has
+            counts, start = refusal_counts(same, arm, part), refusal_counts(same, against, part)
             change, low, high = contrast(counts, start)
             line |= {f'{part}_rate': counts[:, 0].sum()/counts[:, 1].sum(), f'{part}_change': change, f'{part}_low': low, f'{part}_high': high}
         if arm != 'start':
