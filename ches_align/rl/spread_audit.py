@@ -138,7 +138,7 @@ def spread_advice(
     if n := count(table.failed > 0): said.append(f'{n} of {total} have failed rewards: see reward_error in rows.jsonl.')
     if len(costs) and (best := costs.loc[costs.cost.idxmin()]).useful > 0:
         said.append(f'A group of {best.group:.0f} is cheapest: {best.cost:.1f} responses a useful group, {best.useful:.0%} of groups useful.')
-    if (share := summary['between_share']) is not None: said.append(f'{share:.0%} of the variance of rewards is between prompts: a whole-batch standard deviation is that much too large.')
+    if (share := summary['between_share']) is not None: said.append(f'{share:.0%} of the variance of rewards is between prompts: a whole-batch standard deviation counts it as spread.')
     return said
 
 def write_spread(
