@@ -105,7 +105,7 @@ def plot_rates(
         ax.axvline(0, color='k', lw=.6)
         ax.set_yticks(y, [f'{a} ({p:.0f} pairs, {s:.0f} steps)' for a, p, s in zip(arms.arm, arms.pairs, arms.steps)])
         start = table[f'{part}_rate'][table.arm == 'start'].iloc[0]
-        ax.set(xlabel=f'refusal rate minus the start\'s {start:.0%}, points', title=f'{part} prompts')
+        ax.set(xlabel=f'points above the start\'s {start:.0%}', title=f'refusal rate, {part} prompts')
         ax.grid(axis='x', alpha=.3)
     if title: fig.suptitle(title)
     return fig
