@@ -62,7 +62,7 @@ def numbering(root: Path) -> list[str]:
                 if module == '*': faults.append(f'{where}: star import')
                 elif module not in rank: faults.append(f'{where}: imports {lib}.{module}, which no notebook exports')
                 elif (number(path) or 0) <= (rank[module] or 0):
-                    faults.append(f'{where}: imports {module} ({rank[module]}), which is not before it')
+                    faults.append(f'{where}: imports {module} ({rank[module]:g}), which is not before it')
     return faults
 
 def contents(root: Path) -> dict[str, bytes]:
