@@ -7,9 +7,11 @@ __all__ = ['policy_logps', 'advantages', 'policy_loss', 'RLConfig', 'train_polic
 
 # %% ../../nbs/rl/34_policy_gradient.ipynb #12457408
 import copy
+import inspect
 import random
-from dataclasses import dataclass, field
-from typing import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,10 +20,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ..audit.files import AuditError
-from ..audit.models import ScoringModel
+from ..audit.files import AuditError, plain
+from ..audit.models import ScoringModel, weights_hash
 from .rewards import Reward, call_reward
-from .sampling import Sampling, encode_prompts, end_tokens, generate_batch, row_seed
+from .sampling import Sampling, encode_prompts, end_tokens, generate_batch, prompt_hash, row_seed
+from .training_state import TrainingState
 
 # %% ../../nbs/rl/34_policy_gradient.ipynb #a8081f1a
 def _truncation(s: Sampling) -> LogitsProcessorList:
@@ -54,7 +57,8 @@ def policy_logps(
     else:
         whole, seen = torch.cat([x, y], 1), torch.cat([x_mask, mask], 1)
         positions = (seen.cumsum(1) - 1).clamp(min=0)
-        logits = model(input_ids=whole, attention_mask=seen, position_ids=positions).logits[:, x.shape[1] - 1:-1]
+        some = dict(logits_to_keep=y.shape[1] + 1) if 'logits_to_keep' in inspect.signature(model.forward).parameters else {}
+        logits = model(input_ids=whole, attention_mask=seen, position_ids=positions, **some).logits[:, -y.shape[1] - 1:-1]
     logits = logits.float()
     if kept is None: logits = _truncation(sampling)(None, logits.reshape(-1, logits.shape[-1])).reshape(logits.shape)
     else: logits = (logits/sampling.temperature).masked_fill(~kept[:, :logits.shape[1]], float('-inf'))
@@ -104,10 +108,12 @@ class RLConfig:
     epochs: int = 1                # passes over what was drawn; REINFORCE has one
     clip: float | None = .2        # of PPO; None: REINFORCE
     kl: float = 0.                 # penalty a nat of ln pi - ln pi_ref
+    kl_target: float | None = None # nats a response: the penalty grows by up to 2% a step while above it, and shrinks below
     entropy: float = 0.            # bonus a nat of entropy a token
     baseline: str = 'batch'        # none, batch or group
     normalise: bool = True         # advantages by their standard deviation
     max_grad_norm: float = .5
+    bf16: bool = False             # forward passes under autocast; weights, log-probabilities and moments in fp32
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=24)) # its `count` is not looked at
     seed: int = 0                  # of prompts and responses
 
@@ -116,28 +122,44 @@ class RLConfig:
         if self.baseline == 'group' and self.group < 2: raise AuditError('baseline group needs a group of at least 2')
         if self.clip is None and self.epochs > 1: raise AuditError('REINFORCE (no clip) is on-policy: one epoch')
         if self.sampling.temperature == 0: raise AuditError('temperature 0 has no gradient: nothing is drawn')
+        if self.kl_target is not None and not (self.kl > 0 and self.kl_target > 0): raise AuditError('kl_target needs a kl above 0, and is above 0')
         for name in ('steps', 'prompts', 'group', 'minibatch', 'epochs'):
             if getattr(self, name) < 1: raise AuditError(f'{name} {getattr(self, name)}: at least 1')
+
+def _precision(lm: ScoringModel, bf16: bool) -> torch.autocast: return torch.autocast(lm.device.type, torch.bfloat16, enabled=bf16)
 
 def _rollout(lm: ScoringModel, reference: ScoringModel | None, tasks: list[dict], encoded: list, picked: list[int], reward: Reward, c: RLConfig, step: int) -> dict:
     "Draw and reward; what an update needs. Failed rewards take no part"
     prompts = [encoded[i] for i in picked]
-    responses = generate_batch(lm, prompts, [row_seed(c.seed, f'{step}', j) for j in range(len(picked))], c.sampling)
+    with _precision(lm, c.bf16): responses = generate_batch(lm, prompts, [row_seed(c.seed, f'{step}', j) for j in range(len(picked))], c.sampling)
     texts = lm.tokenizer.batch_decode(responses, skip_special_tokens=True)
     columns = {k: [tasks[i].get(k) for i in picked] for k in tasks[0] if k != 'prompt'}
     made = call_reward(reward, [tasks[i]['prompt'] for i in picked], texts, **columns)
     ok = [j for j, (r, _) in enumerate(made) if r is not None and responses[j]]
     if not ok: raise AuditError(f'step {step}: no response got a reward ({made[0][1]})')
-    out = dict(prompts=[prompts[j] for j in ok], responses=[responses[j] for j in ok], picked=[picked[j] for j in ok], raw=torch.tensor([made[j][0] for j in ok]), failed=len(made) - len(ok))
-    with torch.no_grad():
-        out['old'], _, out['mask'], out['kept'] = policy_logps(lm, out['prompts'], out['responses'], c.sampling)
-        out['penalty'] = 0*out['raw']
+    out = dict(prompts=[prompts[j] for j in ok], responses=[responses[j] for j in ok], picked=[picked[j] for j in ok], raw=torch.tensor([made[j][0] for j in ok]),
+               failed=len(made) - len(ok), old=None, kept=None, penalty=torch.zeros(len(ok)))
+    if c.epochs == 1 and len(ok) <= c.minibatch and not reference: return out  # the one update starts from the policy that drew
+    with torch.no_grad(), _precision(lm, c.bf16):
+        out['old'], _, mask, out['kept'] = policy_logps(lm, out['prompts'], out['responses'], c.sampling)
         if reference:
             start = policy_logps(reference, out['prompts'], out['responses'], c.sampling, out['kept'])[0]
-            out['penalty'] = ((out['old'] - start)*out['mask']).sum(1)
+            out['penalty'] = ((out['old'] - start)*mask).sum(1).cpu()
     return out
 
 # %% ../../nbs/rl/34_policy_gradient.ipynb #380aba76
+def _update(lm: ScoringModel, got: dict, a: Tensor, some: list[int], c: RLConfig, optimiser: torch.optim.Optimizer, trained: list) -> tuple[float, float]:
+    "One step of the optimiser; loss and entropy a token"
+    kept = None if got['kept'] is None else got['kept'][some]
+    with _precision(lm, c.bf16): logps, entropy, mask, _ = policy_logps(lm, *([got[k][j] for j in some] for k in ('prompts', 'responses')), c.sampling, kept)
+    h, old = entropy.sum()/mask.sum(), logps.detach() if got['old'] is None else got['old'][some, :logps.shape[1]]
+    loss = policy_loss(logps, old, a[some], mask, c.clip)
+    optimiser.zero_grad()
+    (loss - c.entropy*h).backward()
+    nn.utils.clip_grad_norm_(trained, c.max_grad_norm)
+    optimiser.step()
+    return float(loss), float(h)
+
 def train_policy(
     lm: ScoringModel,             # trained in place; from `load_generator`, float32
     tasks: Sequence[dict],        # from `load_tasks`
@@ -145,35 +167,37 @@ def train_policy(
     config: RLConfig,
     on_step: Callable[[dict], None] | None = None, # gets each line
     progress: bool = True,        # a bar, on a terminal
-) -> list[dict[str, float]]:      # a line a step: reward, penalty, loss, entropy, spread, zero, failed
+    chat: bool | None = None,     # apply the chat template; None: if there is one
+    save: str | Path | None = None, # file of the state: written every `save_steps`, and gone on from if it is there
+    save_steps: int = 20,
+) -> list[dict[str, float]]:      # a line a step: reward, penalty, kl, loss, entropy, zero, failed
     "Train a policy by policy gradients. Raises `AuditError`."
-    c, tasks, lines, g = config, list(tasks), [], random.Random(config.seed)
-    encoded = encode_prompts(lm, [t['prompt'] for t in tasks])
+    c, tasks = config, list(tasks)
+    encoded = encode_prompts(lm, [t['prompt'] for t in tasks], chat)
     reference = copy.copy(lm) if c.kl else None
     if reference: reference.model = copy.deepcopy(lm.model).eval().requires_grad_(False)
     trained = [p for p in lm.model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, c.learning_rate, weight_decay=0.)
-    for step in tqdm(range(c.steps), unit='step', disable=None if progress else True):
+    state = TrainingState(save, lm.model, optimiser, _identity(lm, tasks, save, config=asdict(c), chat=chat, reward=getattr(reward, '__name__', type(reward).__name__)))
+    told = state.load() or dict(kl=c.kl, lines=[])
+    kl, lines = told['kl'], [{k: float('nan') if v is None else v for k, v in line.items()} for line in told['lines']]
+    for step in tqdm(range(len(lines), c.steps), initial=len(lines), total=c.steps, unit='step', disable=None if progress else True):
+        g = random.Random(row_seed(c.seed, 'order', step))
         picked = [i for i in g.sample(range(len(tasks)), min(c.prompts, len(tasks))) for _ in range(c.group)]
         got = _rollout(lm, reference, tasks, encoded, picked, reward, c, step)
-        a = advantages(got['raw'] - c.kl*got['penalty'].cpu(), got['picked'], c.baseline, c.normalise).to(lm.device)
-        losses, bonus = [], []
-        for _ in range(c.epochs):
-            order = g.sample(range(len(a)), len(a))
-            for some in (order[i:i + c.minibatch] for i in range(0, len(a), c.minibatch)):
-                mine = ([got[k][j] for j in some] for k in ('prompts', 'responses'))
-                logps, entropy, mask, _ = policy_logps(lm, *mine, c.sampling, got['kept'][some])
-                h = entropy.sum()/mask.sum()
-                loss = policy_loss(logps, got['old'][some, :logps.shape[1]], a[some], mask, c.clip)
-                optimiser.zero_grad()
-                (loss - c.entropy*h).backward()
-                nn.utils.clip_grad_norm_(trained, c.max_grad_norm)
-                optimiser.step()
-                losses.append(float(loss)); bonus.append(float(h))
-        lines.append(dict(step=step, reward=float(got['raw'].mean()), penalty=float(got['penalty'].mean()), loss=float(np.mean(losses)), entropy=float(np.mean(bonus)),
-                          zero=_zero_share(got), failed=got['failed']))
+        a = advantages(got['raw'] - kl*got['penalty'], got['picked'], c.baseline, c.normalise).to(lm.device)
+        orders = [g.sample(range(len(a)), len(a)) for _ in range(c.epochs)]
+        told = [_update(lm, got, a, order[i:i + c.minibatch], c, optimiser, trained) for order in orders for i in range(0, len(a), c.minibatch)]
+        lines.append(dict(step=step, reward=float(got['raw'].mean()), penalty=float(got['penalty'].mean()), kl=kl, loss=float(np.mean([t[0] for t in told])),
+                          entropy=float(np.mean([t[1] for t in told])), zero=_zero_share(got), failed=got['failed']))
+        if c.kl_target: kl *= 1 + .1*float(np.clip(lines[-1]['penalty']/c.kl_target - 1, -.2, .2))
+        if (step + 1) % save_steps == 0: state.save(dict(kl=kl, lines=lines))
         if on_step: on_step(lines[-1])
     return lines
+
+def _identity(lm: ScoringModel, tasks: list[dict], save: Any, **more: Any) -> dict:
+    "Of a training that is to be saved"
+    return dict(tasks=prompt_hash(plain(tasks)), start=weights_hash(lm.model), **more) if save else {}
 
 def _zero_share(got: dict) -> float:
     "Share of prompts with several responses whose rewards are equal; NaN for groups of one"
@@ -192,6 +216,10 @@ def train_supervised(
     steps: float = 1.,           # fraction of the full run's steps, in (0, 1]
     seed: int = 0,               # of the choice and the order
     progress: bool = True,       # a bar, on a terminal
+    bf16: bool = False,          # forward passes under autocast
+    chat: bool | None = None,    # apply the chat template; None: if there is one
+    save: str | Path | None = None, # as for `train_policy`
+    save_steps: int = 100,
 ) -> list[float]:                # the loss of each step: mean over answers of the mean over tokens, nats
     "Learn answers. Raises `AuditError` for a fraction out of range, or tasks without answers."
     for name, x in (('labels', labels), ('steps', steps)):
@@ -201,15 +229,20 @@ def train_supervised(
     g = random.Random(seed)
     mine = g.sample(known, max(1, round(labels*len(known))))
     total = max(1, round(steps*epochs*len(known)/batch))
-    encoded, ends = encode_prompts(lm, [t['prompt'] for t in mine]), end_tokens(lm)
+    encoded, ends = encode_prompts(lm, [t['prompt'] for t in mine], chat), end_tokens(lm)
     answers = [t['answer'] if isinstance(t['answer'], str) else t['answer'][0] for t in mine]
     ids = [lm.tokenizer(a, add_special_tokens=False).input_ids + ends[:1] for a in answers]
-    optimiser, losses, order = torch.optim.AdamW([p for p in lm.model.parameters() if p.requires_grad], learning_rate, weight_decay=0.), [], []
-    for _ in tqdm(range(total), unit='step', disable=None if progress else True):
+    optimiser, order = torch.optim.AdamW([p for p in lm.model.parameters() if p.requires_grad], learning_rate, weight_decay=0.), []
+    state = TrainingState(save, lm.model, optimiser, _identity(lm, mine, save, learning_rate=learning_rate, batch=batch, total=total, seed=seed, bf16=bf16, chat=chat))
+    losses = (state.load() or dict(losses=[]))['losses']
+    done = len(losses)
+    for step in tqdm(range(total), unit='step', disable=None if progress else True):
         while len(order) < batch: order += g.sample(range(len(mine)), len(mine))
         some, order = order[:batch], order[batch:]
-        logps, _, mask, _ = policy_logps(lm, [encoded[i] for i in some], [ids[i] for i in some], Sampling())
+        if step < done: continue  # of an earlier life
+        with _precision(lm, bf16): logps, _, mask, _ = policy_logps(lm, [encoded[i] for i in some], [ids[i] for i in some], Sampling())
         loss = -(logps.sum(1)/mask.sum(1)).mean()
         optimiser.zero_grad(); loss.backward(); optimiser.step()
         losses.append(float(loss))
+        if (step + 1) % save_steps == 0: state.save(dict(losses=losses))
     return losses

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Reward', 'REWARDS', 'call_reward', 'normal_text', 'exact_match', 'contains_answer', 'format_reward', 'rouge_l',
-           'sacrebleu', 'meteor', 'classifier_reward', 'load_reward']
+           'sacrebleu', 'vader', 'meteor', 'classifier_reward', 'load_reward']
 
 # %% ../../nbs/rl/32_rewards.ipynb #61a3b421
 import importlib
@@ -57,11 +57,16 @@ def contains_answer(prompts, completions, answer, **_):
     found = lambda c, a: re.search(rf'(?<!\w){re.escape(normal_text(a))}(?!\w)', ' '.join(c.lower().split())) is not None
     return [float(any(found(c, a) for a in _references(answers))) for c, answers in zip(completions, answer)]
 
-def format_reward(pattern: str) -> Reward:
-    "A reward of 1 where the whole completion, outer blanks off, matches a regular expression"
-    try: form = re.compile(pattern, re.DOTALL)
+def _form(pattern: str) -> re.Pattern:
+    try: return re.compile(pattern, re.DOTALL)
     except re.error as e: raise AuditError(f'format {pattern!r}: no regular expression ({e})') from None
-    def matches(prompts, completions, **_): return [float(form.fullmatch(c.strip()) is not None) for c in completions]
+
+def format_reward(pattern: str | None = None) -> Reward:
+    "A reward of 1 where the whole completion, outer blanks off, matches a regular expression; None: the column `pattern`"
+    whole = pattern and _form(pattern)
+    def matches(prompts, completions, pattern=None, **_):
+        forms = [whole]*len(completions) if whole else map(_form, pattern)
+        return [float(f.fullmatch(c.strip()) is not None) for f, c in zip(forms, completions)]
     return matches
 
 # %% ../../nbs/rl/32_rewards.ipynb #2d6a586e
@@ -82,6 +87,12 @@ def sacrebleu(tokenize: str = '13a') -> Reward:
     def sacrebleu(prompts, completions, answer, **_):
         return [metric.sentence_score(c, _references(a)).score/100 for c, a in zip(completions, answer)]
     return sacrebleu
+
+def vader() -> Reward:
+    "Sentiment by VADER's lexicon (Hutto and Gilbert, 2014), its compound score moved to [0, 1]; .5 is neutral"
+    judge = _needs('vaderSentiment.vaderSentiment').SentimentIntensityAnalyzer()
+    def vader(prompts, completions, **_): return [(judge.polarity_scores(c)['compound'] + 1)/2 for c in completions]
+    return vader
 
 def meteor() -> Reward:
     "METEOR, best over the references"
@@ -121,10 +132,10 @@ def classifier_reward(
 # %% ../../nbs/rl/32_rewards.ipynb #68bfc7cc
 REWARDS: dict[str, Callable[..., Reward]] = {
     'exact_match': lambda: exact_match, 'contains': lambda: contains_answer, 'format': format_reward, 'rouge_l': rouge_l,
-    'sacrebleu': sacrebleu, 'meteor': meteor, 'classifier': classifier_reward}
+    'sacrebleu': sacrebleu, 'meteor': meteor, 'vader': vader, 'classifier': classifier_reward}
 
 def load_reward(
-    name: str, # 'exact_match', 'contains', 'rouge_l', 'meteor', 'sacrebleu[:TOKENIZER]', 'format:REGEX', 'classifier:MODEL', 'module:function'
+    name: str, # 'exact_match', 'contains', 'rouge_l', 'meteor', 'vader', 'sacrebleu[:TOKENIZER]', 'format[:REGEX]', 'classifier:MODEL', 'module:function'
 ) -> Reward:
     "A reward by name. Raises `AuditError` with what there is."
     head, _, tail = name.partition(':')

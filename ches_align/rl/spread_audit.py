@@ -10,29 +10,28 @@ import json
 import math
 import time
 from dataclasses import asdict, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import pandas as pd
 
-from ..audit.files import AuditError, add_run, only_writer, open_runs, plain, read_rows, write_files
+from ..audit.files import AuditError, add_run, only_writer, open_runs, plain, write_files
 from ..audit.models import ScoringModel
 from .generation import generate_responses
 from .rewards import Reward, call_reward
 from .sampling import Sampling, prompt_hash
+from .tasks import task_rows
 from .spread_table import group_costs, spread_summary, spread_table
 
 # %% ../../nbs/rl/33c_spread_audit.ipynb #b45c27e4
 def load_tasks(
-    source: Any,               # 'sample', or anything that `read_rows` takes, with a `prompt` column
+    source: Any,               # anything that `task_rows` takes: a shipped task, 'grue/NAME', a file with a `prompt` column ...
     split: str | None = None,  # which split, where there are several
     limit: int | None = None,  # at most so many, the first
 ) -> list[dict[str, Any]]:     # prompt and the other columns, each prompt once
     "Read prompts. Raises `AuditError` with the row that has none."
-    if source == 'sample': source = Path(str(files('ches_align')/'samples'/'tasks.jsonl'))
     found: dict[str, dict] = {}
-    for i, r in enumerate(read_rows(source, split), 1):
+    for i, r in enumerate(task_rows(source, split), 1):
         p = r.get('prompt')
         words = [m.get('content') for m in p] if isinstance(p, list) and all(isinstance(m, dict) for m in p) else [p]
         if not words or not all(isinstance(w, str) for w in words) or not any(w.strip() for w in words):
