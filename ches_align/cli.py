@@ -235,10 +235,23 @@ def _refusals(study, check: bool) -> str:
     columns = ['arm', 'pairs', 'steps', 'train_rate', 'train_change', 'test_rate', 'test_change', 'own', 'held']
     return f'{made[columns].round(3).to_string(index=False)}\ntable: {table}, picture: {picture}'
 
+def _rl(study, check: bool) -> str:
+    "One study of finetuning by reward and by labels; what to print"
+    from ches_align.studies.rl_plan import check_rl
+    from ches_align.studies.rl_report import stage_table, write_rl
+    from ches_align.studies.rl_study import run_rl
+    told = check_rl(study)
+    if check: return told
+    print(told, flush=True)
+    made = stage_table(run_rl(study), (study.low, study.high), study.threshold)
+    table, picture = write_rl(study.out)
+    columns = [c for c in ('arm', 'stage', 'seeds', 'mean', 'change', 'low', 'high', 'p10', 'zero', 'flat') if c in made]
+    return f'{made[columns].round(3).to_string(index=False)}\ntable: {table}, picture: {picture}'
+
 # %% ../nbs/60_cli.ipynb #8e0c41d2
 @call_parse
 def ches_train(
-    config: str,           # YAML file, of kind preference, single_prompt, subsets or refusal
+    config: str,           # YAML file, of kind preference, single_prompt, subsets, refusal or rl
     resume: bool = False,  # continue a preference run from its last checkpoint (grids and studies always continue)
     check: bool = False,   # say what it would take, and end
     against: str = None,   # a committed record that a grid's runs are held against
@@ -247,13 +260,14 @@ def ches_train(
     "Train as a YAML file says, and watch for likelihood displacement."
     with one_line('ches_train'):
         from ches_align.studies.refusal_plan import RefusalStudy
+        from ches_align.studies.rl_plan import RLStudy
         from ches_align.studies.subsets import SubsetStudy
         from ches_align.training.config import load_config
         from ches_align.training.grid import SinglePromptConfig
         from ches_align.training.train_config import TrainConfig
         _quiet()
-        cfg = load_config(config, {k.kind: k for k in (TrainConfig, SinglePromptConfig, SubsetStudy, RefusalStudy)}, list(set))
+        cfg = load_config(config, {k.kind: k for k in (TrainConfig, SinglePromptConfig, SubsetStudy, RefusalStudy, RLStudy)}, list(set))
         said = (_grid(cfg, check, against) if isinstance(cfg, SinglePromptConfig) else
                 _subsets(cfg, check) if isinstance(cfg, SubsetStudy) else
-                _refusals(cfg, check) if isinstance(cfg, RefusalStudy) else _train(cfg, resume, check))
+                _refusals(cfg, check) if isinstance(cfg, RefusalStudy) else _rl(cfg, check) if isinstance(cfg, RLStudy) else _train(cfg, resume, check))
         if said: print(said)

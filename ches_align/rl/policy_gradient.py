@@ -158,7 +158,7 @@ def _update(lm: ScoringModel, got: dict, a: Tensor, some: list[int], c: RLConfig
     (loss - c.entropy*h).backward()
     nn.utils.clip_grad_norm_(trained, c.max_grad_norm)
     optimiser.step()
-    return float(loss), float(h)
+    return float(loss.detach()), float(h.detach())
 
 def train_policy(
     lm: ScoringModel,             # trained in place; from `load_generator`, float32
@@ -243,6 +243,6 @@ def train_supervised(
         with _precision(lm, bf16): logps, _, mask, _ = policy_logps(lm, [encoded[i] for i in some], [ids[i] for i in some], Sampling())
         loss = -(logps.sum(1)/mask.sum(1)).mean()
         optimiser.zero_grad(); loss.backward(); optimiser.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if (step + 1) % save_steps == 0: state.save(dict(losses=losses))
     return losses
