@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONVENTIONS', 'predicting_mask', 'response_sum', 'PairScores', 'ches_from_sums', 'summed_mask', 'pair_scores',
-           'ches_scores', 'last_hidden_inner', 'neg_edit_distance', 'Head', 'HeadScores', 'head_ches']
+           'ches_scores', 'last_hidden_inner', 'neg_edit_distance', 'Head', 'token_gram', 'HeadScores', 'head_ches']
 
 # %% ../../nbs/theory/05_ches.ipynb #6cb0e956
 from typing import NamedTuple, Sequence
@@ -144,25 +144,17 @@ def _block_logits(head: Head, hidden: Tensor, rows) -> tuple[Tensor, Tensor | No
     t = torch.tanh(z / head.softcap)
     return head.softcap * t, head.scale * (1 - t * t)
 
-# %% ../../nbs/theory/05_ches.ipynb #a9989edb
-class HeadScores(NamedTuple):
-    "What the output layer says of one pair."
-    head_ches: Tensor       # [] head-gradient CHES: positive = a step on the head lowers ln pi(y+)
-    chosen_logps: Tensor    # [n] ln pi(y+_k | x, y+_<k), nats
-    rejected_logps: Tensor  # [n'] ln pi(y-_k | x, y-_<k), nats
-
-def head_ches(
-    head: Head,                               # the output layer
-    chosen_hidden: Float[Tensor, "n dim"],    # the states that predict the preferred response
-    chosen_ids: Int[Tensor, "n"],             # its tokens
-    rejected_hidden: Float[Tensor, "m dim"],  # the states that predict the dispreferred response
-    rejected_ids: Int[Tensor, "m"],           # its tokens
-    block: int = 8192,                        # vocabulary rows at a time; memory grows with (n + m) * block
-) -> HeadScores:                              # accumulated in fp32, or fp64 for fp64 states
-    "Head-gradient CHES (@eq-headches) and token log-probabilities, in one pass over the vocabulary."
-    dtype = torch.promote_types(chosen_hidden.dtype, torch.float32)
-    H, n = torch.cat([chosen_hidden, rejected_hidden]).to(dtype), len(chosen_ids)
-    ids = torch.cat([chosen_ids, rejected_ids])
+# %% ../../nbs/theory/05_ches.ipynb #a9989edc
+def token_gram(
+    head: Head,                      # the output layer
+    hidden: Float[Tensor, "n dim"],  # states, each of which predicts a token
+    ids: Int[Tensor, "n"],           # those tokens
+    rows: int | None = None,         # only so many rows of the matrix; None: all
+    block: int = 8192,               # vocabulary rows at a time; memory grows with n * block
+) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "n"]]: # inner products of the tokens' gradients, log-probabilities (nats)
+    "Inner products of the gradients of ln pi of tokens against the output layer (@eq-gram), in one pass over the vocabulary; fp32 or better."
+    H = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    n = len(ids) if rows is None else rows
     top = H.new_full((len(H),), -torch.inf)      # largest logit so far, a row each
     mass, inner = H.new_zeros(len(H)), H.new_zeros(n, len(H))
     for start in range(0, len(head.weight), block):
@@ -181,6 +173,25 @@ def head_ches(
     same = (ids[:n, None] == ids[None]) * slope.diagonal()[:n, None] * slope.diagonal()[None]
     inner *= (head.scale ** 2 if head.softcap is None else 1.) / (mass[:n, None] * mass[None])
     weights = same - p[:n] - p.T[:n] + inner     # <g_k, g_k'>, @eq-gram
-    terms = weights * (H[:n] @ H.T)
+    return weights * (H[:n] @ H.T), logps.diagonal()
+
+# %% ../../nbs/theory/05_ches.ipynb #a9989edb
+class HeadScores(NamedTuple):
+    "What the output layer says of one pair."
+    head_ches: Tensor       # [] head-gradient CHES: positive = a step on the head lowers ln pi(y+)
+    chosen_logps: Tensor    # [n] ln pi(y+_k | x, y+_<k), nats
+    rejected_logps: Tensor  # [n'] ln pi(y-_k | x, y-_<k), nats
+
+def head_ches(
+    head: Head,                               # the output layer
+    chosen_hidden: Float[Tensor, "n dim"],    # the states that predict the preferred response
+    chosen_ids: Int[Tensor, "n"],             # its tokens
+    rejected_hidden: Float[Tensor, "m dim"],  # the states that predict the dispreferred response
+    rejected_ids: Int[Tensor, "m"],           # its tokens
+    block: int = 8192,                        # vocabulary rows at a time; memory grows with (n + m) * block
+) -> HeadScores:                              # accumulated in fp32, or fp64 for fp64 states
+    "Head-gradient CHES (@eq-headches) and token log-probabilities, in one pass over the vocabulary."
+    n = len(chosen_ids)
+    terms, logps = token_gram(head, torch.cat([chosen_hidden, rejected_hidden]), torch.cat([chosen_ids, rejected_ids]), n, block)
     score = terms[:, n:].sum(dtype=torch.float64) - terms[:, :n].sum(dtype=torch.float64)
-    return HeadScores(score, logps.diagonal()[:n], logps.diagonal()[n:])
+    return HeadScores(score, logps[:n], logps[n:])
