@@ -60,12 +60,12 @@ def _audited(prompts: str, model: str, reward: str, out: Path, read: dict, draw:
 
 @call_parse
 def ches_reward_std(
-    prompts: str,                 # 'sample', or rows with `prompt` and what the reward needs; or with `reward`: then no model is asked
+    prompts: str,                 # 'sample', 'countries', 'formats', 'visits', 'grue/NAME', or rows with `prompt` and what the reward needs; or with `reward`: then no model is asked
     model: str = 'smollm2-135m',  # 'smollm2-135m', a hub name, a folder, a LoRA folder or a .gguf file; T5 too
-    reward: str = None,           # exact_match, contains, rouge_l, sacrebleu, meteor, format:REGEX, classifier:MODEL, module:function
+    reward: str = None,           # exact_match, contains, rouge_l, sacrebleu, meteor, vader, format[:REGEX], classifier:MODEL, module:function
     samples: int = 64,            # at most so many responses a prompt
     first: int = 8,               # responses to every prompt; more only where they cannot tell
-    out: str = 'reward_std',      # folder for table.csv, rows.jsonl, summary.json; the same command continues a run
+    out: str = 'reward_std',      # folder for report.html, report.md, table.csv, rows.jsonl, summary.json; the same command continues a run
     low: float = None,            # lowest value that the reward can have (default: of the rows)
     high: float = None,           # highest
     threshold: float = .1,        # share of that range: a standard deviation surely below it is flat
@@ -90,6 +90,7 @@ def ches_reward_std(
         if chat and no_chat: raise AuditError('--chat or --no_chat, not both')
         _quiet()
         from ches_align.rl.spread_audit import write_spread
+        from ches_align.rl.spread_report import spread_report
         from ches_align.rl.spread_table import spread_table
         if reward is None:
             rows = list(read_rows(prompts, split))[:limit]
@@ -100,6 +101,8 @@ def ches_reward_std(
                                    max_new_tokens=max_new_tokens, seed=seed), dict(dtype=dtype, device=device, revision=revision),
                                    dict(first=first, most=samples, value_range=value_range, threshold=threshold, batch_tokens=batch_tokens, engine=engine),
                                    True if chat else False if no_chat else None)
-        print(_said(write_spread(table, rows, folder) | ({} if reward else dict(samples=int(table.n.sum())))))
+        summary = write_spread(table, rows, folder)
+        spread_report(table, rows, summary, folder, f'Reward spread: {Path(prompts).name}')
+        print(_said(summary | ({} if reward else dict(samples=int(table.n.sum())))))
         if against: print(_compared(folder, against))
-        print(f'table: {out}/table.csv')
+        print(f'table: {out}/table.csv', f'report: {out}/report.html', sep='\n')
