@@ -1,13 +1,10 @@
 "A study of refusals and a reward audit as a user runs them: killed and continued, and with what cannot work."
-import json, os, signal, subprocess, sys, time
-from pathlib import Path
+import json
 
 import pytest
 import yaml
+from commands import killed, lines, run
 from conftest import save_tiny
-
-ENV = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
-SCRIPTS = Path(sys.executable).parent
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
@@ -20,19 +17,6 @@ def place(tmp_path_factory):
     (where/'study.yaml').write_text(yaml.safe_dump(study))
     (where/'tasks.jsonl').write_text(''.join(json.dumps(dict(prompt=f'Task {i}', answer='a')) + '\n' for i in range(8)))
     return where
-
-def command(name, *args): return [sys.executable, str(SCRIPTS/name), *args]
-
-def run(place, name, *args): return subprocess.run(command(name, *args), cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
-
-def killed(place, path, *args):
-    "Start a command and kill it once `path` has a line"
-    process, end = subprocess.Popen(command(*args), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV), time.time() + 120
-    while not (path.exists() and path.stat().st_size) and process.poll() is None and time.time() < end: time.sleep(.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-def lines(path): return [{k: v for k, v in json.loads(x).items() if 'seconds' not in k} for x in path.read_text().splitlines()]
 
 def test_refusals_killed_and_run_again(place):
     "The finished lines stay, the others follow; the table is that of a run in one go"

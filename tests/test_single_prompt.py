@@ -29,11 +29,12 @@ CONFIGS = sorted(p for p in (Path(__file__).parents[1]/'configs').rglob('*.yaml'
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: f'{p.parent.name}/{p.stem}')
 def test_every_shipped_file_is_read(path):
     from ches_align.studies.refusal_plan import RefusalStudy
+    from ches_align.studies.rl_plan import RLStudy
     from ches_align.studies.subsets import SubsetStudy
     from ches_align.training.config import load_config
     from ches_align.training.grid import SinglePromptConfig
     from ches_align.training.train_config import TrainConfig
-    cfg = load_config(path, {k.kind: k for k in (TrainConfig, SinglePromptConfig, SubsetStudy, RefusalStudy)})
+    cfg = load_config(path, {k.kind: k for k in (TrainConfig, SinglePromptConfig, SubsetStudy, RefusalStudy, RLStudy)})
     assert cfg.kind in path.read_text()
 
 def save(where, name, **changes):

@@ -65,6 +65,7 @@ def format_reward(pattern: str | None = None) -> Reward:
     "A reward of 1 where the whole completion, outer blanks off, matches a regular expression; None: the column `pattern`"
     whole = pattern and _form(pattern)
     def matches(prompts, completions, pattern=None, **_):
+        if not whole and (pattern is None or None in pattern): raise AuditError('format needs an expression: format:REGEX, or a column `pattern`')
         forms = [whole]*len(completions) if whole else map(_form, pattern)
         return [float(f.fullmatch(c.strip()) is not None) for f, c in zip(forms, completions)]
     return matches

@@ -157,4 +157,4 @@ def check_rl(
         f'model {study.model}: {name}, {n/1e6:,.1f}M parameters; {(16 + 4*kl)*n/1e9:.1f} GB for weights, gradients and moments in fp32{", and the reference" if kl else ""}, activations besides', said,
         f'{len(study.seeds)} seeds of {len(study.arms)} arms; {audits:,} responses in audits, {len(study.seeds)*drawn:,} in training, {len(study.seeds)*updates:,} updates',
         f'{flops:.1e} operations, at least ' + ', '.join(f'{flops/s/3600:.2g} h on {where}' for where, s in SPEEDS.items()),
-        *(f"arm {a}: {', then '.join(f'{k} {v}' if v else k for k, v in study.arms[a].items())}" for a in study.arms)])
+        *(f"arm {a}: {', then '.join(f'{k} {study.arms[a][k]}' if study.arms[a][k] else k for k in PHASES if k in study.arms[a])}" for a in study.arms)])

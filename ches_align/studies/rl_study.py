@@ -42,6 +42,7 @@ def measure_rewards(
     mine = [tasks[r['prompt_index']] for r in rows]
     columns = {c: [t.get(c) for t in mine] for c in mine[0] if c != 'prompt'}
     made = call_reward(reward, [t['prompt'] for t in mine], [r['response'] for r in rows], **columns)
+    if all(v is None for v, _ in made): raise AuditError(f'{study.reward}: no response got a reward ({made[0][1]})')
     cut = lambda x: [x[i*samples:(i + 1)*samples] for i in range(len(tasks))]
     return dict(rewards=cut([v if v is None else round(v, 4) for v, _ in made]), failed=sum(v is None for v, _ in made), error=next((e for v, e in made if v is None), ''),
                 finished=sum(r['finished'] for r in rows)/len(rows), distinct=[len(set(t)) for t in cut([r['response'] for r in rows])])

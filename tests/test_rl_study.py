@@ -1,0 +1,43 @@
+"A study of finetuning by reward and by labels as a user runs it: killed and continued, and with what cannot work."
+import json
+
+import pytest
+import yaml
+from commands import killed, lines, run
+from conftest import save_tiny
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    where = tmp_path_factory.mktemp('rl')
+    save_tiny(where/'model')
+    (where/'tasks.jsonl').write_text(''.join(json.dumps(dict(prompt=f'Say {w}', answer=w)) + '\n' for w in ('one', 'two', 'six', 'ten', 'low', 'red')))
+    study = dict(kind='rl', model='model', tasks='tasks.jsonl', reward='contains', test=.34, samples=4, sampling=dict(max_new_tokens=3), chat=False, save_steps=10,
+                 sft=dict(learning_rate=3e-2, epochs=50, batch=4), rft=dict(learning_rate=1e-3, steps=3, prompts=4, group=2),
+                 arms=dict(rft=dict(rft={}), sft_rft=dict(sft={}, rft={}), partial=dict(sft=dict(labels=.5, steps=.4))))
+    (where/'study.yaml').write_text(yaml.safe_dump(study))
+    return where
+
+def test_killed_and_run_again(place):
+    "Finished arms stay, the cut one goes on; lines, table and picture are those of a run in one go"
+    done = run(place, 'ches_train', 'study.yaml', '--set', 'out=whole')
+    assert done.returncode == 0 and '1 seeds of 3 arms' in done.stdout and 'table: whole/table.csv' in done.stdout, done.stderr
+    killed(place, place/'killed'/'.arm_work'/'sft_rft_0'/'sft.safetensors', 'ches_train', 'study.yaml', '--set', 'out=killed')
+    assert 1 <= len(lines(place/'killed'/'runs.jsonl')) < 4 and not (place/'killed'/'table.csv').exists()
+    assert run(place, 'ches_train', 'study.yaml', '--set', 'out=killed').returncode == 0
+    assert lines(place/'killed'/'runs.jsonl') == lines(place/'whole'/'runs.jsonl')
+    assert (place/'killed'/'table.csv').read_text() == (place/'whole'/'table.csv').read_text() and (place/'killed'/'stages.png').exists()
+    after, = (r['after_sft']['rewards'] for r in lines(place/'whole'/'runs.jsonl') if r['arm'] == 'sft_rft')
+    assert (learnt := sum(map(sum, after[:4]))/16) > .9, (learnt, 'finetuning on the answers gives the answers')
+    assert 'arm rft was run with other settings' in run(place, 'ches_train', 'study.yaml', '--set', 'out=whole', 'arms.rft.rft.steps=9').stderr
+    assert 'holds runs of another study' in run(place, 'ches_train', 'study.yaml', '--set', 'out=whole', 'samples=5').stderr
+
+@pytest.mark.parametrize('changes, said', [
+    (['tasks=nowhere.jsonl'], 'no such file'), (['tasks=grue/squad'], 'one of narrative_qa'), (['reward=bleurt'], 'one of exact_match'), (['model=nowhere'], 'nowhere'),
+    (['arms={a: {ppo: {}}}'], 'sft, rft or both'), (['rft.lr=1'], "unknown key 'lr'"), (['rft.clip=null', 'rft.epochs=2'], 'on-policy'), (['test=1.5'], 'test 1.5'),
+    (['reward=format'], 'format needs an expression')], ids=lambda v: v[0] if isinstance(v, list) else '')
+def test_what_cannot_work(place, changes, said, monkeypatch):
+    "One line and exit code 1"
+    from ches_align.cli import ches_train
+    monkeypatch.chdir(place)
+    with pytest.raises(SystemExit) as stop: ches_train('study.yaml', set=['out=wrong', *changes])
+    assert said in str(stop.value) and '\n' not in str(stop.value), stop.value
