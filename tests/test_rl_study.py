@@ -41,3 +41,23 @@ def test_what_cannot_work(place, changes, said, monkeypatch):
     monkeypatch.chdir(place)
     with pytest.raises(SystemExit) as stop: ches_train('study.yaml', set=['out=wrong', *changes])
     assert said in str(stop.value) and '\n' not in str(stop.value), stop.value
+
+def test_a_data_set_of_grue_with_an_encoder_decoder(place):
+    "Rows of the public schema, prompts cut, KL penalty and several epochs, on a made-up T5"
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+    from ches_align.studies.rl_plan import RLStudy
+    from ches_align.studies.rl_study import run_rl
+    tokenizer = AutoTokenizer.from_pretrained(place/'model')
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, dropout_rate=0.,
+                                        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)).save_pretrained(place/'t5')
+    tokenizer.save_pretrained(place/'t5')
+    rows = [dict(translation=dict(en=f'A sentence with the number {i}, and more words after it', de=f'Satz {i}')) for i in range(6)]
+    (place/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    study = RLStudy(model=str(place/'t5'), tasks=f"grue/iwslt={place/'rows.jsonl'}", reward='exact_match', out=str(place/'grue'), limit=4, prompt_tokens=8, samples=2, chat=False,
+                    sampling=dict(max_new_tokens=4, top_k=10), sft=dict(learning_rate=1e-2, batch=2, epochs=2),
+                    rft=dict(steps=2, prompts=4, minibatch=2, epochs=2, kl=.01, kl_target=1., entropy=.01), arms=dict(both=dict(sft={}, rft={})))
+    start, both = run_rl(study, progress=False)
+    assert len(start['prompts']) == 4 and len(both['sft']) == 4 and len(both['rft']) == 2 and both['rft'][0]['kl'] == .01
+    assert [len(r) for r in both['after']['rewards']] == [2]*4 and both['after']['failed'] == 0
