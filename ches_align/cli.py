@@ -69,12 +69,14 @@ def ches_score(
     "Score every pair of a preference data set by how far training on it would displace the preferred response."
     with one_line('ches_score'):
         from ches_align.audit.scoring import score_dataset
+        from ches_align.audit.workers import leave, processes
         _quiet()
         options = dict(adapter=adapter, revision=revision, quantize=quantize, trust_remote_code=trust_remote_code)
         scores = score_dataset(
             data, model, out, max_length, convention, not no_head, batch_tokens, dtype, device, options,
             split=split, columns=columns, limit=limit, seed=seed, chat=chat)
-        print(_summary(scores), f'scores: {out}/scores', sep='\n')
+        if processes().is_main_process: print(_summary(scores), f'scores: {out}/scores', sep='\n')
+        leave()
 
 # %% ../nbs/60_cli.ipynb #3267a82e
 def _scored_pairs(scores, data: str | None, **given):
@@ -185,19 +187,22 @@ def ches_audit(
         from ches_align.audit.report import audit_report
         from ches_align.audit.scoring import score_dataset
         from ches_align.audit.selection import select_pairs
+        from ches_align.audit.workers import leave, processes
         _quiet()
         scores = score_dataset(data, model, out, max_length, batch_tokens=batch_tokens, dtype=dtype, device=device,
                                split=split, columns=columns, limit=limit, seed=seed, chat=chat)
-        pairs = _scored_pairs(scores, data)
-        print(_summary(scores), _worst_table(scores, pairs, 10), sep='\n\n')
-        card = write_selection(select_pairs(scores, by, keep), pairs, Path(out)/'kept.jsonl')
-        audit_report(scores, pairs, out)
-        print('', _kept(card, Path(out)/'kept.jsonl'), f'report: {out}/report.html', sep='\n')
+        if processes().is_main_process:
+            pairs = _scored_pairs(scores, data)
+            print(_summary(scores), _worst_table(scores, pairs, 10), sep='\n\n')
+            card = write_selection(select_pairs(scores, by, keep), pairs, Path(out)/'kept.jsonl')
+            audit_report(scores, pairs, out)
+            print('', _kept(card, Path(out)/'kept.jsonl'), f'report: {out}/report.html', sep='\n')
+        leave()
 
 # %% ../nbs/60_cli.ipynb #00b5b923
 def _train(cfg, resume: bool, check: bool) -> str:
     "One preference run; what to print"
-    from ches_align.training.pair_trainer import processes
+    from ches_align.audit.workers import processes
     from ches_align.training.train import run_summary, train_preferences
     from ches_align.training.train_config import check as check_train
     if check: return check_train(cfg)
@@ -218,7 +223,7 @@ def _subsets(study, check: bool) -> str:
     "One study of subsets; what to print"
     from ches_align.studies.subset_report import check_subsets, write_study
     from ches_align.studies.subsets import run_subsets
-    from ches_align.training.pair_trainer import processes
+    from ches_align.audit.workers import processes
     if check: return check_subsets(study)
     runs = run_subsets(study)
     if not processes().is_main_process: return ''

@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Iterator, Sequence
@@ -29,6 +29,7 @@ from .files import AuditError, only_writer, write_files, writing
 from .hidden_states import (EncodedPair, default_budget, encode_pairs, pair_states, shares_prompt,
                                             special_ids)
 from .models import ScoringModel, load_model, weights_hash
+from .workers import errors_of_all, first_alone, processes, same_everywhere, shared_counter, together
 from ..theory.ches import Head, head_ches, last_hidden_inner, neg_edit_distance, pair_scores
 
 # %% ../../nbs/audit/14_scoring.ipynb #45128d1e
@@ -170,11 +171,13 @@ def _score_shards(lm, encoded, out, settings, progress) -> pd.DataFrame:
     plan, rows = plan_shards(encoded), []
     bar = tqdm(total=sum(2 * encoded[i].length for s in plan[1:] for i in s), unit='tok', unit_scale=True,
                desc='scoring', disable=None if progress else True)
-    for k, shard in enumerate(plan):
-        path = out and out/'scores'/f'part-{k:05d}.parquet'
-        cost = sum(2 * encoded[i].length for i in shard) if k else 0
+    costs, seen = [0] + [sum(2 * encoded[i].length for i in shard) for shard in plan[1:]], 0
+    for k in shared_counter(len(plan)):
+        path, shard = out and out/'scores'/f'part-{k:05d}.parquet', plan[k]
+        bar.update(sum(costs[seen:k]))  # what other processes took
+        seen = k + 1
         if path is not None and path.exists():
-            bar.total -= cost; bar.refresh()
+            bar.total -= costs[k]; bar.refresh()
             continue
         some = [encoded[i] for i in shard]
         try: done = score_block(lm, some, **settings) if k else [blank_row(e) for e in some]
@@ -182,7 +185,7 @@ def _score_shards(lm, encoded, out, settings, progress) -> pd.DataFrame:
             raise AuditError(f'out of memory in shard {k}: lower --batch_tokens ({settings["batch_tokens"]})') from None
         if path is not None: write_files({path: score_table(done).to_parquet(index=False)})
         else: rows += done
-        bar.update(cost)
+        bar.update(costs[k])
         bar.set_postfix_str(f'shard {k}/{len(plan) - 1}')
     bar.close()
     if out is not None: return load_scores(out)
@@ -205,6 +208,11 @@ def score_dataset(
 ) -> pd.DataFrame:                   # a row a pair, `COLUMNS`; the manifest in `attrs['manifest']`
     "Score every pair of a data set; with `out`, continue what is there. Raises `AuditError` for what a user can mend."
     pairs = data if isinstance(data, list) and data and isinstance(data[0], Pair) else load_pairs(data, **loading)
+    here = processes()
+    if here.num_processes > 1:
+        if out is None: raise AuditError('several processes meet in a folder: name one (out)')
+        device = device or str(here.device)  # auto, which spreads one model over all GPUs, is for one process
+        progress = progress and here.is_main_process
     lm = model if isinstance(model, ScoringModel) else load_model(model, dtype, device, **(model_options or {}))
     max_length = max_length or lm.max_length
     encoded = encode_pairs(pairs, lm.tokenizer, max_length, convention)
@@ -216,28 +224,37 @@ def score_dataset(
     about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, form=form, seed=loading.get('seed'),
                  loading=loading, hardware=f'{platform.machine()}, {os.cpu_count()} CPUs, {_device_name(lm)}')
     start = time.time()
-    with _output(out, identity) as folder:
-        if folder: _write_manifest(folder, identity | about | dict(complete=False))
-        scores = _score_shards(lm, encoded, folder, settings, progress)
+    same_everywhere(identity)
+    with _output(out, identity, about) as folder:
+        with errors_of_all(): scores = _score_shards(lm, encoded, folder, settings, progress)
         tokens = (2 * scores.prompt_tokens + scores.chosen_tokens + scores.rejected_tokens)[scores.status == 'ok'].sum()
         scores.attrs['manifest'] = identity | about | dict(
             complete=True, seconds=round(time.time() - start, 1), counts=scores.status.value_counts().to_dict(),
-            tokens=int(tokens))
-        if folder: _write_manifest(folder, scores.attrs['manifest'])
+            tokens=int(tokens), processes=here.num_processes)
+        if folder and here.is_main_process: _write_manifest(folder, scores.attrs['manifest'])
+        together()
     return scores
 
 # %% ../../nbs/audit/14_scoring.ipynb #c94ce065
 def _device_name(lm: ScoringModel) -> str:
     return torch.cuda.get_device_name(lm.device) if lm.device.type == 'cuda' else f'{torch.get_num_threads()} threads'
 
+def _open(folder: Path, identity: dict, about: dict) -> None:
+    "Check the folder against its manifest, and begin one"
+    with writing(folder): (folder/'scores').mkdir(exist_ok=True)
+    if (folder/'manifest.json').exists():
+        check_identity(json.loads((folder/'manifest.json').read_text()), identity, folder)
+    elif any((folder/'scores').glob('*.parquet')):
+        raise AuditError(f'{folder}: scores without a manifest; choose another --out')
+    _write_manifest(folder, identity | about | dict(complete=False))
+
 @contextmanager
-def _output(out: str | Path | None, identity: dict) -> Iterator[Path | None]:
-    "The output folder, made, locked and checked against its manifest"
-    with only_writer(out) as folder:
-        if folder is None: yield None; return
-        with writing(folder): (folder/'scores').mkdir(exist_ok=True)
-        if (folder/'manifest.json').exists():
-            check_identity(json.loads((folder/'manifest.json').read_text()), identity, folder)
-        elif any((folder/'scores').glob('*.parquet')):
-            raise AuditError(f'{folder}: scores without a manifest; choose another --out')
-        yield folder
+def _output(out: str | Path | None, identity: dict, about: dict) -> Iterator[Path | None]:
+    "The output folder, which the main process makes, locks and checks"
+    if out is None: yield None; return
+    with ExitStack() as held:
+        def begin():
+            folder = held.enter_context(only_writer(out))
+            _open(folder, identity, about)
+        first_alone(begin)
+        yield Path(out).expanduser()

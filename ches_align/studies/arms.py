@@ -21,7 +21,7 @@ from torch import nn
 from ..audit.files import AuditError, add_run
 from ..audit.hidden_states import EncodedPair
 from ..training.config import ConfigError, build_config, config_dict
-from ..training.pair_trainer import processes
+from ..audit.workers import processes
 from ..training.probes import measure_probes, weights_dtype
 from ..training.train import RunData, load_trainable, make_trainer
 from ..training.train_config import TrainConfig

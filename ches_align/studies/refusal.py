@@ -36,7 +36,7 @@ from .arms import Arm, arm_config, finish_arm, response_logps, run_arm
 from .refusal_plan import RefusalStudy, plan_refusal_arms
 from ..training.config import config_dict
 from ..training.displacement import is_refusal
-from ..training.pair_trainer import processes
+from ..audit.workers import processes
 from ..training.probes import weights_dtype
 from ..training.train import load_trainable, train_preferences
 from ..training.train_config import TrainConfig

@@ -30,7 +30,7 @@ from ..audit.scoring import load_scores, score_dataset
 from ..audit.selection import order_values
 from .arms import Arm, arm_config, finish_arm, run_arm
 from ..training.config import ConfigError, config_dict
-from ..training.pair_trainer import processes
+from ..audit.workers import processes
 from ..training.train import load_trainable, train_preferences
 from ..training.train_config import TrainConfig
 

@@ -29,7 +29,8 @@ from ..audit.hidden_states import EncodedPair
 from ..audit.models import EMBEDDED, ScoringModel, load_model
 from .callback import DisplacementCallback
 from .config import config_dict, load_config, needs_reference
-from .pair_trainer import (PairLossTrainer, as_dataset, hold_out, processes, usable,
+from ..audit.workers import processes
+from .pair_trainer import (PairLossTrainer, as_dataset, hold_out, usable,
                                               warn_if_stuck)
 from .train_config import TrainConfig, check, lora_adapters, training_loss, trl_arguments
 

@@ -1,0 +1,55 @@
+"Scoring by two processes as a launcher starts them: one table, to the bit; what is cut off goes on; what cannot work ends all."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from commands import ENV, run
+from conftest import save_tiny
+
+from ches_align.audit.data import load_pairs
+from ches_align.audit.scoring import load_scores
+
+SCRIPT = str(Path(sys.executable).with_name('ches_score'))
+LAUNCH = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', SCRIPT]
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    where = tmp_path_factory.mktemp('workers')
+    save_tiny(where/'model')
+    rows = [dict(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected) for p in load_pairs('sample')]*2
+    rows.append(dict(prompt='a', chosen='b', rejected='b'))
+    (where/'pairs.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    assert run(where, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'one').returncode == 0
+    return where
+
+def both(place, *args): return subprocess.run([*LAUNCH, *args], cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
+
+def test_two_processes_one_table(place):
+    done = both(place, 'pairs.jsonl', '--model', 'model', '--out', 'two')
+    assert done.returncode == 0 and done.stdout.count('pairs scored by model') == 1, done.stderr
+    one, two = load_scores(place/'one'), load_scores(place/'two')
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+    assert [s.attrs['manifest']['processes'] for s in (one, two)] == [1, 2] and two.attrs['manifest']['complete']
+
+def test_a_killed_process_loses_its_open_shard(place):
+    "The launcher ends the other; finished shards are not made again"
+    out = place/'cut'
+    process = subprocess.Popen([*LAUNCH, 'pairs.jsonl', '--model', 'model', '--out', 'cut'], cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
+    end, workers = time.time() + 200, []
+    while process.poll() is None and time.time() < end:
+        workers = [int(p) for p in subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()]
+        if len(workers) > 1 and len(list(out.glob('scores/*.parquet'))) > 2: break
+        time.sleep(.005)
+    os.kill(workers[-1], signal.SIGKILL)
+    assert process.wait(100) != 0
+    kept = {f: f.stat().st_mtime_ns for f in out.glob('scores/*.parquet')}
+    assert len(kept) > 2 and not json.loads((out/'manifest.json').read_text())['complete']
+    assert both(place, 'pairs.jsonl', '--model', 'model', '--out', 'cut').returncode == 0
+    assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
+    pd.testing.assert_frame_equal(load_scores(out), load_scores(place/'one'), check_exact=True)
+
+@pytest.mark.parametrize('args, said', [(['--limit', '5', '--out', 'one'], 'holds the scores of another run'), (['--out', '/proc/no'], 'cannot be written')], ids=['other', 'folder'])
+def test_what_cannot_work_ends_both(place, args, said):
+    done = both(place, 'pairs.jsonl', '--model', 'model', *args)
+    assert done.returncode != 0 and done.stderr.count(f'ches_score: {said}' if said.startswith('/') else said) == 2, done.stderr
