@@ -49,10 +49,12 @@ def _range(low: float | None, high: float | None) -> tuple[float, float] | None:
 
 def _audited(prompts: str, model: str, reward: str, out: Path, read: dict, draw: dict, load: dict, run: dict, chat: bool | None) -> tuple:
     "Draw, reward, and the table"
+    from ches_align.audit.workers import processes
     from ches_align.rl.rewards import load_reward
     from ches_align.rl.sampling import Sampling, load_generator
     from ches_align.rl.spread_audit import audit_spread, load_tasks
-    judge, sampling = load_reward(reward), Sampling(**draw)
+    judge, sampling, here = load_reward(reward), Sampling(**draw), processes()
+    if here.num_processes > 1: load = load | dict(device=load['device'] or str(here.device))
     tasks = load_tasks(prompts, **read)
     if draw['top_p'] < 1 or draw['temperature'] != 1: print(f"sampled at temperature {draw['temperature']}, top_p {draw['top_p']}: "
                                                             'not the distribution that a policy gradient at temperature 1 sees')
@@ -89,6 +91,7 @@ def ches_reward_std(
         value_range, folder = _range(low, high), Path(out).expanduser()
         if chat and no_chat: raise AuditError('--chat or --no_chat, not both')
         _quiet()
+        from ches_align.audit.workers import leave, processes
         from ches_align.rl.spread_audit import write_spread
         from ches_align.rl.spread_report import spread_report
         from ches_align.rl.spread_table import spread_table
@@ -101,8 +104,10 @@ def ches_reward_std(
                                    max_new_tokens=max_new_tokens, seed=seed), dict(dtype=dtype, device=device, revision=revision),
                                    dict(first=first, most=samples, value_range=value_range, threshold=threshold, batch_tokens=batch_tokens, engine=engine),
                                    True if chat else False if no_chat else None)
-        summary = write_spread(table, rows, folder)
-        spread_report(table, rows, summary, folder, f'Reward spread: {Path(prompts).name}')
-        print(_said(summary | ({} if reward else dict(samples=int(table.n.sum())))))
-        if against: print(_compared(folder, against))
-        print(f'table: {out}/table.csv', f'report: {out}/report.html', sep='\n')
+        if processes().is_main_process:
+            summary = write_spread(table, rows, folder)
+            spread_report(table, rows, summary, folder, f'Reward spread: {Path(prompts).name}')
+            print(_said(summary | ({} if reward else dict(samples=int(table.n.sum())))))
+            if against: print(_compared(folder, against))
+            print(f'table: {out}/table.csv', f'report: {out}/report.html', sep='\n')
+        leave()

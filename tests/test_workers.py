@@ -1,4 +1,4 @@
-"Scoring by two processes as a launcher starts them: one table, to the bit; what is cut off goes on; what cannot work ends all."
+"Scoring and reward audits by two processes as a launcher starts them: one table, to the bit; what is cut off goes on; what cannot work ends all."
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from conftest import save_tiny
 from ches_align.audit.data import load_pairs
 from ches_align.audit.scoring import load_scores
 
-SCRIPT = str(Path(sys.executable).with_name('ches_score'))
-LAUNCH = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', SCRIPT]
+SCRIPTS = Path(sys.executable).parent
+BEGIN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+LAUNCH = [*BEGIN, str(SCRIPTS/'ches_score')]
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
@@ -53,3 +54,13 @@ def test_a_killed_process_loses_its_open_shard(place):
 def test_what_cannot_work_ends_both(place, args, said):
     done = both(place, 'pairs.jsonl', '--model', 'model', *args)
     assert done.returncode != 0 and done.stderr.count(f'ches_score: {said}' if said.startswith('/') else said) == 2, done.stderr
+
+def test_two_processes_audit_rewards(place):
+    "Each draws what it takes from the counter; texts, rewards and table are those of one process"
+    (place/'tasks.jsonl').write_text(''.join(json.dumps(dict(prompt=f'Task {i}', answer='a')) + '\n' for i in range(8)))
+    asked = ['tasks.jsonl', '--model', 'model', '--reward', 'contains', '--samples', '8', '--first', '4', '--max_new_tokens', '6', '--low', '0', '--high', '1', '--batch_tokens', '100', '--out']
+    assert run(place, 'ches_reward_std', *asked, 'audit1').returncode == 0
+    done = subprocess.run([*BEGIN, str(SCRIPTS/'ches_reward_std'), *asked, 'audit2'], cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
+    assert done.returncode == 0 and done.stdout.count('8 prompts') == 1, done.stderr
+    for name in ('table.csv', 'rows.jsonl'): assert (place/'audit1'/name).read_text() == (place/'audit2'/name).read_text()
+    assert (place/'audit2'/'round0'/'responses-1.jsonl').exists()

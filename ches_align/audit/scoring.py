@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Iterator, Sequence
@@ -25,11 +25,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data import Pair, load_pairs
-from .files import AuditError, only_writer, write_files, writing
+from .files import AuditError, write_files, writing
 from .hidden_states import (EncodedPair, default_budget, encode_pairs, pair_states, shares_prompt,
                                             special_ids)
 from .models import ScoringModel, load_model, weights_hash
-from .workers import errors_of_all, first_alone, processes, same_everywhere, shared_counter, together
+from .workers import errors_of_all, first_alone, main_writer, processes, same_everywhere, shared_counter, together
 from ..theory.ches import Head, head_ches, last_hidden_inner, neg_edit_distance, pair_scores
 
 # %% ../../nbs/audit/14_scoring.ipynb #45128d1e
@@ -210,7 +210,6 @@ def score_dataset(
     pairs = data if isinstance(data, list) and data and isinstance(data[0], Pair) else load_pairs(data, **loading)
     here = processes()
     if here.num_processes > 1:
-        if out is None: raise AuditError('several processes meet in a folder: name one (out)')
         device = device or str(here.device)  # auto, which spreads one model over all GPUs, is for one process
         progress = progress and here.is_main_process
     lm = model if isinstance(model, ScoringModel) else load_model(model, dtype, device, **(model_options or {}))
@@ -251,10 +250,6 @@ def _open(folder: Path, identity: dict, about: dict) -> None:
 @contextmanager
 def _output(out: str | Path | None, identity: dict, about: dict) -> Iterator[Path | None]:
     "The output folder, which the main process makes, locks and checks"
-    if out is None: yield None; return
-    with ExitStack() as held:
-        def begin():
-            folder = held.enter_context(only_writer(out))
-            _open(folder, identity, about)
-        first_alone(begin)
-        yield Path(out).expanduser()
+    with main_writer(out) as folder:
+        if folder: first_alone(lambda: _open(folder, identity, about))
+        yield folder

@@ -18,9 +18,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ..audit.data import Text
-from ..audit.files import AuditError, add_run, only_writer, open_runs
+from ..audit.files import AuditError, add_run, open_runs
 from ..audit.hidden_states import plan_batches
 from ..audit.models import ScoringModel, _resolve, weights_hash
+from ..audit.workers import errors_of_all, first_alone, main_writer, processes, same_everywhere, shared_counter
 from .sampling import Sampling, encode_prompts, end_tokens, generate_batch, prompt_hash, row_seed
 
 # %% ../../nbs/rl/31_generation.ipynb #a3e03e59
@@ -81,10 +82,17 @@ def _identity(lm, prompts, sampling, **more) -> dict:
     return dict(**kept, prompts_hash=hashes, prompts=len(prompts), sampling=asdict(sampling), **more,
                 device=lm.device.type, versions=libraries)
 
+def _responses(folder: Path, identity: dict, about: dict) -> list[dict]:
+    "What all processes, of this run and of earlier ones, have written"
+    found = open_runs(folder, identity, about, 'responses')
+    return found + [r for f in sorted(folder.glob('responses-*.jsonl')) for r in open_runs(folder, identity, about, f.stem)]
+
 def _run_batches(plan, keys, encoded, seeds, engine, row, have, folder, progress) -> None:
     "Fill `have` batch by batch"
     bar = tqdm(total=len(keys), unit='response', desc='generating', disable=None if progress else True)
-    for batch in plan:
+    name = f'responses-{processes().process_index}'.removesuffix('-0')  # a file a process
+    for at in shared_counter(len(plan)):
+        batch = plan[at]
         if any(keys[j] not in have for j in batch):
             start = time.perf_counter()
             try: made = engine([encoded[keys[j][0]] for j in batch], [seeds[j] for j in batch])
@@ -92,7 +100,7 @@ def _run_batches(plan, keys, encoded, seeds, engine, row, have, folder, progress
                 raise AuditError(f'{len(batch)} rows are too many for the memory: lower batch_tokens') from None
             seconds = round((time.perf_counter() - start) / len(batch), 4)
             rows = [row(*keys[j], ids) | dict(seconds=seconds) for j, ids in zip(batch, made)]
-            if folder: add_run(folder, rows, 'responses')
+            if folder: add_run(folder, rows, name)
             have.update(zip([keys[j] for j in batch], rows))
         bar.update(len(batch))
     bar.close()
@@ -120,10 +128,12 @@ def generate_responses(
     def row(i, k, ids):
         return dict(prompt_index=i, k=k, prompt_hash=hashes[i], prompt=prompts[i], tokens=len(ids),
                     response=lm.tokenizer.decode(ids, skip_special_tokens=True), finished=bool(ids) and ids[-1] in ends)
-    with only_writer(out) as folder:
-        identity = _identity(lm, prompts, sampling, chat=chat, engine=name, batch_tokens=budget)
-        about = dict(model=lm.name, revision=lm.provenance['revision'])
-        there = open_runs(folder, identity, about, 'responses') if folder else []
-        have = {(r['prompt_index'], r['k']): r for r in there}
-        _run_batches(plan, keys, encoded, seeds, run, row, have, folder, progress)
+    identity = _identity(lm, prompts, sampling, chat=chat, engine=name, batch_tokens=budget)
+    about = dict(model=lm.name, revision=lm.provenance['revision'])
+    same_everywhere(identity)
+    with main_writer(out) as folder:
+        def there(): return first_alone(lambda: _responses(folder, identity, about)) if folder else []
+        have = {(r['prompt_index'], r['k']): r for r in there()}
+        with errors_of_all(): _run_batches(plan, keys, encoded, seeds, run, row, have, folder, progress and processes().is_main_process)
+        if processes().num_processes > 1: have = {(r['prompt_index'], r['k']): r for r in there()}
     return [have[key] for key in keys]

@@ -15,8 +15,9 @@ from typing import Any, Callable, Sequence
 
 import pandas as pd
 
-from ..audit.files import AuditError, add_run, only_writer, open_runs, plain, write_files
+from ..audit.files import AuditError, add_run, open_runs, plain, write_files
 from ..audit.models import ScoringModel
+from ..audit.workers import first_alone, main_writer
 from .generation import generate_responses
 from .rewards import Reward, call_reward
 from .sampling import Sampling, prompt_hash
@@ -50,13 +51,15 @@ def _round(lm: ScoringModel, tasks: list[dict], which: list[int], reward: Reward
     rows = generate_responses(lm, [tasks[i]['prompt'] for i in which], drawn, folder, progress=progress, **generation)
     keys = [(number, which[r['prompt_index']], r['k']) for r in rows]
     todo = [j for j, key in enumerate(keys) if have.get(key, dict(reward_error='new'))['reward_error']]
-    for some in (todo[i:i + batch] for i in range(0, len(todo), batch)):
+    def judged(some):
         mine = [tasks[keys[j][1]] for j in some]
         columns = {c: [t.get(c) for t in mine] for c in mine[0] if c != 'prompt'}
         made = call_reward(reward, [t['prompt'] for t in mine], [rows[j]['response'] for j in some], **columns)
         lines = [dict(round=number, task=keys[j][1], k=keys[j][2], reward=value, reward_error=error) for j, (value, error) in zip(some, made)]
         if out: add_run(out, lines, 'rewards')
-        have.update(((line['round'], line['task'], line['k']), line) for line in lines)
+        return lines
+    for i in range(0, len(todo), batch):
+        have.update(((line['round'], line['task'], line['k']), line) for line in first_alone(lambda: judged(todo[i:i + batch])))
     return [dict(prompt=tasks[t]['prompt'], prompt_hash=r['prompt_hash'], response=r['response'], tokens=r['tokens'], finished=r['finished'],
                  round=n, k=k, reward=have[n, t, k]['reward'], reward_error=have[n, t, k]['reward_error']) for (n, t, k), r in zip(keys, rows)]
 
@@ -84,10 +87,10 @@ def audit_spread(
     "Audit prompts under a model. With `out`, continue what is there. Raises `AuditError`."
     if not 2 <= first <= most: raise AuditError(f'first {first}, most {most}: at least 2 responses, and not more than most')
     tasks = list(tasks)
-    with only_writer(out) as folder:
+    with main_writer(out) as folder:
         identity = dict(sampling=asdict(replace(sampling, count=1)), first=first, most=most, threshold=threshold, value_range=value_range, alpha=alpha,
                         tasks=prompt_hash([prompt_hash(plain(t)) for t in tasks]), reward=name or getattr(reward, '__name__', type(reward).__name__))
-        lines = open_runs(folder, identity, dict(model=lm.name), 'rewards') if folder else []
+        lines = first_alone(lambda: open_runs(folder, identity, dict(model=lm.name), 'rewards')) if folder else []
         have, rows, number, count = {(r['round'], r['task'], r['k']): r for r in lines}, [], 0, first
         which, looks = list(range(len(tasks))), count_looks(first, most)
         while which and count:
