@@ -34,12 +34,12 @@ def test_killed_and_run_again(place):
 @pytest.mark.parametrize('changes, said', [
     (['tasks=nowhere.jsonl'], 'no such file'), (['tasks=grue/squad'], 'one of narrative_qa'), (['reward=bleurt'], 'one of exact_match'), (['model=nowhere'], 'nowhere'),
     (['arms={a: {ppo: {}}}'], 'sft, rft or both'), (['rft.lr=1'], "unknown key 'lr'"), (['rft.clip=null', 'rft.epochs=2'], 'on-policy'), (['test=1.5'], 'test 1.5'),
-    (['reward=format'], 'format needs an expression')], ids=lambda v: v[0] if isinstance(v, list) else '')
-def test_what_cannot_work(place, changes, said, monkeypatch):
+    (['reward=format'], 'format needs an expression'), (['high=-1', 'low=-2'], 'leave the range -2 to -1')], ids=lambda v: v[0] if isinstance(v, list) else '')
+def test_what_cannot_work(place, tmp_path, changes, said, monkeypatch):
     "One line and exit code 1"
     from ches_align.cli import ches_train
     monkeypatch.chdir(place)
-    with pytest.raises(SystemExit) as stop: ches_train('study.yaml', set=['out=wrong', *changes])
+    with pytest.raises(SystemExit) as stop: ches_train('study.yaml', set=[f"out={tmp_path/'out'}", *changes])
     assert said in str(stop.value) and '\n' not in str(stop.value), stop.value
 
 def test_a_data_set_of_grue_with_an_encoder_decoder(place):

@@ -18,7 +18,7 @@ from ..audit.files import AuditError
 from ..audit.hidden_states import response_states
 from ..audit.models import ScoringModel
 from .policy_gradient import policy_logps
-from .sampling import Sampling, encode_prompts, end_tokens, prompt_hash
+from .sampling import Sampling, answer_ids, encode_prompts, prompt_hash
 from .spread import clean_rewards
 from ..theory.ches import Head, token_gram
 
@@ -46,9 +46,7 @@ def group_advantages(
 
 # %% ../../nbs/rl/34b_group_displacement.ipynb #5ae131fa
 def _response_ids(lm: ScoringModel, row: dict) -> list[int]:
-    if ids := row.get('response_ids'): return list(ids)
-    made = lm.tokenizer(row['response'], add_special_tokens=False).input_ids
-    return made + end_tokens(lm)[:1]*bool(row.get('finished', True))
+    return list(ids) if (ids := row.get('response_ids')) else answer_ids(lm, row['response'], bool(row.get('finished', True)))
 
 def _one_group(lm: ScoringModel, prompt: list[int], rows: list[dict], scale: bool, batch_tokens: int | None) -> list[dict]:
     ids = [_response_ids(lm, r) for r in rows]

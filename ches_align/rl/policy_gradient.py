@@ -23,7 +23,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from ..audit.files import AuditError, plain
 from ..audit.models import ScoringModel, weights_hash
 from .rewards import Reward, call_reward
-from .sampling import Sampling, encode_prompts, end_tokens, generate_batch, prompt_hash, row_seed
+from .sampling import Sampling, answer_ids, encode_prompts, generate_batch, prompt_hash, row_seed
 from .training_state import TrainingState
 
 # %% ../../nbs/rl/34_policy_gradient.ipynb #a8081f1a
@@ -229,9 +229,8 @@ def train_supervised(
     g = random.Random(seed)
     mine = g.sample(known, max(1, round(labels*len(known))))
     total = max(1, round(steps*epochs*len(known)/batch))
-    encoded, ends = encode_prompts(lm, [t['prompt'] for t in mine], chat), end_tokens(lm)
-    answers = [t['answer'] if isinstance(t['answer'], str) else t['answer'][0] for t in mine]
-    ids = [lm.tokenizer(a, add_special_tokens=False).input_ids + ends[:1] for a in answers]
+    encoded = encode_prompts(lm, [t['prompt'] for t in mine], chat)
+    ids = [answer_ids(lm, t['answer'] if isinstance(t['answer'], str) else t['answer'][0]) for t in mine]
     optimiser, order = torch.optim.AdamW([p for p in lm.model.parameters() if p.requires_grad], learning_rate, weight_decay=0.), []
     state = TrainingState(save, lm.model, optimiser, _identity(lm, mine, save, learning_rate=learning_rate, batch=batch, total=total, seed=seed, bf16=bf16, chat=chat))
     losses = (state.load() or dict(losses=[]))['losses']

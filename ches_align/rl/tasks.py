@@ -32,7 +32,7 @@ def _cnn(r: dict) -> list[dict]: return [dict(prompt=f"Summarize: {r['article']}
 def _imdb(r: dict) -> list[dict]:
     words = r['text'].split()
     half = len(words)//2
-    return [dict(prompt=' '.join(words[:half]), answer=' '.join(words[half:]))] if int(r['label']) == 1 and half else []
+    return [dict(prompt=' '.join(words[:half]), answer=' ' + ' '.join(words[half:]))] if int(r['label']) == 1 and half else []
 
 def _dialog(r: dict, turns: int = 5) -> list[dict]:
     "A history of five turns each, the next as reference; `<EOU>` ends a turn"

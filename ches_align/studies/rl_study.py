@@ -42,7 +42,9 @@ def measure_rewards(
     mine = [tasks[r['prompt_index']] for r in rows]
     columns = {c: [t.get(c) for t in mine] for c in mine[0] if c != 'prompt'}
     made = call_reward(reward, [t['prompt'] for t in mine], [r['response'] for r in rows], **columns)
-    if all(v is None for v, _ in made): raise AuditError(f'{study.reward}: no response got a reward ({made[0][1]})')
+    finite = [v for v, _ in made if v is not None]
+    if not finite: raise AuditError(f'{study.reward}: no response got a reward ({made[0][1]})')
+    if min(finite) < study.low or max(finite) > study.high: raise AuditError(f'{study.reward}: rewards from {min(finite):g} to {max(finite):g} leave the range {study.low:g} to {study.high:g}: set low and high')
     cut = lambda x: [x[i*samples:(i + 1)*samples] for i in range(len(tasks))]
     return dict(rewards=cut([v if v is None else round(v, 4) for v, _ in made]), failed=sum(v is None for v, _ in made), error=next((e for v, e in made if v is None), ''),
                 finished=sum(r['finished'] for r in rows)/len(rows), distinct=[len(set(t)) for t in cut([r['response'] for r in rows])])
@@ -62,7 +64,7 @@ def run_rl_arm(
     reward: Reward,
     work: Path,            # folder for states and texts, to go on after a kill
     progress: bool = True,
-) -> tuple[dict, ScoringModel]: # what is found: sft (losses), after_sft, rft (a line a step), after; the model
+) -> dict:             # what is found: sft (losses), after_sft, rft (a line a step), after
     "Train one arm and measure all prompts after each phase."
     (sft, rft), lm, line, everything = study.phases(arm, seed), _fresh(study), dict(sft=[], after_sft=None, rft=[], after=None), [*train, *held]
     if sft:
@@ -73,7 +75,7 @@ def run_rl_arm(
         made = train_policy(lm, train, reward, rft, None, progress, study.chat, work/'rft.safetensors', study.save_steps)
         line['rft'] = [{k: round(v, 5) for k, v in step.items()} for step in made]
         line['after'] = measure_rewards(lm, study, everything, reward, seed + 1, study.samples, work/'after')
-    return line, lm
+    return line
 
 # %% ../../nbs/studies/40f_rl_study.ipynb #20e67311
 def run_rl(
@@ -103,7 +105,7 @@ def run_rl(
         for seed, arm in ((s, a) for s in study.seeds for a in study.arms):
             if (key := f'{arm}|{seed}') in done: continue
             began = time.perf_counter()
-            line, _ = run_rl_arm(study, arm, seed, train, held, reward, out/'.arm_work'/key.replace('|', '_'), progress)
+            line = run_rl_arm(study, arm, seed, train, held, reward, out/'.arm_work'/key.replace('|', '_'), progress)
             finish(key, began, arm=arm, seed=seed, settings=study.arms[arm], **line)
         bar.close()
     return load_runs(out)
