@@ -163,8 +163,15 @@ def response_states(
     return states
 
 # %% ../../nbs/audit/13_hidden_states.ipynb #17ff220c
-def _packed(lm: ScoringModel, pairs: Sequence[EncodedPair], width: int) -> dict[str, Tensor]:
-    "Ids, positions and mask of rows that hold prompt, chosen and rejected"
+def _windows(lm: ScoringModel) -> dict[str, int | None]:
+    "Kinds of attention layers, and how far back each sees"
+    config = lm.model.config.get_text_config()
+    window = getattr(config, 'sliding_window', None)
+    kinds = getattr(config, 'layer_types', None) or ['sliding_attention' if window else 'full_attention']
+    return {kind: window if kind == 'sliding_attention' else None for kind in kinds}
+
+def _packed(lm: ScoringModel, pairs: Sequence[EncodedPair], width: int) -> dict[str, Any]:
+    "Ids, positions and masks of rows that hold prompt, chosen and rejected"
     ids, positions = torch.zeros(2, len(pairs), width, dtype=torch.long)
     allowed = torch.ones(len(pairs), 1, width, width, dtype=torch.bool).tril()
     for row, p in enumerate(pairs):
@@ -173,9 +180,13 @@ def _packed(lm: ScoringModel, pairs: Sequence[EncodedPair], width: int) -> dict[
         ids[row, :end] = torch.tensor([*p.prompt_ids, *p.chosen_ids, *p.rejected_ids])
         positions[row, :m], positions[row, m:end] = torch.arange(m), torch.arange(n, n + end - m)
         allowed[row, 0, m:, n:m] = False
-    dtype = lm.head.weight.dtype
-    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
-    return {k: v.to(lm.device) for k, v in dict(input_ids=ids, position_ids=positions, attention_mask=mask).items()}
+    dtype, back = lm.head.weight.dtype, (positions[:, :, None] - positions[:, None])[:, None]  # how far a token lies back
+    def mask(window):
+        seen = allowed if window is None else allowed & (back < window)
+        return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min).to(lm.device)
+    masks = {kind: mask(window) for kind, window in _windows(lm).items()}
+    return dict(input_ids=ids.to(lm.device), position_ids=positions.to(lm.device),
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())))
 
 @torch.no_grad()
 def pair_states(
@@ -202,16 +213,18 @@ def pair_states(
 # %% ../../nbs/audit/13_hidden_states.ipynb #447c01d4
 def can_share_prompt(
     lm: ScoringModel, # from `load_model`
+    longest: int = 0, # tokens of the longest pair that there will be
 ) -> bool:            # True: packed rows give this model's states
-    "Only full-attention layers, and a trial pair with the same states packed and apart."
-    config = lm.model.config.get_text_config()
-    kinds = getattr(config, 'layer_types', None)
-    if set(kinds) != {'full_attention'} if kinds else getattr(config, 'sliding_window', None): return False
-    some = torch.linspace(3, len(lm.head.weight) - 1, 24).long().tolist()
-    trial = [EncodedPair(0, '', 'ok', some[:9], some[9:15], some[15:])]
+    "Only attention layers, and a trial pair with the same states packed and apart."
+    windows = _windows(lm)
+    if set(windows) - {'full_attention', 'sliding_attention'}: return False
+    prompt = 9 + max((w for w in windows.values() if w and w < longest), default=0)
+    some = torch.linspace(3, len(lm.head.weight) - 1, prompt + 15).long().tolist()
+    trial = [EncodedPair(0, '', 'ok', some[:prompt], some[prompt:prompt + 6], some[prompt + 6:])]
     try: (packed,), (apart,) = (pair_states(lm, trial, share) for share in (True, False))
-    except (RuntimeError, TypeError, ValueError, IndexError): return False  # an architecture without masks or positions
-    return all(((a - b).norm() < 1e-3 * b.norm()).item() for a, b in zip(packed, apart))  # a wrong mask errs by far more
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError): return False  # an architecture without masks or positions
+    rounding = 1e-3 if lm.head.weight.dtype == torch.float32 else 5e-2  # a wrong mask errs by far more
+    return all(((a - b).float().norm() < rounding * b.float().norm()).item() for a, b in zip(packed, apart))
 
 def shares_prompt(
     lm: ScoringModel,              # from `load_model`
@@ -221,4 +234,5 @@ def shares_prompt(
     ok = [p for p in pairs if p.status == 'ok']
     once = sum(len(p.prompt_ids) for p in ok)
     saved = once / max(1, sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in ok))
-    return lm.head.weight.dtype == torch.float32 and lm.device.type == 'cpu' and saved > 0.08 and can_share_prompt(lm)
+    enough = saved > (.08 if lm.head.weight.dtype == torch.float32 else .15)
+    return lm.device.type == 'cpu' and enough and can_share_prompt(lm, max(p.length for p in ok))
