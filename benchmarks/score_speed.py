@@ -1,26 +1,30 @@
 """Scoring speed, side by side in one run: the papers' way against ours.
 
-    python benchmarks/score_speed.py DATA [--pairs 24] [--repeats 3] [--whole 64] [--out benchmarks/records/score_speed.json]
+    python benchmarks/score_speed.py DATA [--model smollm2-135m] [--pairs 24] [--repeats 3] [--precise 500] [--grow 100000] [--out benchmarks/records/score_speed.json]
 
 The papers' way (written from its description): a process of its own with the model as Transformers loads it, one
 response at a time in fp32, the whole model with its output layer, all layers' states kept, scores from
 `hidden_states[-1]`; the edit distance by a Python recursion over 0-d tensors. Ours: `load_model` and `score_block`,
 with and without what needs the output layer, and without shared prompts. The rate of matrix products is measured beside them, in products of
-the backbone's own shapes. Arms alternate and only one computes at a time; medians are compared. A second
-part scores all of DATA with `score_dataset` and samples the resident memory.
+the backbone's own shapes. Arms alternate and only one computes at a time; medians are compared. The whole of the papers'
+way adds to the model part what it does besides for each pair: the vocabulary looked up three times, and the edit distance.
+Then: bf16 scores against fp32 ones, and the time and memory of all that is not the model, for growing numbers of rows with
+lengths drawn from DATA and a model of one layer.
 """
-import argparse, json, multiprocessing, os, platform, statistics, threading, time
+import argparse, json, multiprocessing, os, platform, random, statistics, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
 import transformers
+from scipy.stats import spearmanr
 
 from ches_align.audit.data import load_pairs
-from ches_align.audit.hidden_states import default_budget, encode_pairs, shares_prompt
+from ches_align.audit.hidden_states import default_budget, encode_pairs
 from ches_align.audit.models import embedded_gguf, gguf_folder, load_model
-from ches_align.audit.scoring import score_block, score_dataset
+from ches_align.audit.scoring import FROM_STATES, score_block, score_dataset
+from ches_align.audit.shared_prompts import choose_sharing, share_saved, sizes_of
 from ches_align.theory.ches import neg_edit_distance
 
 @torch.no_grad()
@@ -64,12 +68,12 @@ def timed(f, *args):
     result = f(*args)
     return time.perf_counter() - start, result
 
-def compare(data, n_pairs, repeats, batch_tokens):
+def compare(data, name, n_pairs, repeats, batch_tokens):
     context = multiprocessing.get_context('spawn')
     pipe, end = context.Pipe()
-    worker = context.Process(target=papers_worker, args=(end, str(gguf_folder(embedded_gguf('smollm2-135m')))))
+    worker = context.Process(target=papers_worker, args=(end, str(gguf_folder(embedded_gguf(name)))))
     worker.start()
-    models = {d: load_model('smollm2-135m', dtype=d) for d in ('float32', 'bfloat16')}
+    models = {d: load_model(name, dtype=d) for d in ('float32', 'bfloat16')}
     pairs = encode_pairs(load_pairs(data, limit=n_pairs, seed=0), models['float32'].tokenizer)
     pairs = [e for e in pairs if e.status == 'ok']
     plain = [(p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs]
@@ -79,7 +83,7 @@ def compare(data, n_pairs, repeats, batch_tokens):
     def ours(lm, head, share):
         return [r['ches'] for r in score_block(lm, pairs, head=head, batch_tokens=batch_tokens, share_prompt=share)]
     arms = {'papers_fp32': papers} | {f'ours_{d}_unshared': partial(ours, lm, False, False) for d, lm in models.items()}
-    arms |= {f"ours_{d}{'_head' * head}": partial(ours, lm, head, shares_prompt(lm, pairs))
+    arms |= {f"ours_{d}{'_head' * head}": partial(ours, lm, head, choose_sharing(lm, sizes_of(pairs))[0])
              for d, lm in models.items() for head in (False, True)}
     times, scores = {k: [] for k in arms}, {k: f() for k, f in arms.items()}  # the first round warms up
     products, rates = {d: partial(backbone_products, lm, batch_tokens or default_budget(lm)) for d, lm in models.items()}, {d: [] for d in models}
@@ -93,12 +97,20 @@ def compare(data, n_pairs, repeats, batch_tokens):
     tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     base = torch.tensor(scores['papers_fp32'], dtype=torch.float64)
     error = {k: (torch.tensor(v, dtype=torch.float64) / base - 1).abs().median().item() for k, v in scores.items()}
-    prompts = sum(len(p.prompt_ids) for p in pairs)
-    rate, weights = {d: statistics.median(r) for d, r in rates.items()}, sum(p.numel() for n, p in models['float32'].backbone.named_parameters() if p.ndim == 2 and 'embed' not in n)
-    share = {f'{d}{u}': 2*weights*(tokens - prompts*(not u and shares_prompt(models[d], pairs)))/medians[f'ours_{d}{u}']/rate[d] for d in models for u in ('', '_unshared')}
-    return dict(matmul_flops_per_second=rate, share_of_matmul_rate=share, pairs=len(pairs), tokens=tokens, prompt_tokens_saved=prompts / tokens, seconds=times, median_relative_difference=error,
+    saved, shares = share_saved(sizes_of(pairs)), {d: choose_sharing(lm, sizes_of(pairs)) for d, lm in models.items()}
+    rate = {d: statistics.median(r) for d, r in rates.items()}
+    weights = sum(p.numel() for n, p in models['float32'].backbone.named_parameters() if p.ndim == 2 and 'embed' not in n)
+    share = {f'{d}{u}': 2*weights*tokens*(1 - saved*(not u and shares[d][0]))/medians[f'ours_{d}{u}']/rate[d] for d in models for u in ('', '_unshared')}
+    tokenizer = models['float32'].tokenizer
+    lookup = statistics.median(timed(tokenizer.get_vocab)[0] for _ in range(5))*3*len(pairs)
+    edit = sum(timed(papers_edit, p.chosen_ids, p.rejected_ids)[0] for p in pairs)
+    whole = medians['papers_fp32'] + lookup + edit
+    ours = {d: medians[f'ours_{d}'] for d in models}  # edit distances and rows are in it
+    return dict(matmul_flops_per_second=rate, share_of_matmul_rate=share, pairs=len(pairs), tokens=tokens, prompt_tokens_saved=saved,
+                sharing={d: says for d, (_, says) in shares.items()}, seconds=times, median_relative_difference=error,
                 ratio={k: medians['papers_fp32'] / v for k, v in medians.items()},
-                tokens_per_second={k: tokens / v for k, v in medians.items()})
+                tokens_per_second={k: tokens / v for k, v in medians.items()},
+                papers_besides=dict(vocabulary=lookup, edit_distance=edit), ratio_whole={d: whole/v for d, v in ours.items()})
 
 def compare_edit(length=400, repeats=3):
     gen = torch.Generator().manual_seed(0)
@@ -109,20 +121,55 @@ def compare_edit(length=400, repeats=3):
     assert papers_edit(a, b) == round(-neg_edit_distance(a, b) * length)
     return dict(length=length, papers_seconds=slow, ours_seconds=fast, ratio=slow / fast)
 
-def whole_run(data, dtype, batch_tokens, limit):
-    process, curve, stop = psutil.Process(), [], threading.Event()
-    lm = load_model('smollm2-135m', dtype=dtype)
-    def watch():
-        start = time.time()
-        while not stop.wait(2): curve.append([round(time.time() - start), process.memory_info().rss >> 20])
-    thread = threading.Thread(target=watch)
-    thread.start()
-    seconds, scores = timed(lambda: score_dataset(data, lm, batch_tokens=batch_tokens, progress=False, limit=limit, seed=0 if limit else None))
-    stop.set()
-    thread.join()
-    made = scores.attrs['manifest']
-    return dict(dtype=dtype, seconds=seconds, rows=len(scores), counts=made['counts'], tokens=made['tokens'],
-                data_hash=made['data_hash'], rss_mib=curve)
+def precision(data, name, n):
+    "Spearman of bf16 with fp32 scores, and the relative error by column"
+    tables = {}
+    for d in ('float32', 'bfloat16'):
+        seconds, t = timed(lambda: score_dataset(data, load_model(name, dtype=d), head=False, progress=False, limit=n, seed=0))
+        tables[d] = t[t.status == 'ok']
+        tables[d].attrs['seconds'] = seconds
+    wide, low = tables.values()
+    columns = {c: dict(spearman=float(spearmanr(wide[c], low[c]).statistic),
+                       **{f'relative_error_{q}': float((low[c]/wide[c] - 1).abs().quantile(q/100)) for q in (50, 95)}) for c in FROM_STATES}
+    made = low.attrs['manifest']
+    return dict(pairs=len(wide), columns=columns, data_hash=made['data_hash'], sharing=made['sharing'], seconds={d: t.attrs['seconds'] for d, t in tables.items()})
+
+def grow_child(data, rows, name):
+    "One process for each number of rows: peak memory is that process's own"
+    import resource
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from ches_align.audit.models import wrap_model
+    tokenizer = load_model(name).tokenizer
+    texts = [(p.prompt, p.chosen, p.rejected) for p in load_pairs(data) if not p.problem][:500]
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=len(tokenizer), max_position_embeddings=8192)
+    torch.manual_seed(0)
+    lm, gen = wrap_model(LlamaForCausalLM(config), tokenizer, 'one layer'), random.Random(0)
+    def stream():
+        for i in range(rows):
+            prompt, chosen, rejected = gen.choice(texts)
+            yield dict(prompt=[dict(role='user', content=f'{i}'), dict(role='assistant', content='.'), *prompt], chosen=chosen, rejected=rejected)
+    import tempfile
+    with tempfile.TemporaryDirectory() as out:
+        before = psutil.Process().memory_info().rss
+        seconds, scores = timed(lambda: score_dataset(stream(), lm, out=out, head=False, progress=False, share_prompt='no'))
+        print(json.dumps(dict(rows=rows, seconds=seconds, tokens=scores.attrs['manifest']['tokens'],
+                              rss_before_mib=before >> 20, peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)))
+
+def grow(data, name, most):
+    counts = [n for n in (100, 1000, 10_000, 100_000) if n <= most]
+    return [json.loads(subprocess.run([sys.executable, __file__, data, '--model', name, '--grow_child', str(n)], check=True,
+                                      capture_output=True, text=True).stdout.splitlines()[-1]) for n in counts]
+
+def by_length(name, dtype='bfloat16'):
+    "Seconds a thousand tokens of one pair, by the pair's length"
+    from ches_align.audit.hidden_states import EncodedPair
+    lm, made, gen = load_model(name, dtype=dtype), [], random.Random(0)
+    for n in (64, 256, 1024, 4096):
+        ids = [gen.randrange(10, 40_000) for _ in range(n)]
+        pair = EncodedPair(0, '', 'ok', ids[:n//2], ids[n//2:3*n//4], ids[3*n//4:])
+        seconds = statistics.median(timed(lambda: score_block(lm, [pair], head=False, share_prompt=True))[0] for _ in range(3))
+        made.append(dict(tokens=n, seconds=seconds))
+    return made
 
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,19 +177,26 @@ if __name__ == '__main__':
     ap.add_argument('--pairs', type=int, default=24)
     ap.add_argument('--repeats', type=int, default=3)
     ap.add_argument('--batch_tokens', type=int, default=None)
-    ap.add_argument('--whole', type=int, default=None, help='pairs of the second part; default: all')
+    ap.add_argument('--model', default='smollm2-135m', help='an embedded model')
+    ap.add_argument('--precise', type=int, default=500, help='pairs for bf16 against fp32; 0: none')
+    ap.add_argument('--grow', type=int, default=100_000, help='most rows of the growth curve; 0: none')
+    ap.add_argument('--grow_child', type=int, help=argparse.SUPPRESS)
     ap.add_argument('--name', default=None, help='what the record calls the data')
     ap.add_argument('--out', default='benchmarks/records/score_speed.json')
     args = ap.parse_args()
+    if args.grow_child: grow_child(args.data, args.grow_child, args.model); sys.exit()
+    start = time.time()
     record = dict(
-        config=dict(data=args.name or Path(args.data).name, pairs=args.pairs, repeats=args.repeats,
-                    batch_tokens=args.batch_tokens, whole=args.whole, seed=0),
+        config=dict(data=args.name or Path(args.data).parent.name, model=args.model, pairs=args.pairs, repeats=args.repeats,
+                    batch_tokens=args.batch_tokens, precise=args.precise, grow=args.grow, seed=0),
         hardware=f'{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads',
         versions=dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version()),
-        model=load_model('smollm2-135m').provenance,
-        scoring=compare(args.data, args.pairs, args.repeats, args.batch_tokens), edit_distance=compare_edit())
-    record['whole'] = [whole_run(args.data, d, args.batch_tokens, args.whole) for d in ('float32', 'bfloat16')]
+        model=load_model(args.model).provenance,
+        scoring=compare(args.data, args.model, args.pairs, args.repeats, args.batch_tokens), edit_distance=compare_edit(),
+        load_seconds=timed(load_model, args.model)[0], by_length=by_length(args.model))
+    if args.precise: record['precision'] = precision(args.data, args.model, args.precise)
+    if args.grow: record['growth'] = grow(args.data, args.model, args.grow)
+    record['wall_seconds'] = time.time() - start
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(record, indent=1) + '\n')
-    ratios = record['scoring']['ratio'] | dict(edit=record['edit_distance']['ratio'])
-    print({k: round(v, 2) for k, v in ratios.items()}, {k: round(v, 2) for k, v in record['scoring']['share_of_matmul_rate'].items()})
+    print(json.dumps({k: record['scoring'][k] for k in ('ratio', 'ratio_whole', 'share_of_matmul_rate')}, indent=1), record.get('precision'), record.get('growth'))

@@ -60,6 +60,7 @@ def ches_score(
     batch_tokens: int = None,     # rows times longest row of a batch (default: 768 on a CPU, 16384 on a GPU)
     convention: str = 'paper',    # paper, official_script or official_module
     no_head: bool = False,        # leave head-gradient CHES and log-probabilities out (faster)
+    share_prompt: str = 'auto',   # compute each prompt once for all its responses: yes, no, or where it pays
     device: str = None,           # cpu, cuda, cuda:1 ...; auto = spread over GPUs (default: a GPU if there is one)
     adapter: str = None,          # a LoRA folder to put on the model
     revision: str = None,         # branch, tag or commit of the model
@@ -73,9 +74,9 @@ def ches_score(
         _quiet()
         options = dict(adapter=adapter, revision=revision, quantize=quantize, trust_remote_code=trust_remote_code)
         scores = score_dataset(
-            data, model, out, max_length, convention, not no_head, batch_tokens, dtype, device, options,
+            data, model, out, max_length, convention, not no_head, batch_tokens, dtype, device, options, share_prompt,
             split=split, columns=columns, limit=limit, seed=seed, chat=chat)
-        if processes().is_main_process: print(_summary(scores), f'scores: {out}/scores', sep='\n')
+        if processes().is_main_process: print(_summary(scores), scores.attrs['manifest']['sharing'], f'scores: {out}/scores', sep='\n')
         leave()
 
 # %% ../nbs/60_cli.ipynb #3267a82e

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Text', 'ALIASES', 'Pair', 'row_hash', 'split_messages', 'parse_dialogue', 'dialogue_text', 'split_text',
-           'choose_layout', 'find_problem', 'make_pair', 'parse_columns', 'load_pairs', 'pair_texts']
+           'choose_layout', 'find_problem', 'make_pair', 'parse_columns', 'iter_pairs', 'load_pairs', 'pair_texts']
 
 # %% ../../nbs/audit/11_data.ipynb #4e9f0210
 import hashlib
@@ -12,9 +12,9 @@ import json
 import random
 import re
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Iterator
 
 from .files import AuditError, read_rows
 
@@ -197,23 +197,34 @@ def parse_columns(
         raise AuditError(f'--columns {columns}: must read like prompt=a,chosen=b,rejected=c')
     return mapping
 
-def load_pairs(
+def iter_pairs(
     source: Any,                                  # 'sample', a path, a hub name, a `datasets.Dataset` or dicts
     split: str | None = None,                     # which split, where there are several
     columns: dict[str, str] | str | None = None,  # which column is which: 'chosen=a,rejected=b'
     limit: int | None = None,                     # at most this many rows
     seed: int | None = None,                      # draw the `limit` rows at random with this seed; None = the first
     chat: bool = False,                           # treat text prompts as one user message
-) -> list[Pair]:                                  # one pair a row, broken ones included
-    "Read a preference data set (see the layouts above). Raises `AuditError` for an unreadable or empty one."
+) -> Iterator[Pair]:                              # one pair a row, broken ones included
+    "Read a preference data set row by row, whatever its size. Raises `AuditError` for an unreadable or empty one."
     where = str(source)[:80] if isinstance(source, (str, Path)) else type(source).__name__
-    rows = read_rows(source, split)
-    rows = list(rows if limit is None or seed is not None else islice(rows, limit))
-    if not rows: raise AuditError(f'{where}: no rows')
-    convert, used = choose_layout({k for row in rows[:100] for k in row}, where, parse_columns(columns))
-    ids = range(len(rows))
-    if limit is not None and seed is not None: ids = sorted(random.Random(seed).sample(ids, min(limit, len(rows))))
-    return [make_pair(i, rows[i], convert, used, chat) for i in ids]
+    drawn = None
+    if limit is not None and seed is not None:  # one pass to count, one to take
+        if isinstance(source, Iterator): source = list(source)
+        n = sum(1 for _ in read_rows(source, split))
+        drawn = set(random.Random(seed).sample(range(n), min(limit, n)))
+    rows = read_rows(source, split) if drawn is not None else islice(read_rows(source, split), limit)
+    if not (head := list(islice(rows, 100))): raise AuditError(f'{where}: no rows')
+    convert, used = choose_layout({k for row in head for k in row}, where, parse_columns(columns))
+    for i, row in enumerate(chain(head, rows)):
+        if drawn is None or i in drawn: yield make_pair(i, row, convert, used, chat)
+
+def load_pairs(
+    source: Any,  # as for `iter_pairs`
+    *order,       # split, columns, limit, seed, chat: as for `iter_pairs`
+    **named,      # the same by name
+) -> list[Pair]:  # one pair a row, broken ones included
+    "All of `iter_pairs` at once."
+    return list(iter_pairs(source, *order, **named))
 
 # %% ../../nbs/audit/11_data.ipynb #d7b32a6e
 def pair_texts(

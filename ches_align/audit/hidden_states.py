@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['render', 'special_ids', 'end_response', 'EncodedPair', 'split_ids', 'encode_pairs', 'plan_batches', 'default_budget',
-           'response_states', 'pair_states', 'can_share_prompt', 'shares_prompt']
+           'response_states']
 
 # %% ../../nbs/audit/13_hidden_states.ipynb #737ce144
 from dataclasses import dataclass
@@ -161,78 +161,3 @@ def response_states(
         hidden = lm.backbone(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state
         for row, i in enumerate(batch): states[i] = hidden[row, len(prompts[i]) - 1:lengths[i]].clone()
     return states
-
-# %% ../../nbs/audit/13_hidden_states.ipynb #17ff220c
-def _windows(lm: ScoringModel) -> dict[str, int | None]:
-    "Kinds of attention layers, and how far back each sees"
-    config = lm.model.config.get_text_config()
-    window = getattr(config, 'sliding_window', None)
-    kinds = getattr(config, 'layer_types', None) or ['sliding_attention' if window else 'full_attention']
-    return {kind: window if kind == 'sliding_attention' else None for kind in kinds}
-
-def _packed(lm: ScoringModel, pairs: Sequence[EncodedPair], width: int) -> dict[str, Any]:
-    "Ids, positions and masks of rows that hold prompt, chosen and rejected"
-    ids, positions = torch.zeros(2, len(pairs), width, dtype=torch.long)
-    allowed = torch.ones(len(pairs), 1, width, width, dtype=torch.bool).tril()
-    for row, p in enumerate(pairs):
-        n, m = len(p.prompt_ids), len(p.prompt_ids) + len(p.chosen_ids)
-        end = m + len(p.rejected_ids)
-        ids[row, :end] = torch.tensor([*p.prompt_ids, *p.chosen_ids, *p.rejected_ids])
-        positions[row, :m], positions[row, m:end] = torch.arange(m), torch.arange(n, n + end - m)
-        allowed[row, 0, m:, n:m] = False
-    dtype, back = lm.head.weight.dtype, (positions[:, :, None] - positions[:, None])[:, None]  # how far a token lies back
-    def mask(window):
-        seen = allowed if window is None else allowed & (back < window)
-        return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min).to(lm.device)
-    masks = {kind: mask(window) for kind, window in _windows(lm).items()}
-    return dict(input_ids=ids.to(lm.device), position_ids=positions.to(lm.device),
-                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())))
-
-@torch.no_grad()
-def pair_states(
-    lm: ScoringModel,                # from `load_model`
-    pairs: Sequence[EncodedPair],    # all with status 'ok'
-    share_prompt: bool = False,      # compute each prompt once, see `can_share_prompt`
-    batch_tokens: int | None = None, # rows times longest row of a batch, at most; None: `default_budget`
-) -> list[tuple[Tensor, Tensor]]:    # states of both responses, as `response_states` gives them
-    "States of both responses of each pair."
-    if not share_prompt:
-        states = response_states(lm, [p.prompt_ids for p in pairs] * 2, [p.chosen_ids for p in pairs] +
-                                 [p.rejected_ids for p in pairs], batch_tokens)
-        return list(zip(states[:len(pairs)], states[len(pairs):]))
-    both: list = [None] * len(pairs)
-    lengths = [len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs]
-    for batch in plan_batches(lengths, batch_tokens or default_budget(lm)):
-        inputs = _packed(lm, [pairs[i] for i in batch], lengths[batch[0]])
-        hidden = lm.backbone(**inputs, use_cache=False).last_hidden_state
-        for row, i in enumerate(batch):
-            n, m = len(pairs[i].prompt_ids), len(pairs[i].prompt_ids) + len(pairs[i].chosen_ids)
-            both[i] = (hidden[row, n - 1:m].clone(), torch.cat([hidden[row, n - 1:n], hidden[row, m:lengths[i]]]))
-    return both
-
-# %% ../../nbs/audit/13_hidden_states.ipynb #447c01d4
-def can_share_prompt(
-    lm: ScoringModel, # from `load_model`
-    longest: int = 0, # tokens of the longest pair that there will be
-) -> bool:            # True: packed rows give this model's states
-    "Only attention layers, and a trial pair with the same states packed and apart."
-    windows = _windows(lm)
-    if set(windows) - {'full_attention', 'sliding_attention'}: return False
-    prompt = 9 + max((w for w in windows.values() if w and w < longest), default=0)
-    some = torch.linspace(3, len(lm.head.weight) - 1, prompt + 15).long().tolist()
-    trial = [EncodedPair(0, '', 'ok', some[:prompt], some[prompt:prompt + 6], some[prompt + 6:])]
-    try: (packed,), (apart,) = (pair_states(lm, trial, share) for share in (True, False))
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError): return False  # an architecture without masks or positions
-    rounding = 1e-3 if lm.head.weight.dtype == torch.float32 else 5e-2  # a wrong mask errs by far more
-    return all(((a - b).float().norm() < rounding * b.float().norm()).item() for a, b in zip(packed, apart))
-
-def shares_prompt(
-    lm: ScoringModel,              # from `load_model`
-    pairs: Sequence[EncodedPair],  # the whole data set
-) -> bool:                         # compute prompts once in this run?
-    "Does it hold for the model, and does it pay for the data?"
-    ok = [p for p in pairs if p.status == 'ok']
-    once = sum(len(p.prompt_ids) for p in ok)
-    saved = once / max(1, sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in ok))
-    enough = saved > (.08 if lm.head.weight.dtype == torch.float32 else .15)
-    return lm.device.type == 'cpu' and enough and can_share_prompt(lm, max(p.length for p in ok))
