@@ -137,9 +137,9 @@ def precision(data, name, n):
 def grow_child(data, rows, name):
     "One process for each number of rows: peak memory is that process's own"
     import resource
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from ches_align.audit.models import wrap_model
-    tokenizer = load_model(name).tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(gguf_folder(embedded_gguf(name)))  # no weights: memory is to be seen
     texts = [(p.prompt, p.chosen, p.rejected) for p in load_pairs(data) if not p.problem][:500]
     config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=len(tokenizer), max_position_embeddings=8192)
     torch.manual_seed(0)

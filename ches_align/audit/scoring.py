@@ -187,8 +187,8 @@ def plan_shards(
     return [np.flatnonzero(~sizes.ok), *(scored[k:k + size] for k in range(0, len(scored), size))]
 
 # %% ../../nbs/audit/14_scoring.ipynb #69a54d9b
-def _score_shards(lm, store: TokenStore, plan, out, settings, progress) -> pd.DataFrame:
-    "Score what has no shard yet; the bar counts tokens"
+def _score_shards(lm, store: TokenStore, plan, out, settings, progress) -> list[dict]:
+    "Score what has no shard yet; rows come back only where there is no folder. The bar counts tokens"
     costs, seen, rows = [0] + [int(2 * store.sizes.length[shard].sum()) for shard in plan[1:]], 0, []
     bar = tqdm(total=sum(costs), unit='tok', unit_scale=True, desc='scoring', disable=None if progress else True)
     for k in shared_counter(len(plan)):
@@ -207,8 +207,7 @@ def _score_shards(lm, store: TokenStore, plan, out, settings, progress) -> pd.Da
         bar.update(costs[k])
         bar.set_postfix_str(f'shard {k}/{len(plan) - 1}')
     bar.close()
-    if out is not None: return load_scores(out)
-    return score_table(rows)
+    return rows
 
 # %% ../../nbs/audit/14_scoring.ipynb #90ef5035
 def score_dataset(
@@ -249,7 +248,8 @@ def _score_store(lm, store, plan, out, settings, identity, about, progress, star
     here = processes()
     same_everywhere(identity)
     with _output(out, identity, about) as folder:
-        with errors_of_all(): scores = _score_shards(lm, store, plan, folder, settings, progress)
+        with errors_of_all(): rows = _score_shards(lm, store, plan, folder, settings, progress)
+        scores = score_table(rows) if folder is None else load_scores(folder)  # all shards are there once all have met
         tokens = (2 * scores.prompt_tokens + scores.chosen_tokens + scores.rejected_tokens)[scores.status == 'ok'].sum()
         scores.attrs['manifest'] = identity | about | dict(
             complete=True, seconds=round(time.time() - start, 1), counts=scores.status.value_counts().to_dict(),

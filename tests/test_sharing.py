@@ -1,0 +1,41 @@
+"Prompts computed once: pairs of one prompt in any order give the table that responses apart give, in one process or two."
+import json
+
+import pandas as pd
+import pytest
+from commands import run
+from conftest import save_tiny
+from test_workers import both
+
+from ches_align.audit.scoring import COLUMNS, load_scores
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    "Every prompt has all six pairs of four responses, the way rated answers become pairs"
+    where = tmp_path_factory.mktemp('sharing')
+    save_tiny(where/'model')
+    words = ['yes, of course', 'no', 'never in my life', 'well, perhaps']
+    rows = [dict(prompt=f'Question {q}: ' + 'and so on ' * q, chosen=a, rejected=b)
+            for a in words for b in words for q in range(9) if a < b]
+    (where/'pairs.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    for wish in ('yes', 'no'):
+        done = run(where, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', wish, '--share_prompt', wish)
+        assert done.returncode == 0, done.stderr
+    return where
+
+def test_the_same_scores(place):
+    shared, apart = load_scores(place/'yes'), load_scores(place/'no')
+    made = [t.attrs['manifest'] for t in (shared, apart)]
+    assert [m['share_prompt'] for m in made] == [True, False] and 'prompts shared' in made[0]['sharing'] and 'as asked' in made[1]['sharing']
+    assert len(shared) == 54 and list(shared) == list(COLUMNS)
+    pd.testing.assert_frame_equal(shared, apart, check_exact=False, rtol=1e-3, atol=1e-3)  # fp32, other kernels; CHES cancels
+
+def test_two_processes_share_to_the_bit(place):
+    done = both(place, 'pairs.jsonl', '--model', 'model', '--out', 'two', '--share_prompt', 'yes')
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_frame_equal(load_scores(place/'two'), load_scores(place/'yes'), check_exact=True)
+
+@pytest.mark.parametrize('args, said', [(['--share_prompt', 'maybe', '--out', 'x'], 'one of auto, yes, no'), (['--share_prompt', 'no', '--out', 'yes'], 'share_prompt was True, is False')], ids=['wish', 'other'])
+def test_refused(place, args, said):
+    done = run(place, 'ches_score', 'pairs.jsonl', '--model', 'model', *args)
+    assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
