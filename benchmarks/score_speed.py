@@ -134,9 +134,12 @@ def precision(data, name, n):
     made = low.attrs['manifest']
     return dict(pairs=len(wide), columns=columns, data_hash=made['data_hash'], sharing=made['sharing'], seconds={d: t.attrs['seconds'] for d, t in tables.items()})
 
+def _peak_mib():
+    "Linux's high-water mark of this program; getrusage begins with that of the process that started it"
+    return int(next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM')).split()[1]) >> 10
+
 def grow_child(data, rows, name):
     "One process for each number of rows: peak memory is that process's own"
-    import resource
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from ches_align.audit.models import wrap_model
     tokenizer = AutoTokenizer.from_pretrained(gguf_folder(embedded_gguf(name)))  # no weights: memory is to be seen
@@ -153,7 +156,7 @@ def grow_child(data, rows, name):
         before = psutil.Process().memory_info().rss
         seconds, scores = timed(lambda: score_dataset(stream(), lm, out=out, head=False, progress=False, share_prompt='no'))
         print(json.dumps(dict(rows=rows, seconds=seconds, tokens=scores.attrs['manifest']['tokens'],
-                              rss_before_mib=before >> 20, peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)))
+                              rss_before_mib=before >> 20, peak_mib=_peak_mib())))
 
 def grow(data, name, most):
     counts = [n for n in (100, 1000, 10_000, 100_000) if n <= most]
