@@ -15,6 +15,7 @@ import platform
 import time
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
@@ -226,7 +227,9 @@ def score_dataset(
     **loading,                       # for `load_pairs`: split, columns, limit, seed, chat
 ) -> pd.DataFrame:                   # a row a pair, `COLUMNS`; the manifest in `attrs['manifest']`
     "Score every pair of a data set; with `out`, continue what is there. Raises `AuditError` for what a user can mend."
-    pairs = data if isinstance(data, list) and data and isinstance(data[0], Pair) else iter_pairs(data, **loading)
+    given = isinstance(data, list) and data and isinstance(data[0], Pair)
+    pairs = iter(data) if given else iter_pairs(data, **loading)
+    pairs = chain([next(pairs)], pairs)  # what is wrong with the data is told before the model is loaded
     here = processes()
     if here.num_processes > 1:
         device = device or str(here.device)  # auto, which spreads one model over all GPUs, is for one process
