@@ -11,7 +11,7 @@ way adds to the model part what it does besides for each pair: the vocabulary lo
 Then: bf16 scores against fp32 ones, and the time and memory of all that is not the model, for growing numbers of rows with
 lengths drawn from DATA and a model of one layer.
 """
-import argparse, json, multiprocessing, os, platform, random, statistics, subprocess, sys, time
+import argparse, json, multiprocessing, os, platform, random, statistics, subprocess, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +21,8 @@ import transformers
 from scipy.stats import spearmanr
 
 from ches_align.audit.data import load_pairs
-from ches_align.audit.hidden_states import default_budget, encode_pairs
-from ches_align.audit.models import embedded_gguf, gguf_folder, load_model
+from ches_align.audit.hidden_states import EncodedPair, default_budget, encode_pairs
+from ches_align.audit.models import embedded_gguf, gguf_folder, load_model, wrap_model
 from ches_align.audit.scoring import FROM_STATES, score_block, score_dataset
 from ches_align.audit.shared_prompts import choose_sharing, share_saved, sizes_of
 from ches_align.theory.ches import neg_edit_distance
@@ -83,7 +83,9 @@ def compare(data, name, n_pairs, repeats, batch_tokens):
     def ours(lm, head, share):
         return [r['ches'] for r in score_block(lm, pairs, head=head, batch_tokens=batch_tokens, share_prompt=share)]
     arms = {'papers_fp32': papers} | {f'ours_{d}_unshared': partial(ours, lm, False, False) for d, lm in models.items()}
-    arms |= {f"ours_{d}{'_head' * head}": partial(ours, lm, head, choose_sharing(lm, sizes_of(pairs))[0])
+    sizes = sizes_of(pairs)
+    saved, shares = share_saved(sizes), {d: choose_sharing(lm, sizes) for d, lm in models.items()}
+    arms |= {f"ours_{d}{'_head' * head}": partial(ours, lm, head, shares[d][0])
              for d, lm in models.items() for head in (False, True)}
     times, scores = {k: [] for k in arms}, {k: f() for k, f in arms.items()}  # the first round warms up
     products, rates = {d: partial(backbone_products, lm, batch_tokens or default_budget(lm)) for d, lm in models.items()}, {d: [] for d in models}
@@ -97,7 +99,6 @@ def compare(data, name, n_pairs, repeats, batch_tokens):
     tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     base = torch.tensor(scores['papers_fp32'], dtype=torch.float64)
     error = {k: (torch.tensor(v, dtype=torch.float64) / base - 1).abs().median().item() for k, v in scores.items()}
-    saved, shares = share_saved(sizes_of(pairs)), {d: choose_sharing(lm, sizes_of(pairs)) for d, lm in models.items()}
     rate = {d: statistics.median(r) for d, r in rates.items()}
     weights = sum(p.numel() for n, p in models['float32'].backbone.named_parameters() if p.ndim == 2 and 'embed' not in n)
     share = {f'{d}{u}': 2*weights*tokens*(1 - saved*(not u and shares[d][0]))/medians[f'ours_{d}{u}']/rate[d] for d in models for u in ('', '_unshared')}
@@ -141,7 +142,6 @@ def _peak_mib():
 def grow_child(data, rows, name):
     "One process for each number of rows: peak memory is that process's own"
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    from ches_align.audit.models import wrap_model
     tokenizer = AutoTokenizer.from_pretrained(gguf_folder(embedded_gguf(name)))  # no weights: memory is to be seen
     texts = [(p.prompt, p.chosen, p.rejected) for p in load_pairs(data) if not p.problem][:500]
     config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=len(tokenizer), max_position_embeddings=8192)
@@ -151,7 +151,6 @@ def grow_child(data, rows, name):
         for i in range(rows):
             prompt, chosen, rejected = gen.choice(texts)
             yield dict(prompt=[dict(role='user', content=f'{i}'), dict(role='assistant', content='.'), *prompt], chosen=chosen, rejected=rejected)
-    import tempfile
     with tempfile.TemporaryDirectory() as out:
         before = psutil.Process().memory_info().rss
         seconds, scores = timed(lambda: score_dataset(stream(), lm, out=out, head=False, progress=False, share_prompt='no'))
@@ -164,8 +163,7 @@ def grow(data, name, most):
                                       capture_output=True, text=True).stdout.splitlines()[-1]) for n in counts]
 
 def by_length(name, dtype='bfloat16'):
-    "Seconds a thousand tokens of one pair, by the pair's length"
-    from ches_align.audit.hidden_states import EncodedPair
+    "Seconds that one pair takes, by its length"
     lm, made, gen = load_model(name, dtype=dtype), [], random.Random(0)
     for n in (64, 256, 1024, 4096):
         ids = [gen.randrange(10, 40_000) for _ in range(n)]

@@ -9,6 +9,12 @@ def command(name, *args): return [sys.executable, str(SCRIPTS/name), *args]
 
 def run(place, name, *args): return subprocess.run(command(name, *args), cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
 
+def command_two(name, *args):
+    "The same in two processes, as a launcher starts them"
+    return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', *command(name, *args)[1:]]
+
+def run_two(place, name, *args): return subprocess.run(command_two(name, *args), cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
+
 def killed(place, path, *args):
     "Start a command and kill it once `path` has a line"
     process, end = subprocess.Popen(command(*args), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV), time.time() + 120

@@ -3,9 +3,8 @@ import json
 
 import pandas as pd
 import pytest
-from commands import run
+from commands import run, run_two
 from conftest import save_tiny
-from test_workers import both
 
 from ches_align.audit.scoring import COLUMNS, load_scores
 
@@ -31,7 +30,7 @@ def test_the_same_scores(place):
     pd.testing.assert_frame_equal(shared, apart, check_exact=False, rtol=1e-3, atol=1e-3)  # fp32, other kernels; CHES cancels
 
 def test_two_processes_share_to_the_bit(place):
-    done = both(place, 'pairs.jsonl', '--model', 'model', '--out', 'two', '--share_prompt', 'yes')
+    done = run_two(place, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'two', '--share_prompt', 'yes')
     assert done.returncode == 0, done.stderr
     pd.testing.assert_frame_equal(load_scores(place/'two'), load_scores(place/'yes'), check_exact=True)
 

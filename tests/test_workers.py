@@ -1,18 +1,13 @@
 "Scoring and reward audits by two processes as a launcher starts them: one table, to the bit; what is cut off goes on; what cannot work ends all."
-import json, os, signal, subprocess, sys, time
-from pathlib import Path
+import json, os, signal, subprocess, time
 
 import pandas as pd
 import pytest
-from commands import ENV, run
+from commands import ENV, command_two, run, run_two
 from conftest import save_tiny
 
 from ches_align.audit.data import load_pairs
 from ches_align.audit.scoring import load_scores
-
-SCRIPTS = Path(sys.executable).parent
-BEGIN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-LAUNCH = [*BEGIN, str(SCRIPTS/'ches_score')]
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
@@ -24,10 +19,8 @@ def place(tmp_path_factory):
     assert run(where, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'one').returncode == 0
     return where
 
-def both(place, *args): return subprocess.run([*LAUNCH, *args], cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
-
 def test_two_processes_one_table(place):
-    done = both(place, 'pairs.jsonl', '--model', 'model', '--out', 'two')
+    done = run_two(place, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'two')
     assert done.returncode == 0 and done.stdout.count('pairs scored by model') == 1, done.stderr
     one, two = load_scores(place/'one'), load_scores(place/'two')
     pd.testing.assert_frame_equal(one, two, check_exact=True)
@@ -36,7 +29,7 @@ def test_two_processes_one_table(place):
 def test_a_killed_process_loses_its_open_shard(place):
     "The launcher ends the other; finished shards are not made again"
     out = place/'cut'
-    process = subprocess.Popen([*LAUNCH, 'pairs.jsonl', '--model', 'model', '--out', 'cut'], cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
+    process = subprocess.Popen(command_two('ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'cut'), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
     end, workers = time.time() + 200, []
     while process.poll() is None and time.time() < end:
         workers = [int(p) for p in subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()]
@@ -46,13 +39,13 @@ def test_a_killed_process_loses_its_open_shard(place):
     assert process.wait(100) != 0
     kept = {f: f.stat().st_mtime_ns for f in out.glob('scores/*.parquet')}
     assert len(kept) > 2 and not json.loads((out/'manifest.json').read_text())['complete']
-    assert both(place, 'pairs.jsonl', '--model', 'model', '--out', 'cut').returncode == 0
+    assert run_two(place, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'cut').returncode == 0
     assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
     pd.testing.assert_frame_equal(load_scores(out), load_scores(place/'one'), check_exact=True)
 
 @pytest.mark.parametrize('args, said', [(['--limit', '5', '--out', 'one'], 'holds the scores of another run'), (['--out', '/proc/no'], 'cannot be written')], ids=['other', 'folder'])
 def test_what_cannot_work_ends_both(place, args, said):
-    done = both(place, 'pairs.jsonl', '--model', 'model', *args)
+    done = run_two(place, 'ches_score', 'pairs.jsonl', '--model', 'model', *args)
     assert done.returncode != 0 and done.stderr.count(f'ches_score: {said}' if said.startswith('/') else said) == 2, done.stderr
 
 def test_two_processes_audit_rewards(place):
@@ -60,7 +53,7 @@ def test_two_processes_audit_rewards(place):
     (place/'tasks.jsonl').write_text(''.join(json.dumps(dict(prompt=f'Task {i}', answer='a')) + '\n' for i in range(8)))
     asked = ['tasks.jsonl', '--model', 'model', '--reward', 'contains', '--samples', '8', '--first', '4', '--max_new_tokens', '6', '--low', '0', '--high', '1', '--batch_tokens', '100', '--out']
     assert run(place, 'ches_reward_std', *asked, 'audit1').returncode == 0
-    done = subprocess.run([*BEGIN, str(SCRIPTS/'ches_reward_std'), *asked, 'audit2'], cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
+    done = run_two(place, 'ches_reward_std', *asked, 'audit2')
     assert done.returncode == 0 and done.stdout.count('8 prompts') == 1, done.stderr
     for name in ('table.csv', 'rows.jsonl'): assert (place/'audit1'/name).read_text() == (place/'audit2'/name).read_text()
     assert (place/'audit2'/'round0'/'responses-1.jsonl').exists()

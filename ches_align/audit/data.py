@@ -213,7 +213,7 @@ def iter_pairs(
         n = sum(1 for _ in read_rows(source, split))
         drawn = set(random.Random(seed).sample(range(n), min(limit, n)))
     rows = read_rows(source, split) if drawn is not None else islice(read_rows(source, split), limit)
-    if not (head := list(islice(rows, 100))): raise AuditError(f'{where}: no rows')
+    if not (head := list(islice(rows, 100))) or drawn == set(): raise AuditError(f'{where}: no rows')
     convert, used = choose_layout({k for row in head for k in row}, where, parse_columns(columns))
     for i, row in enumerate(chain(head, rows)):
         if drawn is None or i in drawn: yield make_pair(i, row, convert, used, chat)
