@@ -21,7 +21,7 @@ help:
 	@echo 'test        checks, then every notebook and every test'
 	@echo 'checks      structure, ruff, README and pages; seconds'
 	@echo 'docs-check  the pages alone'
-	@echo 'notebooks   execute notebooks and store outputs: NB="nbs/theory/05_ches.ipynb" FLAGS="slow trl"'
+	@echo 'notebooks   execute notebooks and store outputs: NB="nbs/theory/050_ches.ipynb" FLAGS="slow trl"'
 	@echo 'prepare     clean and export the notebooks, write the README: before every commit'
 	@echo 'readme      README.md from nbs/index.ipynb'
 	@echo 'clean       remove what the other targets made'

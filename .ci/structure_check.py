@@ -2,8 +2,7 @@
 
     python .ci/structure_check.py
 
-A notebook `nbs/PART/NN_name.ipynb` exports to `PART/name.py`; its exported cells import only from smaller numbers
-(40b comes after 40 and before 41),
+A notebook `nbs/PART/NNN_name.ipynb` exports to `PART/name.py`; its exported cells import only from smaller numbers,
 name by name. `nbdev_clean` and `nbdev_export` would change nothing, every module comes from a notebook, and ruff
 finds no undefined name: a function that reads a notebook's variable passes in the notebook and fails in its module.
 """
@@ -16,10 +15,7 @@ from project import EXPORT, ROOT, cells, notebooks, python, scratch, settings, t
 def default_exp(path: Path) -> str | None:
     return next((c.marks['default_exp'] for c in cells(path) if 'default_exp' in c.marks), None)
 
-def number(path: Path) -> float | None:
-    "42 for 42_name; a letter is a place between two numbers: 42b_name is 42.02"
-    if not (m := re.match(r'(\d+)([a-z]?)_', path.name)): return None
-    return int(m[1]) + 'abcdefghijklmnopqrstuvwxyz'.find(m[2] or 'a')/100
+def number(path: Path) -> int | None: return int(m[1]) if (m := re.match(r'(\d+)_', path.name)) else None
 
 def imported(tree: ast.AST, modules: set[str], lib: str) -> list[str]:
     "The package's own modules that a piece of code imports; '*' for a star, '' for the package itself"
@@ -45,10 +41,10 @@ def numbering(root: Path) -> list[str]:
         if not (name := default_exp(path)): continue
         homes[name].append(path)
         parts = path.relative_to(root/'nbs').with_suffix('').parts
-        want = '.'.join([*parts[:-1], re.sub(r'^\d+[a-z]?_', '', parts[-1])])
+        want = '.'.join([*parts[:-1], re.sub(r'^\d+_', '', parts[-1])])
         if name != want: faults.append(f'{rel}: exports to {name}, its name says {want}')
         if n is None: faults.append(f'{rel}: exports, but has no number')
-    faults += [f'{b}: number {n:g} is taken by {a}' for n, (a, *more) in numbers.items() for b in more]
+    faults += [f'{b}: number {n} is taken by {a}' for n, (a, *more) in numbers.items() for b in more]
     faults += [f'{b.relative_to(root)}: exports to {name} as {a.relative_to(root)} does'
                for name, (a, *more) in homes.items() for b in more]
     rank = {name: number(paths[0]) for name, paths in homes.items()}
@@ -62,7 +58,7 @@ def numbering(root: Path) -> list[str]:
                 if module == '*': faults.append(f'{where}: star import')
                 elif module not in rank: faults.append(f'{where}: imports {lib}.{module}, which no notebook exports')
                 elif (number(path) or 0) <= (rank[module] or 0):
-                    faults.append(f'{where}: imports {module} ({rank[module]:g}), which is not before it')
+                    faults.append(f'{where}: imports {module} ({rank[module]}), which is not before it')
     return faults
 
 def contents(root: Path) -> dict[str, bytes]:
