@@ -246,6 +246,7 @@ def score_dataset(
                      seed=loading.get('seed'), loading=loading, sharing=says, hardware=_hardware(lm))
         return _score_store(lm, store, plan, out, settings, identity, about, progress, start)
 
+# %% ../../nbs/audit/140_scoring.ipynb #c94ce066
 def _score_store(lm, store, plan, out, settings, identity, about, progress, start) -> pd.DataFrame:
     "Write shards and manifest, or keep the table in memory"
     here = processes()
