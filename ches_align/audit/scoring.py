@@ -34,7 +34,7 @@ from .shared_prompts import Side, Sizes, choose_sharing, stream_states
 from .token_store import TokenStore, token_store
 from .workers import (
     each_tells, errors_of_all, first_alone, main_writer, processes, same_everywhere, shared_counter, together)
-from ..theory.ches import Head, ches_from_sums, head_ches, last_hidden_inner, neg_edit_distance, pair_scores
+from ..theory.ches import Head, ches_from_sums, head_ches_of, last_hidden_inner, neg_edit_distance, pair_scores
 
 # %% ../../nbs/audit/140_scoring.ipynb #45128d1e
 FROM_STATES = ('ches', 'ln_ches', 'ches_reversed', 'last_hidden_inner')
@@ -85,13 +85,12 @@ def masked_scores(
     return torch.stack([*pair_scores(*sides, convention), last_hidden_inner(*sides, convention)])[:, 0]
 
 def head_scores(
-    head: Head,                               # the output layer
-    chosen: Side,                             # states and ids
-    rejected: Side,
-) -> Float[Tensor, "3"]:                      # `FROM_HEAD`, fp64: log-probabilities in nats, summed over the response
-    "Head-gradient CHES and the log-probabilities of both responses."
-    got = head_ches(head, chosen.states[:-1], chosen.ids, rejected.states[:-1], rejected.ids)
-    return torch.stack([got.head_ches.double(), *(logps.double().sum() for logps in got[1:])])
+    head: Head,                         # the output layer
+    pairs: Sequence[tuple[Side, Side]], # states and ids of both responses of each pair
+) -> list[Tensor]:                      # `FROM_HEAD` of each, `[3]` in fp64: log-probabilities in nats, summed over the response
+    "Head-gradient CHES and the log-probabilities of both responses, in one pass over the vocabulary."
+    found = head_ches_of(head, [(c.states[:-1], c.ids, r.states[:-1], r.ids) for c, r in pairs])
+    return [torch.stack([got.head_ches.double(), *(logps.double().sum() for logps in got[1:])]) for got in found]
 
 # %% ../../nbs/audit/140_scoring.ipynb #80599b9a
 @torch.no_grad()
@@ -105,9 +104,17 @@ def score_block(
 ) -> list[dict[str, Any]]:        # a row each; status 'nonfinite' where a score is NaN or inf
     "Score pairs. Sums and log-probabilities are in fp32, products of sums in fp64, whatever dtype the weights have."
     values: list = [None] * len(pairs)
+    waiting: dict[int, tuple[Side, Side]] = {}  # for the output layer, which is read once for many pairs
+    room = batch_tokens or default_budget(lm)
+    def read_head():
+        for k, more in zip(waiting, head_scores(lm.head, list(waiting.values()))): values[k] = torch.cat([values[k], more])
+        waiting.clear()
     for k, chosen, rejected in stream_states(lm, pairs, share_prompt, batch_tokens):
         values[k] = window_scores(chosen.states, rejected.states, convention)
-        if head: values[k] = torch.cat([values[k], head_scores(lm.head, chosen, rejected)])
+        if not head: continue
+        waiting[k] = chosen, rejected
+        if sum(len(side.ids) for both in waiting.values() for side in both) >= room: read_head()
+    if waiting: read_head()
     special, rows = special_ids(lm.tokenizer), []
     for pair, numbers in zip(pairs, torch.stack(values).tolist()):
         row = blank_row(pair, special)

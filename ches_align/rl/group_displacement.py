@@ -20,7 +20,7 @@ from ..audit.models import ScoringModel
 from .policy_gradient import policy_logps
 from .sampling import Sampling, answer_ids, encode_prompts, prompt_hash
 from .spread import clean_rewards
-from ..theory.ches import Head, token_gram
+from ..theory.ches import Head, token_grams
 
 # %% ../../nbs/rl/341_group_displacement.ipynb #4788386c
 def group_gram(
@@ -30,7 +30,7 @@ def group_gram(
     block: int = 8192,                         # vocabulary rows at a time
 ) -> tuple[Float[np.ndarray, "group group"], Float[np.ndarray, "group tokens"], list[float]]: # K; a token's part of K, for each response; ln pi (nats)
     "Inner products of the responses' gradients against the output layer (@eq-group), summed in fp64."
-    terms, logps = token_gram(head, torch.cat(list(hidden)), torch.cat(list(ids)), block=block)
+    (terms, logps), = token_grams(head, [(torch.cat(list(hidden)), torch.cat(list(ids)), sum(map(len, ids)))], block)
     ends = np.cumsum([0, *map(len, ids)])
     parts = [slice(a, b) for a, b in zip(ends, ends[1:])]
     tokens = torch.stack([terms[p].sum(0, dtype=torch.float64) for p in parts])

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONVENTIONS', 'predicting_mask', 'response_sum', 'PairScores', 'ches_from_sums', 'summed_mask', 'pair_scores',
-           'ches_scores', 'last_hidden_inner', 'neg_edit_distance', 'Head', 'token_gram', 'HeadScores', 'head_ches']
+           'ches_scores', 'last_hidden_inner', 'neg_edit_distance', 'Head', 'token_grams', 'HeadScores', 'head_ches',
+           'head_ches_of']
 
 # %% ../../nbs/theory/050_ches.ipynb #6cb0e956
 from typing import NamedTuple, Sequence
@@ -145,33 +146,41 @@ def _block_logits(head: Head, hidden: Tensor, rows) -> tuple[Tensor, Tensor | No
     return head.softcap * t, head.scale * (1 - t * t)
 
 # %% ../../nbs/theory/050_ches.ipynb #a9989edc
-def token_gram(
-    head: Head,                      # the output layer
-    hidden: Float[Tensor, "n dim"],  # states, each of which predicts a token
-    ids: Int[Tensor, "n"],           # those tokens
-    rows: int | None = None,         # only so many rows of the matrix; None: all
-    block: int = 8192,               # vocabulary rows at a time; memory grows with n * block
-) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "n"]]: # inner products of the tokens' gradients, log-probabilities (nats)
-    "Inner products of the gradients of ln pi of tokens against the output layer (@eq-gram), in one pass over the vocabulary; fp32 or better."
+def token_grams(
+    head: Head,                                     # the output layer
+    groups: Sequence[tuple[Tensor, Tensor, int]],   # states `[n dim]` that predict a token each, those tokens `[n]`, and how many rows are asked for
+    block: int = 8192,                              # vocabulary rows at a time; memory grows with all states times block
+) -> list[tuple[Tensor, Tensor]]:                   # of each group: inner products `[rows n]` of the tokens' gradients, log-probabilities `[n]` (nats)
+    "Inner products of the gradients of ln pi of tokens against the output layer (@eq-gram), for several groups in one pass over the vocabulary; fp32 or better."
+    hidden = torch.cat([h for h, _, _ in groups])
     H = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    n = len(ids) if rows is None else rows
+    parts, start = [], 0
+    for h, _, n in groups:
+        parts.append((slice(start, start + n), slice(start, start + len(h))))
+        start += len(h)
     top = H.new_full((len(H),), -torch.inf)      # largest logit so far, a row each
-    mass, inner = H.new_zeros(len(H)), H.new_zeros(n, len(H))
+    mass, inner = H.new_zeros(len(H)), [H.new_zeros(n, len(h)) for h, _, n in groups]
     for start in range(0, len(head.weight), block):
         z, slope = _block_logits(head, H, slice(start, start + block))
         new_top = torch.maximum(top, z.amax(1))
         shrink = (top - new_top).exp_()
-        p = (z - new_top[:, None]).exp_()
+        p = z.sub_(new_top[:, None]).exp_()
         mass = mass * shrink + p.sum(1)
         if slope is not None: p *= slope
-        inner = inner * shrink[:n, None] * shrink[None] + p[:n] @ p.T
+        for total, (some, both) in zip(inner, parts): total.mul_(shrink[some, None] * shrink[both]).addmm_(p[some], p[both].T)
         top = new_top
+    ln_mass = top + mass.log()
+    return [_gram(head, H[both], ids, n, ln_mass[both], mass[both], total)
+            for (_, ids, n), (_, both), total in zip(groups, parts, inner)]
+
+def _gram(head: Head, H: Tensor, ids: Tensor, n: int, ln_mass: Tensor, mass: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    "What is left when a group's sums over the vocabulary are known"
     z, slope = _block_logits(head, H, ids)       # row k, column k': the logit of token y_k' at step k
     slope = torch.full_like(z, head.scale) if slope is None else slope
-    logps = (z - (top + mass.log())[:, None])
+    logps = z - ln_mass[:, None]
     p = logps.exp() * slope * slope.diagonal()   # p_k(y_k') s_k(y_k') s_k'(y_k')
     same = (ids[:n, None] == ids[None]) * slope.diagonal()[:n, None] * slope.diagonal()[None]
-    inner *= (head.scale ** 2 if head.softcap is None else 1.) / (mass[:n, None] * mass[None])
+    inner = inner * (head.scale ** 2 if head.softcap is None else 1.) / (mass[:n, None] * mass[None])
     weights = same - p[:n] - p.T[:n] + inner     # <g_k, g_k'>, @eq-gram
     return weights * (H[:n] @ H.T), logps.diagonal()
 
@@ -190,8 +199,19 @@ def head_ches(
     rejected_ids: Int[Tensor, "m"],           # its tokens
     block: int = 8192,                        # vocabulary rows at a time; memory grows with (n + m) * block
 ) -> HeadScores:                              # accumulated in fp32, or fp64 for fp64 states
-    "Head-gradient CHES (@eq-headches) and token log-probabilities, in one pass over the vocabulary."
-    n = len(chosen_ids)
-    terms, logps = token_gram(head, torch.cat([chosen_hidden, rejected_hidden]), torch.cat([chosen_ids, rejected_ids]), n, block)
-    score = terms[:, n:].sum(dtype=torch.float64) - terms[:, :n].sum(dtype=torch.float64)
-    return HeadScores(score, logps[:n], logps[n:])
+    "Head-gradient CHES (@eq-headches) and token log-probabilities of one pair."
+    return head_ches_of(head, [(chosen_hidden, chosen_ids, rejected_hidden, rejected_ids)], block)[0]
+
+def head_ches_of(
+    head: Head,                                             # the output layer
+    pairs: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], # as for `head_ches`, one after another
+    block: int = 8192,                                      # vocabulary rows at a time
+) -> list[HeadScores]:                                      # one a pair
+    "The same for several pairs: the matrix is read, and converted to fp32, once for all of them."
+    grams = token_grams(head, [(torch.cat([h, h2]), torch.cat([y, y2]), len(y)) for h, y, h2, y2 in pairs], block)
+    scores = []
+    for (terms, logps), (_, y, _, _) in zip(grams, pairs):
+        n = len(y)
+        total = terms[:, n:].sum(dtype=torch.float64) - terms[:, :n].sum(dtype=torch.float64)
+        scores.append(HeadScores(total, logps[:n], logps[n:]))
+    return scores
