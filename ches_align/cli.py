@@ -40,7 +40,8 @@ def _summary(scores) -> str:
     flagged = ', '.join(f'{n} {status}' for status, n in counts.items() if status != 'ok') or 'none'
     rate = made['tokens'] / max(made['seconds'], 1e-9)
     return (f"{counts.get('ok', 0)} pairs scored by {made['model']} in {made['seconds']:.0f} s ({rate:,.0f} tokens/s); "
-            f"flagged: {flagged}" + _HINT * (made['form'] == 'text' and made['template_hash'] is not None))
+            f"flagged: {flagged}" + f"\nmachines: {made['hardware']}" * ('(mixed' in made['hardware']) +
+            _HINT * (made['form'] == 'text' and made['template_hash'] is not None))
 
 _HINT = """
 the prompts are plain text and were scored as they are, as TRL trains on them; --chat uses the model's template"""
@@ -61,6 +62,7 @@ def ches_score(
     convention: str = 'paper',    # paper, official_script or official_module
     no_head: bool = False,        # leave head-gradient CHES and log-probabilities out (faster)
     share_prompt: str = 'auto',   # compute each prompt once for all its responses: yes, no, or where it pays
+    compile: bool = False,        # have torch compile the model first (minutes; for long runs)
     device: str = None,           # cpu, cuda, cuda:1 ...; auto = spread over GPUs (default: a GPU if there is one)
     adapter: str = None,          # a LoRA folder to put on the model
     revision: str = None,         # branch, tag or commit of the model
@@ -74,7 +76,7 @@ def ches_score(
         _quiet()
         options = dict(adapter=adapter, revision=revision, quantize=quantize, trust_remote_code=trust_remote_code)
         scores = score_dataset(
-            data, model, out, max_length, convention, not no_head, batch_tokens, dtype, device, options, share_prompt,
+            data, model, out, max_length, convention, not no_head, batch_tokens, dtype, device, options, share_prompt, compile,
             split=split, columns=columns, limit=limit, seed=seed, chat=chat)
         if processes().is_main_process: print(_summary(scores), scores.attrs['manifest']['sharing'], f'scores: {out}/scores', sep='\n')
         leave()
@@ -85,6 +87,7 @@ def _scored_pairs(scores, data: str | None, **given):
     from ches_align.audit.data import load_pairs
     made = scores.attrs['manifest']
     loading = made.get('loading', {}) | {k: v for k, v in given.items() if v}
+    if data and Path(data).is_file() and not given.get('split'): loading['split'] = None  # of the data that were scored
     if not (data or made.get('data')): raise AuditError('the scores do not say of which data they are: give --data')
     if data: return load_pairs(data, **loading)
     try: return load_pairs(made['data'], **loading)

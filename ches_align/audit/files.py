@@ -124,6 +124,7 @@ def read_rows(
     if path.suffix not in READERS: raise AuditError(f"{path}: unknown format; known: {' '.join(READERS)}")
     if not path.exists(): raise AuditError(f'{path}: no such file')
     if not path.stat().st_size: raise AuditError(f'{path}: the file is empty')
+    if split: raise AuditError(f'{path}: one file has no splits; leave --split {split} out, or name the folder')
     return READERS[path.suffix](path)
 
 # %% ../../nbs/audit/100_files.ipynb #251d26ff

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'read_head', 'head_logits', 'check_model', 'weights_hash', 'cache_folder', 'embedded_gguf', 'gguf_folder',
-           'ScoringModel', 'wrap_model', 'load_model']
+           'ScoringModel', 'wrap_model', 'load_model', 'compile_backbone']
 
 # %% ../../nbs/audit/120_models.ipynb #4ca9605e
 import ctypes
@@ -257,3 +257,16 @@ def _settle_on_cpu(model: nn.Module) -> None:
     try: mallopt = ctypes.CDLL('libc.so.6').mallopt
     except (OSError, AttributeError): return
     for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)): mallopt(option, value)  # M_MMAP_, M_TRIM_THRESHOLD
+
+# %% ../../nbs/audit/120_models.ipynb #8b168cca
+def compile_backbone(
+    lm: ScoringModel, # its backbone is replaced by the compiled one, in place
+) -> None:
+    "Compile for rows of any length; a trial pass shows that it works. Raises `AuditError`, the model as it was."
+    lm.backbone.compile(dynamic=True)
+    try:
+        with torch.no_grad(): lm.backbone(input_ids=torch.zeros(1, 4, dtype=torch.long, device=lm.device), use_cache=False)
+    except Exception as e:  # the compiler's, torch's and the system's own types
+        lm.backbone._compiled_call_impl = None
+        said = ' '.join(str(e).split())[:200] or type(e).__name__
+        raise AuditError(f'model {lm.name} cannot be compiled here ({said}): leave --compile out') from None

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from .data import Pair, iter_pairs
 from .files import AuditError, write_files, writing
 from .hidden_states import EncodedPair, default_budget, special_ids
-from .models import ScoringModel, load_model, weights_hash
+from .models import ScoringModel, compile_backbone, load_model, weights_hash
 from .shared_prompts import Side, Sizes, choose_sharing, stream_states
 from .token_store import TokenStore, token_store
 from .workers import (
@@ -230,6 +230,7 @@ def score_dataset(
     device: str | None = None,       # where, when `model` is a name
     model_options: dict | None = None, # more for `load_model`: adapter, revision, quantize, trust_remote_code
     share_prompt: str = 'auto',      # compute each prompt once: 'yes', 'no', or where it pays
+    compile: bool = False,           # have torch compile the model first; minutes, for long runs
     progress: bool = True,           # a bar with rate and remaining time, on a terminal
     **loading,                       # for `load_pairs`: split, columns, limit, seed, chat
 ) -> pd.DataFrame:                   # a row a pair, `COLUMNS`; the manifest in `attrs['manifest']`
@@ -243,11 +244,12 @@ def score_dataset(
         progress = progress and here.is_main_process
     lm = model if isinstance(model, ScoringModel) else load_model(model, dtype, device, **(model_options or {}))
     max_length, start = max_length or lm.max_length, time.time()
-    with token_store(pairs, lm.tokenizer, max_length, convention) as store:
+    if compile: compile_backbone(lm)
+    with token_store(pairs, lm.tokenizer, max_length, convention, progress=progress) as store:
         shares, says = choose_sharing(lm, store.sizes, share_prompt)
         settings = dict(convention=convention, head=head, batch_tokens=batch_tokens or default_budget(lm), share_prompt=shares)
         plan = plan_shards(store.sizes, by_prompt=shares)
-        identity = run_identity(lm, store.data_hash, len(store), settings | dict(max_length=max_length, shards=_plan_hash(plan)))
+        identity = run_identity(lm, store.data_hash, len(store), settings | dict(max_length=max_length, compiled=compile, shards=_plan_hash(plan)))
         source = str(data) if isinstance(data, (str, Path)) else type(data).__name__
         about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, form='text' if store.has_text else 'messages',
                      seed=loading.get('seed'), loading=loading, sharing=says, hardware=_hardware(lm))

@@ -15,6 +15,7 @@ from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+from tqdm.auto import tqdm
 
 from .data import Pair
 from .files import writing
@@ -61,9 +62,11 @@ def token_store(
     max_length: int | None = None, # as for `encode_pairs`
     convention: str = 'paper',     # as for `encode_pairs`
     block: int = 512,              # pairs tokenised in one call
+    progress: bool = False,        # a bar with the rate, on a terminal
 ) -> Iterator[TokenStore]:
     "Tokenise a stream into a temporary file, which goes when the context ends. Raises `AuditError` for bad settings or a full disk."
-    digest, has_text, sizes, pairs = hashlib.sha256(), False, [], iter(pairs)
+    digest, has_text, sizes = hashlib.sha256(), False, []
+    pairs = iter(tqdm(pairs, unit='pair', desc='tokenising', disable=None if progress else True))
     with tempfile.TemporaryDirectory(prefix='ches_align_', ignore_cleanup_errors=True) as folder:
         path = Path(folder)/'tokens.arrow'
         with writing(path), pa.ipc.new_file(str(path), SCHEMA) as file:
