@@ -1,6 +1,6 @@
 """Scoring speed, side by side in one run: the papers' way against ours.
 
-    python benchmarks/score_speed.py DATA [--model smollm2-135m] [--pairs 24] [--repeats 3] [--precise 500] [--grow 100000] [--out benchmarks/records/score_speed.json]
+    python benchmarks/score_speed.py DATA [--model smollm2-135m] [--pairs 24] [--repeats 3] [--precise 500] [--grow 100000] [--compile] [--out benchmarks/records/score_speed.json]
 
 The papers' way (written from its description): a process of its own with the model as Transformers loads it, one
 response at a time in fp32, the whole model with its output layer, all layers' states kept, scores from
@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 
 from ches_align.audit.data import load_pairs
 from ches_align.audit.hidden_states import EncodedPair, default_budget, encode_pairs
-from ches_align.audit.models import embedded_gguf, gguf_folder, load_model, wrap_model
+from ches_align.audit.models import compile_backbone, embedded_gguf, gguf_folder, load_model, wrap_model
 from ches_align.audit.scoring import FROM_STATES, score_block, score_dataset
 from ches_align.audit.shared_prompts import choose_sharing, share_saved, sizes_of
 from ches_align.theory.ches import neg_edit_distance
@@ -68,7 +68,7 @@ def timed(f, *args):
     result = f(*args)
     return time.perf_counter() - start, result
 
-def compare(data, name, n_pairs, repeats, batch_tokens):
+def compare(data, name, n_pairs, repeats, batch_tokens, compiled):
     context = multiprocessing.get_context('spawn')
     pipe, end = context.Pipe()
     worker = context.Process(target=papers_worker, args=(end, str(gguf_folder(embedded_gguf(name)))))
@@ -87,6 +87,12 @@ def compare(data, name, n_pairs, repeats, batch_tokens):
     saved, shares = share_saved(sizes), {d: choose_sharing(lm, sizes) for d, lm in models.items()}
     arms |= {f"ours_{d}{'_head' * head}": partial(ours, lm, head, shares[d][0])
              for d, lm in models.items() for head in (False, True)}
+    compiling = {}
+    if compiled:  # models of their own; the other arms keep the plain ones
+        for d in models:
+            lm = load_model(name, dtype=d)
+            compiling[d] = timed(lambda: (compile_backbone(lm), ours(lm, False, shares[d][0])))[0]
+            arms[f'ours_{d}_compiled'] = partial(ours, lm, False, shares[d][0])
     times, scores = {k: [] for k in arms}, {k: f() for k, f in arms.items()}  # the first round warms up
     products, rates = {d: partial(backbone_products, lm, batch_tokens or default_budget(lm)) for d, lm in models.items()}, {d: [] for d in models}
     for _ in range(repeats):
@@ -111,7 +117,7 @@ def compare(data, name, n_pairs, repeats, batch_tokens):
                 sharing={d: says for d, (_, says) in shares.items()}, seconds=times, median_relative_difference=error,
                 ratio={k: medians['papers_fp32'] / v for k, v in medians.items()},
                 tokens_per_second={k: tokens / v for k, v in medians.items()},
-                papers_besides=dict(vocabulary=lookup, edit_distance=edit), ratio_whole={d: whole/v for d, v in ours.items()})
+                compile_seconds=compiling, papers_besides=dict(vocabulary=lookup, edit_distance=edit), ratio_whole={d: whole/v for d, v in ours.items()})
 
 def compare_edit(length=400, repeats=3):
     gen = torch.Generator().manual_seed(0)
@@ -162,6 +168,15 @@ def grow(data, name, most):
     return [json.loads(subprocess.run([sys.executable, __file__, data, '--model', name, '--grow_child', str(n)], check=True,
                                       capture_output=True, text=True).stdout.splitlines()[-1]) for n in counts]
 
+def loading(name):
+    "Seconds of the first load, which converts into an empty cache, and of a later one; a process each, imports left out"
+    code = ('import time; from ches_align.audit.models import load_model; import transformers.models.auto.modeling_auto; '
+            f'start = time.perf_counter(); load_model({name!r}); print(time.perf_counter() - start)')
+    with tempfile.TemporaryDirectory() as cache:
+        def once(): return float(subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True,
+                                                env=os.environ | dict(CHES_ALIGN_CACHE=cache)).stdout.split()[-1])
+        return dict(first=once(), later=once())
+
 def by_length(name, dtype='bfloat16'):
     "Seconds that one pair takes, by its length"
     lm, made, gen = load_model(name, dtype=dtype), [], random.Random(0)
@@ -181,6 +196,7 @@ if __name__ == '__main__':
     ap.add_argument('--model', default='smollm2-135m', help='an embedded model')
     ap.add_argument('--precise', type=int, default=500, help='pairs for bf16 against fp32; 0: none')
     ap.add_argument('--grow', type=int, default=100_000, help='most rows of the growth curve; 0: none')
+    ap.add_argument('--compile', action='store_true', help='also with torch.compile; minutes')
     ap.add_argument('--grow_child', type=int, help=argparse.SUPPRESS)
     ap.add_argument('--name', default=None, help='what the record calls the data')
     ap.add_argument('--out', default='benchmarks/records/score_speed.json')
@@ -189,12 +205,12 @@ if __name__ == '__main__':
     start = time.time()
     record = dict(
         config=dict(data=args.name or Path(args.data).parent.name, model=args.model, pairs=args.pairs, repeats=args.repeats,
-                    batch_tokens=args.batch_tokens, precise=args.precise, grow=args.grow, seed=0),
+                    batch_tokens=args.batch_tokens, precise=args.precise, grow=args.grow, compile=args.compile, seed=0),
         hardware=f'{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads',
         versions=dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version()),
         model=load_model(args.model).provenance,
-        scoring=compare(args.data, args.model, args.pairs, args.repeats, args.batch_tokens), edit_distance=compare_edit(),
-        load_seconds=timed(load_model, args.model)[0], by_length=by_length(args.model))
+        scoring=compare(args.data, args.model, args.pairs, args.repeats, args.batch_tokens, args.compile), edit_distance=compare_edit(),
+        load_seconds=loading(args.model), by_length=by_length(args.model))
     if args.precise: record['precision'] = precision(args.data, args.model, args.precise)
     if args.grow: record['growth'] = grow(args.data, args.model, args.grow)
     record['wall_seconds'] = time.time() - start
