@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def gguf_folder(
     digest = hashlib.sha256()
     with open(path, 'rb') as f:
         while part := f.read(1 << 24): digest.update(part)
-    folder = cache_folder()/f'{path.stem}-{digest.hexdigest()[:12]}'
+    # a tokenizer saved by Transformers 5 is unknown to 4
+    folder = cache_folder()/f'{path.stem}-{digest.hexdigest()[:12]}-transformers{version("transformers").split(".")[0]}'
     if folder.exists(): return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{folder}.lock'):

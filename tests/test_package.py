@@ -1,0 +1,45 @@
+"What is built is what is here: wheel and sdist hold every module and file that the package reads, and its commands exist."
+import subprocess, sys, tarfile, zipfile
+from configparser import ConfigParser
+from importlib import import_module
+
+import pytest
+from project import ROOT, settings
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    "A copy of what git tracks, built without network and without isolation; folder of the two archives"
+    place = tmp_path_factory.mktemp('build')
+    listed = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, check=True).stdout.decode().split('\0')
+    for name in filter(None, listed):
+        if name.startswith(('nbs/', 'benchmarks/', 'tests/')) or not (ROOT/name).is_file(): continue
+        (place/name).parent.mkdir(parents=True, exist_ok=True)
+        (place/name).write_bytes((ROOT/name).read_bytes())
+    def build(*command): subprocess.run([sys.executable, *command], cwd=place, check=True, capture_output=True)
+    build('setup.py', '-q', 'sdist', '-d', 'dist')
+    build('-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', 'dist', '.')
+    return place/'dist'
+
+def wanted():
+    "Modules and data files of the package"
+    return {p.relative_to(ROOT).as_posix() for p in (ROOT/'ches_align').rglob('*') if p.is_file() and p.suffix != '.pyc'}
+
+def test_wheel(built):
+    (wheel,) = built.glob('*.whl')
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {n for n in names if not n.split('/')[0].endswith('.dist-info')} == wanted()
+    meta = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith('/METADATA'))).decode()
+    version = settings(ROOT)['version']
+    assert f'\nVersion: {version}\n' in meta and import_module('ches_align').__version__ == version
+    scripts = ConfigParser(delimiters=['='])
+    scripts.read_string(zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith('/entry_points.txt'))).decode())
+    assert len(scripts['console_scripts']) == 10
+    for target in scripts['console_scripts'].values():
+        module, function = target.split(':')
+        assert callable(getattr(import_module(module), function))
+
+def test_sdist(built):
+    (archive,) = built.glob('*.tar.gz')
+    with tarfile.open(archive) as t: names = {n.split('/', 1)[1] for n in t.getnames() if '/' in n and t.getmember(n).isfile()}
+    assert wanted() <= names and {'settings.ini', 'constraints.txt', 'README.md', 'LICENSE', 'CHANGELOG.md', 'setup.py'} <= names
+    assert not [n for n in names if n.startswith(('nbs/', 'tests/', '.ci/'))]
