@@ -84,14 +84,15 @@ def ches_score(
 # %% ../nbs/600_cli.ipynb #3267a82e
 def _scored_pairs(scores, data: str | None, **given):
     "The pairs behind a table of scores: the manifest knows what was read, and how"
-    from ches_align.audit.data import load_pairs
+    from ches_align.audit.data import PairSource
     made = scores.attrs['manifest']
     loading = made.get('loading', {}) | {k: v for k, v in given.items() if v}
     if data and Path(data).is_file() and not given.get('split'): loading['split'] = None  # of the data that were scored
     if not (data or made.get('data')): raise AuditError('the scores do not say of which data they are: give --data')
-    if data: return load_pairs(data, **loading)
-    try: return load_pairs(made['data'], **loading)
-    except AuditError as e: raise AuditError(f'{e} (so the manifest names the data; give --data)') from None
+    pairs = PairSource(data or made['data'], **loading)
+    try: next(iter(pairs))
+    except AuditError as e: raise AuditError(str(e) if data else f'{e} (so the manifest names the data; give --data)') from None
+    return pairs
 
 def _choose(table, pairs, rule: dict, control: str | None, weights: bool):
     "Apply a rule, or draw its control, or weigh all scored rows"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Text', 'ALIASES', 'Pair', 'row_hash', 'split_messages', 'parse_dialogue', 'dialogue_text', 'split_text',
-           'choose_layout', 'find_problem', 'make_pair', 'parse_columns', 'iter_pairs', 'load_pairs', 'pair_texts']
+           'choose_layout', 'find_problem', 'make_pair', 'parse_columns', 'iter_pairs', 'load_pairs', 'PairSource',
+           'pair_texts']
 
 # %% ../../nbs/audit/110_data.ipynb #4e9f0210
 import hashlib
@@ -225,6 +226,14 @@ def load_pairs(
 ) -> list[Pair]:  # one pair a row, broken ones included
     "All of `iter_pairs` at once."
     return list(iter_pairs(source, *order, **named))
+
+class PairSource:
+    "Pairs that are read again whenever they are gone through, in the order of their row ids: for data of any size."
+    def __init__(self,
+        source: Any,   # as for `iter_pairs`, but no iterator, which could be read only once
+        **loading,     # split, columns, limit, seed, chat: as for `iter_pairs`
+    ): self.source, self.loading = source, loading
+    def __iter__(self) -> Iterator[Pair]: return iter_pairs(self.source, **self.loading)
 
 # %% ../../nbs/audit/110_data.ipynb #d7b32a6e
 def pair_texts(

@@ -15,7 +15,7 @@ import re
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -139,7 +139,7 @@ def writing(
                          'make room or name another place, and run the same command again') from None
 
 def write_files(
-    files: dict[Path, bytes], # path -> whole content
+    files: dict[Path, bytes | Iterable[bytes]], # path -> whole content, or its pieces in order
 ) -> None:
     "Write several files, each whole or absent whenever the process dies; none when one cannot be written. Raises `AuditError`."
     partial = {path: path.with_name(f'.{path.name}.{os.getpid()}.partial') for path in files}
@@ -147,8 +147,10 @@ def write_files(
         for path, part in partial.items():
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
+                content = files[path]
                 with open(part, 'wb') as f:
-                    f.write(files[path]); f.flush(); os.fsync(f.fileno())
+                    for piece in [content] if isinstance(content, bytes) else content: f.write(piece)
+                    f.flush(); os.fsync(f.fileno())
         for path, part in partial.items():
             with writing(path): os.replace(part, path)
     finally:

@@ -16,6 +16,7 @@ import re
 import shlex
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, Callable, Iterable
 
 import numpy as np
 import pandas as pd
@@ -107,23 +108,29 @@ def selector_table(
                       bottom_overlap=low.to_dict()))
 
 # %% ../../nbs/audit/160_report.ipynb #7e44b0e3
-def _match(scores: pd.DataFrame, pairs: list[Pair] | None) -> dict[int, Pair]:
-    "row_id of the scores -> pair, found by its hash. Raises `AuditError` when no row matches"
-    by_id, by_hash = {p.row_id: p for p in pairs or ()}, {p.row_hash: p for p in reversed(pairs or ())}
-    found = {row: by_id[row] if row in by_id and by_id[row].row_hash == h else by_hash.get(h)
-             for row, h in zip(scores.row_id.tolist(), scores.row_hash)}
-    if pairs and len(scores) and not any(found.values()): raise AuditError(
-        f'none of the {len(pairs)} pairs is in the scores: give the data, split and columns of the scoring run')
-    return {row: p for row, p in found.items() if p}
+def _match(scores: pd.DataFrame, pairs: Iterable[Pair] | None, take: Callable[[int, Pair], Any]) -> dict[int, Any]:
+    "row_id of the scores -> what `take` keeps of its pair, found by its hash, in one pass. Raises `AuditError` when no row matches"
+    rows_of, found, count = {}, {}, 0
+    for row, h in zip(scores.row_id.tolist(), scores.row_hash): rows_of.setdefault(h, []).append(row)
+    for count, pair in enumerate(pairs or (), 1):
+        for row in rows_of.get(pair.row_hash, ()):
+            if row == pair.row_id or row not in found: found[row] = take(row, pair)
+    if count and rows_of and not found: raise AuditError(
+        f'none of the {count} pairs is in the scores: give the data, split and columns of the scoring run')
+    return found
 
-def _groups(matched: dict[int, Pair], by: str | None = None) -> tuple[str | None, dict[int, str]]:
+def _labels(pair: Pair, by: str | None = None) -> dict[str, Any]:
+    "A pair's columns: the one asked for, and short strings; of others the name"
+    return {k: v if k == by or isinstance(v, str) and len(v) < 100 else None for k, v in pair.extra.items()}
+
+def _groups(matched: dict[int, dict], by: str | None = None) -> tuple[str | None, dict[int, str]]:
     "A column (None: the first that holds 2 to 20 repeated strings) and its value for each row_id"
-    columns = dict.fromkeys(['kind', 'category', 'source', 'subset', *(c for p in matched.values() for c in p.extra)])
+    columns = dict.fromkeys(['kind', 'category', 'source', 'subset', *(c for labels in matched.values() for c in labels)])
     for name in [by] if by else columns:
-        labels = {row: p.extra[name] for row, p in matched.items() if p.extra.get(name) is not None}
-        if by and labels: return by, {row: str(v) for row, v in labels.items()}
-        strings = len(labels) == len(matched) and all(isinstance(v, str) for v in labels.values())
-        if strings and 2 <= len({*labels.values()}) <= min(20, len(labels)/2): return name, labels
+        found = {row: labels[name] for row, labels in matched.items() if labels.get(name) is not None}
+        if by and found: return by, {row: str(v) for row, v in found.items()}
+        strings = len(found) == len(matched) and all(isinstance(v, str) for v in found.values())
+        if strings and 2 <= len({*found.values()}) <= min(20, len(found)/2): return name, found
     if by and matched: raise AuditError(f"no column {by!r} in the data; it has {', '.join(columns)}")
     return None, {}
 
@@ -147,22 +154,24 @@ def composition(
 # %% ../../nbs/audit/160_report.ipynb #16aa60d1
 def worst_pairs(
     scores: pd.DataFrame,            # from `load_scores`
-    pairs: list[Pair] | None = None, # from `load_pairs`; None = no texts
+    pairs: Iterable[Pair] | None = None, # from `load_pairs`; None = no texts
     n: int = 10,                     # how many
     highest: bool = True,            # False: from the other end
 ) -> list[dict]:                     # scores, percentile and `texts` (prompt, chosen, rejected) or None
     "The pairs with the highest ln-CHES: most displacement foretold first."
-    matched, ok = _match(scores, pairs), scores[scores.status == 'ok'].copy()
+    ok = scores[scores.status == 'ok'].copy()
     ok['percentile'] = 100 * ok.ln_ches.rank(pct=True)
     ok = ok.sort_values('ln_ches', ascending=not highest, kind='stable').head(n)
     columns = ['row_id', 'row_hash', 'percentile', *SELECTORS[:5],
                'prompt_tokens', 'chosen_tokens', 'rejected_tokens', 'chosen_logps', 'rejected_logps']
-    return [plain(r) | dict(texts=pair_texts(matched[r['row_id']]) if r['row_id'] in matched else None)
+    wanted = set(ok.row_id)
+    texts = _match(scores, pairs, lambda row, pair: pair_texts(pair) if row in wanted else None)
+    return [plain(r) | dict(texts=texts.get(r['row_id']))
             for r in ok[columns].to_dict('records')]
 
 def best_pairs(
     scores: pd.DataFrame,            # from `load_scores`
-    pairs: list[Pair] | None = None, # from `load_pairs`; None = no texts
+    pairs: Iterable[Pair] | None = None, # from `load_pairs`; None = no texts
     n: int = 10,                     # how many
 ) -> list[dict]:                     # as `worst_pairs`
     "The pairs with the lowest ln-CHES: least displacement foretold first."
@@ -189,9 +198,9 @@ def recommendations(
             for rule in ADVICE['rules'] if _SAY.compile_expression(rule['when'])(**facts)]
 
 # %% ../../nbs/audit/160_report.ipynb #ed75ec04
-def _collect(scores: pd.DataFrame, pairs: list[Pair] | None, worst: int = 10, by=None, path: str = 'SCORES') -> dict:
+def _collect(scores: pd.DataFrame, pairs: Iterable[Pair] | None, worst: int = 10, by=None, path: str = 'SCORES') -> dict:
     "The content of a report before it is laid out; `worst` and `best` never share a pair"
-    matched, s = _match(scores, pairs), summarise(scores)
+    matched, s = _match(scores, pairs, lambda row, pair: _labels(pair, by)), summarise(scores)
     column, groups = _groups(matched, by)
     s |= dict(path=path, selectors=selector_table(scores), group_column=column,
               composition=composition(scores, groups),
@@ -272,7 +281,7 @@ def _render(report: dict, pictures: dict[str, str]) -> tuple[str, str]:
 # %% ../../nbs/audit/160_report.ipynb #e8603d24
 def audit_report(
     scores: pd.DataFrame,            # from `load_scores`; the manifest in `.attrs['manifest']`
-    pairs: list[Pair] | None = None, # the data that was scored, from `load_pairs`; None = no texts, no composition
+    pairs: Iterable[Pair] | None = None, # the data that was scored, from `load_pairs`; None = no texts, no composition
     out: str | Path | None = None,   # folder for report.html, report.md and report.json; None = write nothing
     title: str | None = None,        # heading; None = named after the data
     worst: int = 10,                 # pairs to show at either end

@@ -9,7 +9,7 @@ __all__ = ['ORDERS', 'RANKED', 'order_values', 'rows_to_keep', 'quotas', 'take',
 
 # %% ../../nbs/audit/150_selection.ipynb #f8c6c24a
 import math
-from typing import Any, Sequence
+from typing import Any, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -112,14 +112,16 @@ def strata_codes(
 # %% ../../nbs/audit/150_selection.ipynb #d3d1f8c2
 def merge_extra(
     scores: pd.DataFrame,  # the score table
-    pairs: Sequence[Pair], # the data
+    pairs: Iterable[Pair], # the data
     column: str,           # a column of the data's rows
 ) -> pd.DataFrame:         # a copy of the scores with that column
     "Bring a column of the data into the scores. Raises `AuditError` when no row of the data has it."
-    found = {p.row_id: p.extra[column] for p in pairs if column in p.extra}
+    found, names = {}, set()
+    for p in pairs:
+        names |= p.extra.keys()
+        if column in p.extra: found[p.row_id] = p.extra[column]
     if not found:
-        names = sorted({k for p in pairs for k in p.extra})
-        raise AuditError(f"the data have no column {column!r}; they have {', '.join(names) or 'no further ones'}")
+        raise AuditError(f"the data have no column {column!r}; they have {', '.join(sorted(names)) or 'no further ones'}")
     return scores.assign(**{column: [found.get(i) for i in scores.row_id]})
 
 # %% ../../nbs/audit/150_selection.ipynb #a334b4a5
