@@ -7,6 +7,8 @@ __all__ = ['one_line', 'ches_score', 'ches_filter', 'ches_report', 'ches_audit',
 
 # %% ../nbs/600_cli.ipynb #45e9aa47
 import os
+import signal
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -22,9 +24,14 @@ def one_line(
 ) -> Iterator[None]:
     "End a command with one line on stderr and exit code 1 for what a user can mend; our own mistakes keep theirs."
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
+    # a batch system's SIGTERM ends a command as Ctrl-C does; under a launcher it kills at once, since others may be waited for
+    alone = 'WORLD_SIZE' not in os.environ and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if alone else None
     try: yield
     except AuditError as e: raise SystemExit(f'{command}: {e}') from None
     except KeyboardInterrupt: raise SystemExit(f'{command}: stopped; the same command continues') from None
+    finally:
+        if alone: signal.signal(signal.SIGTERM, before)
 
 def _quiet() -> None:
     "No bars and warnings of the libraries between ours"
