@@ -53,6 +53,7 @@ def _summary(scores) -> str:
 _HINT = """
 the prompts are plain text and were scored as they are, as TRL trains on them; --chat uses the model's template"""
 
+# %% ../nbs/600_cli.ipynb #c613c142
 @call_parse
 def ches_score(
     data: str,                    # 'sample', a file or folder (JSONL, JSON, CSV, Parquet, Arrow), a hub name[:config]
@@ -242,6 +243,7 @@ def _subsets(study, check: bool) -> str:
     table, picture = write_study(study.out)
     return f'{len(runs)} arms; table: {table}, picture: {picture}'
 
+# %% ../nbs/600_cli.ipynb #cb82716c
 def _refusals(study, check: bool) -> str:
     "One study of refusals; what to print"
     from ches_align.studies.refusal import run_refusals

@@ -60,6 +60,7 @@ def _audited(prompts: str, model: str, reward: str, out: Path, read: dict, draw:
                                                             'not the distribution that a policy gradient at temperature 1 sees')
     return audit_spread(load_generator(model, **load), tasks, judge, sampling, out=out, name=reward, chat=chat, **run)
 
+# %% ../nbs/620_cli_spread.ipynb #cd821497
 @call_parse
 def ches_reward_std(
     prompts: str,                 # 'sample', 'countries', 'formats', 'visits', 'grue/NAME', or rows with `prompt` and what the reward needs; or with `reward`: then no model is asked

@@ -62,7 +62,7 @@ def test_no_exported_line_runs_what_it_reads(record_property):
     hits = [f'{f.name}:{n}' for f in files for n, line in enumerate(f.read_text().splitlines(), 1) if re.search(FORBIDDEN, line) and not re.search(r'\.eval\(', line)]
     assert re.search(FORBIDDEN, 'import pickle') and re.search(FORBIDDEN, 'x = eval(y)') and len(files) > 40
     assert hits == []
-    tell(record_property, ['survived'])
+    tell(record_property, ['survived']*len(files))
 
 OFFLINE = """
 import socket, sys

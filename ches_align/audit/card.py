@@ -139,6 +139,7 @@ def survey_data(
             'give the same data, columns and options, or score these')
     return list(every), list(own), len(others)
 
+# %% ../../nbs/audit/170_card.ipynb #0172e766
 def training_rows(
     selection: pd.DataFrame,   # from `select_pairs` or a control
     pairs: Iterable[Pair],     # the data, in a list or a `PairSource`

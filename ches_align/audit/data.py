@@ -219,6 +219,7 @@ def iter_pairs(
     for i, row in enumerate(chain(head, rows)):
         if drawn is None or i in drawn: yield make_pair(i, row, convert, used, chat)
 
+# %% ../../nbs/audit/110_data.ipynb #49f015be
 def load_pairs(
     source: Any,  # as for `iter_pairs`
     *order,       # split, columns, limit, seed, chat: as for `iter_pairs`

@@ -67,6 +67,7 @@ def _read_csv(path: Path) -> Iterator[dict]:
         except csv.Error as e: raise AuditError(f'{path}, line {rows.line_num}: {e}') from None
         except UnicodeDecodeError as e: raise _not_utf8(path, e) from None
 
+# %% ../../nbs/audit/100_files.ipynb #a65da980
 BOMB = 256 << 20, 1000  # bytes that a column unpacks to, and times its size in the file: text shrinks to a tenth, not to this
 
 def _refuse_bomb(path: Path, metadata: Any) -> None:
@@ -96,6 +97,7 @@ def _read_arrow(path: Path) -> Iterator[dict]:
     except (pa.ArrowException, OSError) as e:
         raise AuditError(f'{path}: not a readable {path.suffix[1:]} file ({e})') from None
 
+# %% ../../nbs/audit/100_files.ipynb #940c2671
 READERS = {'.jsonl': _read_jsonl, '.ndjson': _read_jsonl, '.json': _read_json, '.csv': _read_csv, '.tsv': _read_csv,
            '.parquet': _read_arrow, '.arrow': _read_arrow}
 

@@ -155,6 +155,7 @@ class ScoringModel:
     def max_length(self) -> int | None: # the longest sequence that it was made for, in tokens
         return getattr(self.model.config.get_text_config(), 'max_position_embeddings', None)
 
+# %% ../../nbs/audit/120_models.ipynb #55dd4887
 def wrap_model(
     model: nn.Module, # a causal language model of Transformers, LoRA layers included
     tokenizer: Any,   # its tokenizer
@@ -172,6 +173,7 @@ def wrap_model(
         tokenizer_hash=_text_hash(_tokenizer_text(tokenizer)), template_hash=_text_hash(tokenizer.chat_template))
     return ScoringModel(name, model, backbone, head, tokenizer, provenance)
 
+# %% ../../nbs/audit/120_models.ipynb #2ade2d54
 def _text_hash(text: str | None) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()[:16] if text else None
 
@@ -247,6 +249,7 @@ def load_model(
     lm.stored = not (adapter or quantize)
     return lm
 
+# %% ../../nbs/audit/120_models.ipynb #9a32d9c3
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     from peft import PeftModel
     _adapter_base(folder)

@@ -235,6 +235,7 @@ def _histogram(ax, v: pd.Series, title: str, label: str, marks: tuple, split: bo
     ax.locator_params(axis='y', integer=True)
     ax.set(xlabel=label, ylabel='pairs', title=title)
 
+# %% ../../nbs/audit/160_report.ipynb #8591c190
 def _scatter(ax, length: pd.Series, v: pd.Series, title: str):
     ax.scatter(length, 100 * v.rank(pct=True), s=14, c=_BLUE, alpha=max(.06, min(.8, 400 / len(v))), linewidths=0)
     ax.set(xscale='log', xlabel='tokens of both responses', ylabel='percentile', title=title)

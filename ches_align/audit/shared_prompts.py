@@ -131,6 +131,7 @@ def stream_states(
                 both = (waiting.pop(k), got) if side else (got, waiting.pop(k))
                 yield k, *both
 
+# %% ../../nbs/audit/132_shared_prompts.ipynb #65dd48bf
 def pair_states(
     lm: ScoringModel,                # from `load_model`
     pairs: Sequence[EncodedPair],    # all with status 'ok'

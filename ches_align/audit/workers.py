@@ -79,6 +79,7 @@ def main_writer(
         first_alone(lambda: str(held.enter_context(only_writer(out))))
         yield Path(out).expanduser()
 
+# %% ../../nbs/audit/131_workers.ipynb #db20c91d
 def each_tells(
     told: Any, # must pickle between these processes
 ) -> list:     # what each process told, in the order of their ranks

@@ -90,6 +90,7 @@ def _as_text(prompt: Text) -> str:
     if isinstance(prompt, str): return prompt
     return prompt[0]['content'] if len(prompt) == 1 else dialogue_text(prompt).strip()
 
+# %% ../../nbs/refusal/350_judges.ipynb #9e9922e9
 class ChatJudge:
     "A language model that is asked whether a response does what its prompt asks."
     def __init__(

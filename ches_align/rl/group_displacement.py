@@ -83,6 +83,7 @@ def group_displacement(
     table = pd.DataFrame(made)
     return table.assign(displaced=(table.advantage.astype(float) > 0) & (table.change.astype(float) < 0))
 
+# %% ../../nbs/rl/341_group_displacement.ipynb #da0795eb
 def displacement_summary(
     table: pd.DataFrame, # from `group_displacement`
 ) -> dict[str, float]:   # groups, with_gradient (share), good responses, displaced (share of them), groups_displaced (share of groups with a gradient)

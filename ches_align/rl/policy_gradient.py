@@ -126,6 +126,7 @@ class RLConfig:
         for name in ('steps', 'prompts', 'group', 'minibatch', 'epochs'):
             if getattr(self, name) < 1: raise AuditError(f'{name} {getattr(self, name)}: at least 1')
 
+# %% ../../nbs/rl/340_policy_gradient.ipynb #52593041
 def _precision(lm: ScoringModel, bf16: bool) -> torch.autocast: return torch.autocast(lm.device.type, torch.bfloat16, enabled=bf16)
 
 def _rollout(lm: ScoringModel, reference: ScoringModel | None, tasks: list[dict], encoded: list, picked: list[int], reward: Reward, c: RLConfig, step: int) -> dict:
@@ -160,6 +161,7 @@ def _update(lm: ScoringModel, got: dict, a: Tensor, some: list[int], c: RLConfig
     optimiser.step()
     return float(loss.detach()), float(h.detach())
 
+# %% ../../nbs/rl/340_policy_gradient.ipynb #5b5bda01
 def train_policy(
     lm: ScoringModel,             # trained in place; from `load_generator`, float32
     tasks: Sequence[dict],        # from `load_tasks`
@@ -195,6 +197,7 @@ def train_policy(
         if on_step: on_step(lines[-1])
     return lines
 
+# %% ../../nbs/rl/340_policy_gradient.ipynb #ca96842e
 def _identity(lm: ScoringModel, tasks: list[dict], save: Any, **more: Any) -> dict:
     "Of a training that is to be saved"
     return dict(tasks=prompt_hash(plain(tasks)), start=weights_hash(lm.model), **more) if save else {}

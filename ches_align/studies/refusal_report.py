@@ -110,6 +110,7 @@ def plot_rates(
     if title: fig.suptitle(title)
     return fig
 
+# %% ../../nbs/studies/403_refusal_report.ipynb #4e7a5959
 def write_refusals(
     out: str | Path, # folder of a study
 ) -> list[Path]:     # what was written

@@ -40,6 +40,7 @@ class Supervised:
 PHASES = ('sft', 'rft')
 STANDARD = dict(rft=dict(rft={}), sft_rft=dict(sft={}, rft={}), partial_rft=dict(sft=dict(labels=.01, steps=.4), rft={}))
 
+# %% ../../nbs/studies/404_rl_plan.ipynb #ab2507e4
 @dataclass(kw_only=True)
 class RLStudy:
     "Arms of RFT and SFT from one start; `ches_train FILE` reads it from YAML."
@@ -134,6 +135,7 @@ def _prompt_length(study: RLStudy) -> tuple[int | None, float, str]:
         return len(tasks), min(tokens, study.prompt_tokens or math.inf), f'tasks {study.tasks}: {len(tasks)} prompts'
     except AuditError as e: return study.limit, study.prompt_tokens or 256, f'tasks: not read ({e})'
 
+# %% ../../nbs/studies/404_rl_plan.ipynb #d6eba420
 def check_rl(
     study: RLStudy,
 ) -> str: # lines of text

@@ -110,6 +110,7 @@ def run_rl(
         bar.close()
     return load_runs(out)
 
+# %% ../../nbs/studies/405_rl_study.ipynb #93ce777f
 def _identity(study: RLStudy, lm: ScoringModel, tasks: list[dict]) -> dict:
     free = ('out', 'model', 'tasks', 'split', 'architecture', 'seeds', 'arms', 'batch_tokens', 'save_steps')
     return plain(dict(study={k: v for k, v in asdict(study).items() if k not in free}, weights_hash=weights_hash(lm.model),
