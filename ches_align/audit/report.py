@@ -147,7 +147,7 @@ def composition(
     for group, t in table[table.index.isin(scores.row_id)].groupby('group'):
         n, k = int(t.percentile.count()), int((t.top == True).sum())
         ci = binomtest(k, n).proportion_ci(method='wilson') if n else (None, None)
-        result.append(dict(group=group, rows=len(t), scored=n, median_percentile=t.percentile.median(), in_top=k,
+        result.append(dict(group=group, rows=len(t), scored=n, median_percentile=t.percentile.dropna().median(), in_top=k,
                            share=k/n if n else None, low=ci[0], high=ci[1]))
     return plain(sorted(result, key=lambda g: (-(g['share'] or 0), g['group'])))
 
