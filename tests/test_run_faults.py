@@ -23,7 +23,7 @@ def place(tmp_path_factory):
     "A tiny model, and pairs for several shards"
     where = tmp_path_factory.mktemp('faults')
     save_tiny(where/'model')
-    rows = [dict(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected, kind=p.extra['kind']) for p in load_pairs('sample')]*3
+    rows = [dict(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected, kind=p.extra['kind']) for p in load_pairs('sample')]*2
     (where/'pairs.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     assert run(where, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'whole').returncode == 0
     return where

@@ -17,7 +17,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
-from .files import AuditError, read_rows
+from .files import AuditError, read_rows, shorten
 
 # %% ../../nbs/audit/110_data.ipynb #1cec9b9e
 Text = str | list[dict[str, str]]  # plain text, or messages with `role` and `content`
@@ -128,7 +128,7 @@ def choose_layout(
     "Pick the converter for a set of columns. Raises `AuditError` when a needed column is missing."
     found, columns = set(found), columns or {}
     if lost := [c for c in columns.values() if c not in found]:
-        raise AuditError(f"{where}: no column {lost[0]!r}; it has {', '.join(sorted(found))}")
+        raise AuditError(f"{where}: no column {lost[0]!r}; it has {shorten(', '.join(sorted(found)), 300)}")
     if not columns and {'instruction', 'output_1', 'output_2', 'preference'} <= found:
         return _alpacafarm, {'instruction', 'input', 'output_1', 'output_2', 'preference'}
     if not columns and {'question', 'answer_matching_behavior', 'answer_not_matching_behavior'} <= found:
@@ -136,7 +136,7 @@ def choose_layout(
     names = {k: columns.get(k) or next((a for a in alias if a in found), None) for k, alias in ALIASES.items()}
     for need in ('chosen', 'rejected'):
         if names[need] is None: raise AuditError(f"{where}: no column for the {need} response; it has "
-            f"{', '.join(sorted(found))}. Name it: --columns {need}=COLUMN")
+            f"{shorten(', '.join(sorted(found)), 300)}. Name it: --columns {need}=COLUMN")
     p, c, r = names['prompt'], names['chosen'], names['rejected']
     if p is None: return (lambda row: _implicit(row[c], row[r])), {c, r}
     if p == 'query': return (lambda row: _explicit(_as_messages(row[p], 'user'), row[c], row[r])), {p, c, r}
@@ -207,7 +207,7 @@ def iter_pairs(
     chat: bool = False,                           # treat text prompts as one user message
 ) -> Iterator[Pair]:                              # one pair a row, broken ones included
     "Read a preference data set row by row, whatever its size. Raises `AuditError` for an unreadable or empty one."
-    where = str(source)[:80] if isinstance(source, (str, Path)) else type(source).__name__
+    where = shorten(str(source), 300) if isinstance(source, (str, Path)) else type(source).__name__
     drawn = None
     if limit is not None and seed is not None:  # one pass to count, one to take
         if isinstance(source, Iterator): source = list(source)
