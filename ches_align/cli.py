@@ -6,6 +6,8 @@
 __all__ = ['one_line', 'ches_score', 'ches_filter', 'ches_report', 'ches_audit', 'ches_train']
 
 # %% ../nbs/600_cli.ipynb #45e9aa47
+# The annotations of call_parse's `Param(...)` are calls, which no type is:
+# pyright: reportInvalidTypeForm=false
 import os
 import signal
 import threading

@@ -6,6 +6,8 @@
 __all__ = ['ches_generate', 'ches_judge', 'ches_refusal_pairs', 'ches_refusal_rate']
 
 # %% ../nbs/610_cli_refusal.ipynb #56d1909f
+# The annotations of call_parse's `Param(...)` are calls, which no type is:
+# pyright: reportInvalidTypeForm=false
 import hashlib
 import json
 from collections import Counter
@@ -14,7 +16,8 @@ from typing import Any
 
 from fastcore.script import Param, call_parse
 
-from .audit.files import AuditError, plain, read_rows, write_files
+from .audit.files import AuditError, read_rows
+from .audit.runs import plain, read_object, write_files
 from .cli import _quiet, one_line
 
 # %% ../nbs/610_cli_refusal.ipynb #23be2eab
@@ -24,10 +27,6 @@ def _lines(rows: list[dict]) -> bytes:
 def _json(value: dict) -> bytes: return (json.dumps(plain(value), indent=1, ensure_ascii=False) + '\n').encode()
 
 def _digest(value: Any) -> str: return hashlib.sha256(_json(dict(value=value))).hexdigest()[:16]
-
-def _read_json(path: Path) -> dict:
-    try: return dict(json.loads(path.read_text('utf-8')))
-    except (OSError, ValueError, TypeError) as e: raise AuditError(f'{path}: cannot be read ({e})') from None
 
 def _fault(row: dict, needs: tuple) -> str:
     "What keeps a row from being used"
@@ -60,11 +59,11 @@ def _generate(prompts: str, model: str, out: Path, sampling: dict, read: dict, l
     from ches_align.rl.sampling import Sampling, load_generator
     if read['limit'] is not None and read['limit'] < 1: raise AuditError(f"--limit {read['limit']}: at least 1")
     if run['chat'] and run['no_chat']: raise AuditError('--chat or --no_chat, not both')
-    sampling = Sampling(**sampling)
+    drawn = Sampling(**sampling)
     asked = load_prompts(prompts, **read | dict(style=None if read['style'] == 'all' else read['style']))
     chat = {k: v for k, v in run.items() if k not in ('chat', 'no_chat')}
     chat['chat'] = True if run['chat'] else False if run['no_chat'] else None
-    rows = generate_responses(load_generator(model, **load), [p['prompt'] for p in asked], sampling, out, **chat)
+    rows = generate_responses(load_generator(model, **load), [p['prompt'] for p in asked], drawn, out, **chat)
     whole = [{k: asked[r['prompt_index']][k] for k in ('id', 'category')} | r for r in rows]
     write_files({out/'rows.jsonl': _lines(whole)})
     return whole
@@ -191,7 +190,7 @@ def _said(made: dict) -> str:
 def _origin(source: str | Path) -> dict:
     "Who wrote the responses of a folder, and how"
     path = Path(source).expanduser()/'manifest.json'
-    made = _read_json(path) if path.exists() else {}
+    made = read_object(path) if path.exists() else {}
     return dict(responses=str(source), model=made.get('model'), sampling=made.get('sampling'))
 
 @call_parse
@@ -227,11 +226,11 @@ def _scorer(name: str | None, device: str | None) -> Any:
 
 def _write_pairs(pairs: list[dict], out: Path, test: float, seed: int, about: dict) -> dict[str, int]:
     "Into a folder of its own"
-    from ches_align.audit.files import only_writer
+    from ches_align.audit.runs import only_writer
     from ches_align.refusal.preferences import write_preferences
     with only_writer(out):
         if (out/'manifest.json').exists(): raise AuditError(f'{out} holds a run of another command: name another --out')
-        there = _read_json(out/'split.json') if (out/'split.json').exists() else {}
+        there = read_object(out/'split.json') if (out/'split.json').exists() else {}
         now = plain(about | dict(seed=seed, test=test))
         if other := [k for k, v in now.items() if there and there.get(k) != v]:
             raise AuditError(f"{out} holds pairs of another {' and '.join(other)}: name another --out, or delete it")
@@ -283,7 +282,7 @@ def _differing(made: list[dict]) -> list[str]:
 
 def _compare(folders: list[str]) -> str:
     "Finished folders side by side"
-    made = [_read_json(Path(f).expanduser()/'refusals.json') for f in folders]
+    made = [read_object(Path(f).expanduser()/'refusals.json') for f in folders]
     try: lines, other = [dict(folder=f, model=m['model'] or '-', judge=m['judge']) | _shares(m)
                          for f, m in zip(folders, made)], _differing(made)
     except (KeyError, TypeError, ValueError) as e:

@@ -44,8 +44,9 @@ def _compared(out: Path, against: str) -> str:
 # %% ../nbs/620_cli_spread.ipynb #878b28bc
 def _range(low: float | None, high: float | None) -> tuple[float, float] | None:
     if (low is None) != (high is None): raise AuditError('--low and --high: both or neither')
-    if low is not None and not low < high: raise AuditError(f'--low {low} --high {high}: low below high')
-    return None if low is None else (low, high)
+    if low is None or high is None: return None
+    if not low < high: raise AuditError(f'--low {low} --high {high}: low below high')
+    return low, high
 
 def _audited(prompts: str, model: str, reward: str, out: Path, read: dict, draw: dict, load: dict, run: dict, chat: bool | None) -> tuple:
     "Draw, reward, and the table"

@@ -133,7 +133,7 @@ def test_no_permission(tmp_path, data):
     locked = tmp_path/'locked'
     locked.mkdir(mode=0o555)
     for folder in (tmp_path, *tmp_path.parents[:2]): os.chmod(folder, 0o755)
-    code = '\n'.join(['import os', 'from pathlib import Path', 'from ches_align.audit.files import write_files',
+    code = '\n'.join(['import os', 'from pathlib import Path', 'from ches_align.audit.runs import write_files',
                       'if not os.geteuid(): os.setgid(65534); os.setuid(65534)  # root may write anywhere: be nobody',
                       f"write_files({{Path({str(locked/'x')!r}): b'x'}})"])
     got = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)

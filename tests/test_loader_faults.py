@@ -1,14 +1,16 @@
 """Broken data: every input gives pairs, bad rows flagged, or an `AuditError` that names the file. Nothing else comes out."""
-import csv, io, json, os, pickle, random, time
+import csv, io, json, os, pickle, random, shutil, subprocess, sys, time
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 from ches_align.audit.data import load_pairs
 from ches_align.audit.files import AuditError
 from ches_align.audit.models import load_model
-from ches_align.audit.scoring import load_scores
+from ches_align.audit.scoring import COLUMNS, load_scores
 
 ROWS = [dict(prompt=f'Frage {i}, bitte?', chosen=f'Ja, "{i}"\nund mehr', rejected=f'Nein {i} \u00e9') for i in range(20)]
 
@@ -50,13 +52,16 @@ def flip(data, gen):
     made = bytearray(data)
     for _ in range(gen.randint(1, 20)): made[gen.randrange(len(made))] = gen.randrange(256)
     return bytes(made)
+def nudge(data, gen):
+    at = gen.randrange(len(data))
+    return data[:at] + bytes([gen.randrange(256)]) + data[at + 1:]
 def insert(data, gen):
     at, piece = gen.randrange(len(data)), gen.choice([b'\0', b'\xff\xfe', b'"', b'\n', b'{', b'\\ud800', b'NaN', b'\xe9', b',,,,,', b'9'*5000])
     return data[:at] + piece*gen.randint(1, 3) + data[at:]
 def noise(data, gen): return gen.randbytes(gen.randint(1, 2000))
 
 @pytest.mark.parametrize('suffix', WHOLE)
-@pytest.mark.parametrize('damage', [truncate, flip, insert, noise])
+@pytest.mark.parametrize('damage', [truncate, nudge, flip, insert, noise])
 def test_damaged_files(tmp_path, record_property, suffix, damage):
     gen, outcomes = random.Random(f'{suffix}{damage.__name__}'), []
     for i in range(200):
@@ -66,6 +71,31 @@ def test_damaged_files(tmp_path, record_property, suffix, damage):
         path.unlink()
     tell(record_property, outcomes)
     assert damage is not noise or 'refused' in outcomes
+    assert damage is not nudge or 'survived' in outcomes  # what is whole but for a letter is read
+
+FOOTER = """
+import sys
+from pathlib import Path
+from ches_align.audit.data import load_pairs
+from ches_align.audit.files import AuditError
+path, counts = Path(sys.argv[1]), dict(survived=0, refused=0)
+whole = path.read_bytes()
+start = len(whole) - 8 - int.from_bytes(whole[-8:-4], 'little')
+for at in range(start, len(whole)):
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+    try: counts['survived' if load_pairs(str(path)) else 'refused'] += 1
+    except AuditError as e: counts['refused'] += path.name in str(e)
+print(len(whole) - start, *counts.values())
+"""
+
+def test_every_byte_of_a_footer(tmp_path, record_property):
+    "In a process of its own: some of pyarrow's calls end the process, not the call, on damaged metadata"
+    (tmp_path/'x.parquet').write_bytes(WHOLE['.parquet'])
+    done = subprocess.run([sys.executable, '-c', FOOTER, str(tmp_path/'x.parquet')], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    tried, survived, refused = map(int, done.stdout.split())
+    assert tried == survived + refused > 500
+    tell(record_property, ['survived']*survived + ['refused']*refused)
 
 LINE = '{"prompt": "p", "chosen": %s, "rejected": "b"}\n'
 ODD = {
@@ -87,6 +117,76 @@ def test_odd_jsonl(tmp_path, record_property, name):
     tell(record_property, [outcome(path)])
     assert time.time() - start < 20  # 20 MB are read in under a second; a loader that goes quadratic takes minutes
 
+@pytest.mark.parametrize('content, where', [((LINE % '"a"')*2 + '{"prompt"\n', 'line 3'), ((LINE % '"a"')*4 + '[1]\n', 'line 5'), ('\n\n' + LINE % ('9'*5000), 'line 3'),
+                                            (LINE % '"a"' + LINE % '"\u00e9"', 'line 2')])
+def test_a_bad_line_is_named(tmp_path, record_property, content, where):
+    path = tmp_path/'bad.jsonl'
+    path.write_bytes(content.encode('latin-1'))
+    with pytest.raises(AuditError, match=f'bad.jsonl, {where}: '): load_pairs(str(path))
+    tell(record_property, ['refused'])
+
+HEAD = b'prompt,chosen,rejected\n'
+ODD_CSV = {
+    'NUL in a text': HEAD + b'p,a\0,b\n', 'latin-1': HEAD + 'p,\u00e9,b\n'.encode('latin-1'), 'utf-16': (HEAD + b'p,a,b\n').decode().encode('utf-16'),
+    'encoded surrogate': HEAD + b'p,\xed\xa0\x80,b\n', 'utf-8 with mark': b'\xef\xbb\xbf' + HEAD + b'p,a,b\n', 'old line ends': (HEAD + b'p,a,b\n').replace(b'\n', b'\r'),
+    'windows line ends': (HEAD + b'p,a,b\n').replace(b'\n', b'\r\n'), 'open quote': HEAD + b'p,"a,b\n', 'too few cells': HEAD + b'p,a\n', 'too many cells': HEAD + b'p,a,b,c\n',
+    'only names': HEAD, 'only blanks': b'\n\n\n', 'empty names': b',,\np,a,b\n', 'repeated name': b'prompt,chosen,chosen,rejected\np,a,c,b\n', 'a cell of 20 MB': HEAD + b'p,' + b'word '*4_000_000 + b',b\n',
+    'paths and formulas': HEAD + b'../../../etc/passwd,/etc/shadow,=cmd()\n'}
+ODD_JSON = {
+    'nested a hundred thousand times': b'['*100_000 + b']'*100_000, 'nested objects': b'{"data":'*5000 + b'[]' + b'}'*5000, 'number': b'3', 'no data': b'{"data": null}', 'no rows': b'[]',
+    'integer of 5000 digits': b'[{"chosen": ' + b'9'*5000 + b'}]', 'infinite': b'[{"prompt": 1e999, "chosen": "a", "rejected": "b"}]', 'NaN': b'[NaN]', 'utf-16': json.dumps(ROWS).encode('utf-16'),
+    'latin-1': json.dumps(ROWS, ensure_ascii=False).encode('latin-1'), 'utf-8 with mark': b'\xef\xbb\xbf' + json.dumps(ROWS).encode(), 'two lists': json.dumps(ROWS).encode()*2, 'mixed rows': b'[{"chosen": "a", "rejected": "b"}, 3]'}
+
+@pytest.mark.parametrize('name', [f'{k}.csv' for k in ODD_CSV] + [f'{k}.json' for k in ODD_JSON])
+def test_odd_csv_and_json(tmp_path, record_property, name):
+    key, _, suffix = name.rpartition('.')
+    path = tmp_path/f'odd.{suffix}'
+    path.write_bytes((ODD_CSV if suffix == 'csv' else ODD_JSON)[key])
+    tell(record_property, [outcome(path)])
+
+SOURCES = ['', '/dev/zero', '/dev/null', '\0', 'a\0b.jsonl', 'x'*5000, 'x'*5000 + '.jsonl', '~no-such-user/x.jsonl', '../../../etc/passwd', '/etc/shadow', 'file:///etc/passwd',
+           'http://127.0.0.1:1/x.jsonl', 'name:', '::', '\ud800.jsonl', '-rf', 'a b;c']
+
+def test_odd_names_of_data(tmp_path, monkeypatch, record_property):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'loop.jsonl').symlink_to('loop.jsonl'); (tmp_path/'folder.jsonl').mkdir(); (tmp_path/'more'/'part.csv').mkdir(parents=True)
+    asked = SOURCES + ['loop.jsonl', 'folder.jsonl', 'more']
+    for name in asked:
+        with pytest.raises(AuditError): load_pairs(name)
+    tell(record_property, ['refused']*len(asked))
+
+def saved(where):
+    "A data set as `datasets` saves it"
+    Dataset.from_list(ROWS).save_to_disk(where)
+    return json.loads((where/'state.json').read_text())
+
+def test_a_saved_data_set_stays_in_its_folder(tmp_path, record_property):
+    "The names of its shards and splits lead nowhere else"
+    state, set_up = saved(tmp_path/'set'), []
+    saved(tmp_path/'outside')
+    for name in ('../outside/' + state['_data_files'][0]['filename'], str(tmp_path/'outside'/state['_data_files'][0]['filename'])):
+        set_up.append(('state.json', json.dumps(state | dict(_data_files=[dict(filename=name)]))))
+    set_up += [('dataset_dict.json', json.dumps(dict(splits=['../outside']))), ('state.json', '{}'), ('state.json', 'not'), ('dataset_info.json', '['), ('state.json', '['*100_000)]
+    assert len(load_pairs(str(tmp_path/'set'))) == len(ROWS)
+    for file, text in set_up:
+        where = tmp_path/'set'
+        shutil.rmtree(where); saved(where)
+        (where/file).write_text(text)
+        with pytest.raises(AuditError, match='set'): load_pairs(str(where))
+    tell(record_property, ['survived'] + ['refused']*len(set_up))
+
+@pytest.mark.parametrize('damage', [truncate, nudge, flip, noise])
+def test_a_damaged_saved_data_set(tmp_path, record_property, damage):
+    gen, outcomes, where = random.Random(damage.__name__), [], tmp_path/'set'
+    shard = where/saved(where)['_data_files'][0]['filename']
+    whole = shard.read_bytes()
+    for _ in range(60):
+        shard.unlink()  # what is mapped stays as it was
+        shard.write_bytes(damage(whole, gen))
+        outcomes.append(outcome(where))
+    tell(record_property, outcomes)
+    assert damage is not nudge or 'survived' in outcomes
+
 @pytest.mark.parametrize('suffix', ['.parquet', '.arrow'])
 def test_odd_tables(tmp_path, record_property, suffix):
     "Columns of types that no text has"
@@ -101,12 +201,41 @@ def test_odd_tables(tmp_path, record_property, suffix):
         outcomes.append(outcome(path))
     tell(record_property, outcomes)
 
-def test_a_file_that_unpacks_to_much_more_is_refused(tmp_path, record_property):
-    path = tmp_path/'bomb.parquet'
-    pq.write_table(pa.table(dict(chosen=['a'*(300 << 20)], rejected=['b'], prompt=['p'])), path, compression='zstd', use_dictionary=False)
+def declared(path):
+    "A column of 300 MiB, as the metadata say"
+    pq.write_table(pa.table(dict(chosen=['a'*(300 << 20)], rejected=['b'], prompt=['p'])), path, compression='zstd', use_dictionary=False, write_statistics=False)
+
+def repeated(path):
+    "A value of 20 MiB that stands once in the file and in each of 400 rows: 8 GiB that no metadata tell of"
+    value = pa.DictionaryArray.from_arrays(pa.array([0]*400, pa.int32()), pa.array(['a'*(20 << 20)]))
+    pq.write_table(pa.table(dict(chosen=value, rejected=['b']*400, prompt=['p']*400)), path, compression='zstd', dictionary_pagesize_limit=1 << 30, store_schema=False)
+
+def packed(path):
+    table = pa.table(dict(chosen=['a'*(300 << 20)], rejected=['b'], prompt=['p']))
+    with pa.ipc.new_stream(str(path), table.schema, options=pa.ipc.IpcWriteOptions(compression='zstd')) as w: w.write_table(table)
+
+@pytest.mark.parametrize('make, suffix', [(declared, '.parquet'), (repeated, '.parquet'), (packed, '.arrow')])
+def test_a_file_that_unpacks_to_much_more_is_refused(tmp_path, record_property, make, suffix):
+    path = tmp_path/f'bomb{suffix}'
+    make(path)
     assert path.stat().st_size < 1 << 20
-    tell(record_property, [outcome(path)])
-    with pytest.raises(AuditError, match='unpacks from'): load_pairs(str(path))
+    made = subprocess.run([sys.executable, '-c', PEAK, str(path)], capture_output=True, text=True, timeout=60)
+    peak, said = made.stdout.split(' ', 1)
+    assert 'unpacks from' in said and path.name in said and 'write it again' in said, made
+    record_property('peak_kib', int(peak))
+    assert int(peak) < 1400 << 10  # KiB: what is refused at 256 MiB, once in Arrow and once in Python, and the libraries
+    tell(record_property, ['refused'])
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from ches_align.audit.data import iter_pairs
+from ches_align.audit.files import AuditError
+said = 'read'
+try: all(iter_pairs(sys.argv[1]))
+except AuditError as e: said = str(e)
+print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1], said)  # ru_maxrss would be the test's own, which a child inherits
+"""
 
 class Fires:
     "What a pickle may do when it is read"
@@ -124,3 +253,35 @@ def test_a_pickle_is_not_read(tmp_path, record_property, name):
     with pytest.raises(AuditError): read(str(path if name.startswith('data') else tmp_path/name.split('/')[0]))
     tell(record_property, ['refused'])
     assert not mark.exists()
+
+def scored(where, **more):
+    "A folder of one shard of made-up scores"
+    (where/'scores').mkdir(parents=True)
+    table = pd.DataFrame({k: ['a']*9 if v == 'str' else range(9) for k, v in (COLUMNS | more).items()}).astype(COLUMNS | more)
+    table.to_parquet(where/'scores'/'part-00000.parquet')
+    return where/'scores'/'part-00000.parquet'
+
+@pytest.mark.parametrize('damage', [truncate, nudge, flip, noise])
+def test_damaged_shards(tmp_path, record_property, damage):
+    gen, shard, outcomes = random.Random(damage.__name__), scored(tmp_path/'run'), []
+    whole = shard.read_bytes()
+    for _ in range(60):
+        shard.write_bytes(damage(whole, gen))
+        try: outcomes.append('survived' if len(load_scores(tmp_path/'run')) else 'refused')
+        except AuditError as e: outcomes.append('refused'); assert str(tmp_path/'run') in str(e)
+    tell(record_property, outcomes)
+
+def test_paths_in_a_table_open_nothing(tmp_path, record_property):
+    "Only the folder's own files are read: the manifest's lists of others, and cells that are paths, are words"
+    shard, outside = scored(tmp_path/'run', file='str'), scored(tmp_path/'outside')
+    (tmp_path/'run'/'manifest.json').write_text(json.dumps(dict(shards=['../../outside/scores/part-00000.parquet'], out='../outside', file=str(outside))))
+    before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
+    assert len(load_scores(tmp_path/'run')) == 9
+    cells = pd.read_parquet(shard).assign(row_hash='../../outside/scores/part-00000.parquet', status='/etc/passwd', file=str(outside))
+    cells.to_parquet(tmp_path/'cells.parquet')
+    assert load_scores(tmp_path/'cells.parquet').status.tolist() == ['/etc/passwd']*9
+    rows = [r | dict(prompt=str(outside), chosen='../../outside', rejected='/etc/passwd', image='/etc/shadow') for r in ROWS]
+    (tmp_path/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    assert [p.prompt for p in load_pairs(str(tmp_path/'rows.jsonl'))] == [str(outside)]*len(rows)
+    assert all(f.read_bytes() == was for f, was in before.items())
+    tell(record_property, ['survived']*3)

@@ -1,32 +1,49 @@
 "Runs that meet what happens in practice: markup in the texts, no network, a full disk at any write, a second run, SIGTERM. Nothing is lost."
-import errno, json, os, re, signal, subprocess, sys, time
+import errno, json, os, re, resource, signal, subprocess, sys, threading, time
+from contextlib import contextmanager
 from html.parser import HTMLParser
 
 import pandas as pd
 import pypandoc
 import pytest
-from commands import ENV, command, run
+import torch
+from commands import ENV, command
 from conftest import save_tiny
+from fastcore.xtras import working_directory
 from project import ROOT
 from test_loader_faults import tell
 
 from ches_align.audit.card import write_selection
 from ches_align.audit.data import PairSource, load_pairs
-from ches_align.audit.files import AuditError, only_writer
+from ches_align.audit.files import AuditError
 from ches_align.audit.models import load_model
 from ches_align.audit.report import audit_report
+from ches_align.audit.runs import add_run, load_runs, only_writer, open_runs
 from ches_align.audit.scoring import load_scores, score_dataset
 from ches_align.audit.selection import select_pairs
+from ches_align.cli import ches_score, one_line
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory):
+def one_thread():
+    "As the commands have, so that numbers are the same to the bit"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory, one_thread):
     "A tiny model, and pairs for several shards"
     where = tmp_path_factory.mktemp('faults')
     save_tiny(where/'model')
-    rows = [dict(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected, kind=p.extra['kind']) for p in load_pairs('sample')]*2
+    rows = [dict(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected, kind=p.extra['kind']) for p in load_pairs('sample', limit=150)]
     (where/'pairs.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
-    assert run(where, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'whole').returncode == 0
+    score_here(where, 'whole')
     return where
+
+def score_here(place, out):
+    "The command without a process of its own, which takes seconds to start"
+    with working_directory(place): ches_score('pairs.jsonl', model='model', out=out)
 
 NASTY = ['<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "'><svg/onload=alert(1)>", '</style><script>1</script>', '{{ 7*7 }}{% raw %}', '</div></body>',
          '[click](javascript:alert(1))', '<a href="javascript:alert(1)">', '`<b>`', '\u202e<script>', '&lt;script&gt;', '<!--', ']]>', '<iframe src="//x">']
@@ -58,7 +75,7 @@ FORBIDDEN = r'^\s*(import|from)\s+(pickle|marshal|shelve|dill|cloudpickle|joblib
 
 def test_no_exported_line_runs_what_it_reads(record_property):
     "`model.eval()` is another thing; `_Loader` is YAML's safe loader that refuses repeated keys"
-    files = [*(ROOT/'ches_align').rglob('*.py'), *(ROOT/'benchmarks').glob('*.py')]
+    files = [*(ROOT/'ches_align').rglob('*.py'), *(ROOT/'benchmarks').glob('*.py'), *(ROOT/'.ci').glob('*.py'), ROOT/'setup.py']
     hits = [f'{f.name}:{n}' for f in files for n, line in enumerate(f.read_text().splitlines(), 1) if re.search(FORBIDDEN, line) and not re.search(r'\.eval\(', line)]
     assert re.search(FORBIDDEN, 'import pickle') and re.search(FORBIDDEN, 'x = eval(y)') and len(files) > 40
     assert hits == []
@@ -69,23 +86,25 @@ import socket, sys
 def refuse(*a, **k): print('NETWORK', a, file=sys.stderr); raise OSError('no network')
 socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
 from ches_align.cli import ches_audit, ches_filter, ches_report
-ches_audit('pairs.jsonl', model='model', out='offline', limit=40)
+ches_audit('pairs.jsonl', model='model', out='offline', limit=20)
 ches_filter('offline', out='offline/again.jsonl')
 ches_report('offline', out='offline')
+print('whole', flush=True)
+ches_audit('pairs.jsonl', model='someone/unknown', out='missing', limit=20)
 """
 
 def test_offline_nothing_asks_the_network(place, record_property):
+    "A model in a folder is enough; one that would have to be fetched is refused"
     done = subprocess.run([sys.executable, '-c', OFFLINE], cwd=place, capture_output=True, text=True, env=ENV)
-    assert done.returncode == 0 and 'NETWORK' not in done.stderr and (place/'offline'/'report.html').exists(), done.stderr
-    missing = subprocess.run([sys.executable, '-c', OFFLINE.replace("model='model'", "model='someone/unknown'")], cwd=place, capture_output=True, text=True, env=ENV)
-    assert missing.returncode == 1 and 'NETWORK' not in missing.stderr and 'cannot be loaded' in missing.stderr, missing.stderr
+    assert 'whole\n' in done.stdout and 'NETWORK' not in done.stderr and (place/'offline'/'report.html').exists(), done.stderr
+    assert done.returncode == 1 and 'cannot be loaded' in done.stderr, done.stderr
     tell(record_property, ['survived', 'refused'])
 
 def test_a_full_disk_at_every_write(tmp_path, place, monkeypatch, record_property):
     "The k-th file that is forced to the disk finds none left, for every k; what was finished stays, and the same call finishes"
-    model, source, out = load_model(str(place/'model')), PairSource(str(place/'pairs.jsonl'), limit=140), tmp_path/'out'
+    model, source, out = load_model(str(place/'model')), PairSource(str(place/'pairs.jsonl'), limit=70), tmp_path/'out'
     def whole():
-        scores = score_dataset(str(place/'pairs.jsonl'), model, out=out, limit=140, progress=False)
+        scores = score_dataset(str(place/'pairs.jsonl'), model, out=out, limit=70, progress=False)
         write_selection(select_pairs(scores, keep=.5), source, out/'kept.jsonl')
         audit_report(scores, source, out)
     sync, left = os.fsync, [0]
@@ -114,17 +133,116 @@ def test_a_full_disk_at_every_write(tmp_path, place, monkeypatch, record_propert
         outcomes.append('refused')
         assert (out/file).read_bytes() == was and not list(out.rglob('*.partial'))
     left[0] = 0
-    reference = score_dataset(str(place/'pairs.jsonl'), model, limit=140, progress=False)
+    reference = score_dataset(str(place/'pairs.jsonl'), model, limit=70, progress=False)
     pd.testing.assert_frame_equal(load_scores(out), reference, check_exact=True)
-    assert 6 < len(outcomes) < 38 and len(before) == 4  # the flagged rows' shard and three others
+    assert 6 < len(outcomes) < 38 and len(before) == 3  # the flagged rows' shard and two others
     tell(record_property, outcomes)
 
+@contextmanager
+def no_file_beyond(size):
+    "The system refuses the byte after the last that fits, as a disk does that is full in the middle of a file"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+def contents(out): return {f: f.read_bytes() for f in out.rglob('*') if f.is_file() and f.name != '.lock'}
+
+def test_a_disk_that_fills_up_within_a_file(tmp_path, place, record_property):
+    "Half of it is written and taken away again; all that stood there is as it was"
+    scores, source, out, outcomes = load_scores(place/'whole'), PairSource(str(place/'pairs.jsonl')), tmp_path/'out', []
+    def keep(share): write_selection(select_pairs(scores, keep=share), source, out/'kept.jsonl')
+    def report(share): audit_report(scores, source, out, title=f'{share}')
+    for write in (keep, report):
+        write(.5)
+        was = contents(out)
+        for size in (0, 1, 700, 5000):
+            with no_file_beyond(size), pytest.raises(AuditError, match='File too large; what was finished is kept'): write(.3)
+            assert contents(out) == was
+            outcomes.append('refused')
+        write(.3)
+        assert contents(out) != was
+    tell(record_property, outcomes)
+
+def test_scores_on_a_disk_that_fills_up_within_a_file(tmp_path, place, record_property):
+    "No half shard is left, and the same call goes on with a larger disk"
+    model, out, outcomes = load_model(str(place/'model')), tmp_path/'out', []
+    def score(): return score_dataset(load_pairs(str(place/'pairs.jsonl'), limit=70), model, out=out, progress=False)
+    for size in (0, 100, 3000):
+        with no_file_beyond(size), pytest.raises(AuditError, match='File too large'): score()
+        assert not list(out.rglob('*.partial'))
+        for f in out.rglob('*.parquet'): pd.read_parquet(f)
+        outcomes.append('refused')
+    assert score().status.eq('ok').sum() > 60
+    tell(record_property, outcomes)
+
+def test_a_line_of_a_run_that_does_not_fit(tmp_path, record_property):
+    "Half a line stands at the end of the file; the folder, opened again, is without it"
+    lines, outcomes = [dict(key=k, word='x'*50) for k in range(6)], []
+    open_runs(tmp_path, dict(a=1), {})
+    for k, line in enumerate(lines):
+        with no_file_beyond(k*75 + 30), pytest.raises(AuditError, match='File too large'): add_run(tmp_path, line)
+        assert load_runs(tmp_path) == open_runs(tmp_path, dict(a=1), {}) == lines[:k]
+        add_run(tmp_path, line)
+        outcomes.append('refused')
+    assert load_runs(tmp_path) == lines
+    tell(record_property, outcomes)
+
+def test_a_name_that_cannot_change(tmp_path, place, monkeypatch, record_property):
+    "The last step of a write fails, for each file of several: each is the old one or the new one, whole"
+    scores, source, outcomes = load_scores(place/'whole'), PairSource(str(place/'pairs.jsonl')), []
+    def both(out, share):
+        write_selection(select_pairs(scores, keep=share), source, out/'kept.jsonl')
+        audit_report(scores, source, out, title=f'{share}')
+    both(tmp_path/'old', .5); both(tmp_path/'new', .3)
+    def by_name(out): return {f.relative_to(out): content for f, content in contents(out).items()}
+    old, new, change, left = by_name(tmp_path/'old'), by_name(tmp_path/'new'), os.replace, [0]
+    def fails(a, b):
+        left[0] -= 1
+        if left[0] == 0: raise OSError(errno.EIO, 'Input/output error')
+        change(a, b)
+    monkeypatch.setattr(os, 'replace', fails)
+    for k in range(1, len(old) + 1):
+        left[0] = k
+        with pytest.raises(AuditError, match='Input/output error; what was finished is kept'): both(tmp_path/'old', .3)
+        now = by_name(tmp_path/'old')
+        assert now.keys() == old.keys() and all(c in (old[f], same(new[f])) or same(c) == same(new[f]) for f, c in now.items())
+        outcomes.append('refused')
+    left[0] = 0
+    both(tmp_path/'old', .3)
+    assert {f: same(c) for f, c in by_name(tmp_path/'old').items()} == {f: same(c) for f, c in new.items()}
+    tell(record_property, outcomes)
+
+def same(content): return content.replace(b'/new/', b'/old/')  # the card names its folder
+
 def test_a_second_run_on_a_folder_is_refused(place, record_property):
-    with only_writer(place/'whole'):
-        second = run(place, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'whole')
-    assert second.returncode == 1 and 'another run is writing there' in second.stderr, second.stderr
-    assert run(place, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'whole').returncode == 0
+    "By a process of its own: the test of the signals"
+    with only_writer(place/'whole'), pytest.raises(SystemExit, match='^ches_score: .*another run is writing there'): score_here(place, 'whole')
+    score_here(place, 'whole')
     tell(record_property, ['refused', 'survived'])
+
+def test_a_signal_is_heard_only_while_a_command_runs(record_property):
+    "The handler that was there is there again, whatever ends the command; a thread may not set one"
+    mine, heard = (lambda *_: None), []
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        for end in (lambda: None, lambda: os.kill(os.getpid(), signal.SIGTERM), lambda: (_ for _ in ()).throw(AuditError('x')), lambda: 1/0):
+            try:
+                with one_line('ches_score'): end(); time.sleep(.01)
+            except (SystemExit, ZeroDivisionError) as e: heard.append(str(e))
+            assert signal.getsignal(signal.SIGTERM) is mine
+        def apart():
+            with one_line('ches_score'): heard.append('thread')
+        thread = threading.Thread(target=apart); thread.start(); thread.join()
+    finally: signal.signal(signal.SIGTERM, before)
+    assert heard == ['ches_score: stopped; the same command continues', 'ches_score: x', 'division by zero', 'thread']
+    tell(record_property, ['survived']*5)
+
+def test_every_command_ends_in_one_line(record_property):
+    commands = re.findall(r'@call_parse\ndef (\w+)\((?:.|\n)*?\n\):\n    ".*"\n(.*)', ''.join(f.read_text() for f in (ROOT/'ches_align').glob('cli*.py')))
+    named = re.findall(r'=ches_align\.cli\w*:(\w+)', (ROOT/'settings.ini').read_text())
+    assert sorted(c for c, _ in commands) == sorted(named) and all(first == f"    with one_line('{c}'):" for c, first in commands)
+    tell(record_property, ['survived']*len(commands))
 
 @pytest.mark.parametrize('which', [signal.SIGTERM, signal.SIGINT])  # a kill: tests/test_cli.py
 def test_a_signal_ends_a_run_that_goes_on(place, which, record_property):
@@ -133,12 +251,17 @@ def test_a_signal_ends_a_run_that_goes_on(place, which, record_property):
     process = subprocess.Popen(command('ches_score', 'pairs.jsonl', '--model', 'model', '--out', out.name), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV, preexec_fn=heard)
     end = time.time() + 120
     while process.poll() is None and time.time() < end and not any(out.glob('scores/part-*.parquet')): time.sleep(.002)
+    process.send_signal(signal.SIGSTOP)  # a second run comes while the first has the folder
+    with pytest.raises(SystemExit, match='another run is writing there'): score_here(place, out.name)
+    process.send_signal(signal.SIGCONT)
     process.send_signal(which)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1 and 'ches_score: stopped; the same command continues' in said, said
-    assert not json.loads((out/'manifest.json').read_text())['complete']
+    assert not json.loads((out/'manifest.json').read_text())['complete'] and not list(out.rglob('*.partial'))
+    with only_writer(out): pass  # nobody holds it
+    for f in out.glob('scores/*.parquet'): pd.read_parquet(f)
     kept = {f: f.stat().st_mtime_ns for f in out.glob('scores/*.parquet')}
-    again = run(place, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', out.name)
-    assert again.returncode == 0 and all(f.stat().st_mtime_ns == t for f, t in kept.items()), again.stderr
+    score_here(place, out.name)
+    assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
     pd.testing.assert_frame_equal(load_scores(out), load_scores(place/'whole'), check_exact=True)
-    tell(record_property, ['survived'])
+    tell(record_property, ['refused', 'survived'])

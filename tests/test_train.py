@@ -21,8 +21,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from ches_align.audit.data import load_pairs
-from ches_align.audit.files import AuditError, write_files
+from ches_align.audit.files import AuditError
 from ches_align.audit.models import embedded_gguf, gguf_folder, load_model
+from ches_align.audit.runs import write_files
 from ches_align.theory.losses import LOSSES
 from ches_align.training.config import ConfigError, load_config
 from ches_align.training.train import make_trainer, read_data, train_preferences
@@ -193,7 +194,7 @@ def test_wrong_input(settings, home, tmp_path):
     train_preferences(settings(max_steps=1))
     with pytest.raises(AuditError, match='holds another run .*learning_rate was 0.001, is 0.01'):
         train_preferences(settings(max_steps=1, learning_rate=1e-2), resume=True)
-    (tmp_path/'other').mkdir(); (tmp_path/'other/manifest.json').write_text('[]')
+    (tmp_path/'other').mkdir(); (tmp_path/'other/manifest.json').write_text('{}')
     with pytest.raises(AuditError, match='not a manifest of ches_train'):
         train_preferences(settings(out=str(tmp_path/'other')))
     _, error, code = run(tmp_path/'absent.yaml')

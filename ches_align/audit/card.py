@@ -16,7 +16,8 @@ from typing import Any, Iterable, Iterator
 import pandas as pd
 
 from .data import Pair
-from .files import AuditError, plain, write_files
+from .files import AuditError
+from .runs import plain, write_files
 from .selection import RANKED, matched_epochs, merge_extra, optimiser_steps, order_values
 
 # %% ../../nbs/audit/170_card.ipynb #4a200095

@@ -133,7 +133,7 @@ def choose_layout(
         return _alpacafarm, {'instruction', 'input', 'output_1', 'output_2', 'preference'}
     if not columns and {'question', 'answer_matching_behavior', 'answer_not_matching_behavior'} <= found:
         return _persona, {'question', 'answer_matching_behavior', 'answer_not_matching_behavior'}
-    names = {k: columns.get(k) or next((a for a in alias if a in found), None) for k, alias in ALIASES.items()}
+    names: dict[str, Any] = {k: columns.get(k) or next((a for a in alias if a in found), None) for k, alias in ALIASES.items()}
     for need in ('chosen', 'rejected'):
         if names[need] is None: raise AuditError(f"{where}: no column for the {need} response; it has "
             f"{shorten(', '.join(sorted(found)), 300)}. Name it: --columns {need}=COLUMN")

@@ -27,7 +27,9 @@ def render(
 ) -> tuple[str, str, str, bool]: # prompt, prompt + chosen, prompt + rejected; True when a chat template made them
     "The texts to tokenise. Raises whatever the chat template raises (an unknown role, turns that do not alternate)."
     if isinstance(pair.prompt, str):
+        assert isinstance(pair.chosen, str) and isinstance(pair.rejected, str)  # a pair is text or messages
         return pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected, False
+    assert not isinstance(pair.chosen, str) and not isinstance(pair.rejected, str)
     if tokenizer.chat_template is None:
         opening = dialogue_text(pair.prompt) + '\n\nAssistant:'
         return opening, f"{opening} {pair.chosen[0]['content']}", f"{opening} {pair.rejected[0]['content']}", False
@@ -85,8 +87,9 @@ def split_ids(
     elif None in responses: made.status = 'boundary_merge'
     elif max_length is not None and len(prompt_ids) >= max_length: made.status = 'prompt_too_long'
     else:
-        room = [r if max_length is None else r[:max_length - len(prompt_ids)] for r in responses]
-        made.chosen_truncated, made.rejected_truncated = (len(a) < len(b) for a, b in zip(room, responses))
+        whole = [r for r in responses if r is not None]  # all of them
+        room = [r if max_length is None else r[:max_length - len(prompt_ids)] for r in whole]
+        made.chosen_truncated, made.rejected_truncated = (len(a) < len(b) for a, b in zip(room, whole))
         made.chosen_ids, made.rejected_ids = room
         if not all(room): made.status = 'empty_chosen' if not room[0] else 'empty_rejected'
         elif room[0] == room[1]: made.status = 'identical_truncated' if made.chosen_truncated else 'identical'

@@ -189,7 +189,7 @@ def _load_parts(name: str, dtype: str, device: str | None, revision: str | None,
     if config.is_encoder_decoder: raise AuditError(f'model {name}: an encoder-decoder; give a causal language model')
     placed = quantize or device == 'auto'  # by Accelerate, while loading
     more = dict(quantization_config=_quantization(quantize, name)) if quantize else {}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues] (it returns two)
         name, dtype=dtype, use_safetensors=True, output_loading_info=True,
         device_map=device if placed else None, **kw, **more)
     if missing := sorted(info['missing_keys']):

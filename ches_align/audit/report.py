@@ -29,7 +29,8 @@ from rapidfuzz.distance import Levenshtein
 from scipy.stats import binomtest
 
 from .data import Pair, pair_texts
-from .files import AuditError, plain, write_files
+from .files import AuditError
+from .runs import plain, write_files
 
 # %% ../../nbs/audit/160_report.ipynb #a5bdbfa0
 SELECTORS = ('ln_ches', 'ches', 'head_ches', 'last_hidden_inner', 'neg_edit_distance', 'length', 'logp_gap')

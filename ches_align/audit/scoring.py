@@ -27,9 +27,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data import Pair, iter_pairs
-from .files import AuditError, write_files, writing
+from .files import AuditError
 from .hidden_states import EncodedPair, default_budget, special_ids
 from .models import ScoringModel, compile_backbone, load_model, weights_hash
+from .runs import read_object, write_files, writing
 from .shared_prompts import Side, Sizes, choose_sharing, stream_states
 from .token_store import TokenStore, token_store
 from .workers import (
@@ -169,11 +170,13 @@ def load_scores(
     except (OSError, ValueError) as e: raise AuditError(f'{path}: unreadable scores ({str(e)[:200]})') from None
     if lost := sorted(set(COLUMNS) - set(frame)):
         raise AuditError(f"{path}: not a table of scores, it lacks {', '.join(lost)}")
-    frame = frame.sort_values('row_id', ignore_index=True)
+    try: frame = frame.astype(COLUMNS).sort_values('row_id', ignore_index=True)
+    except (TypeError, ValueError, OverflowError) as e:
+        raise AuditError(f'{path}: not a table of scores, a column has another type ({str(e)[:200]})') from None
     if (twice := frame.row_id.duplicated()).any():
         raise AuditError(f'{path}: row {frame.row_id[twice].iloc[0]} is there twice')
     home = next((d for d in (folder, folder.parent) if (d/'manifest.json').exists()), None)
-    frame.attrs['manifest'] = json.loads((home/'manifest.json').read_text()) if home else {}
+    frame.attrs['manifest'] = read_object(home/'manifest.json') if home else {}
     return frame
 
 # %% ../../nbs/audit/140_scoring.ipynb #00f52e3e
@@ -288,7 +291,7 @@ def _open(folder: Path, identity: dict, about: dict) -> None:
     "Check the folder against its manifest, and begin one"
     with writing(folder): (folder/'scores').mkdir(exist_ok=True)
     if (folder/'manifest.json').exists():
-        check_identity(json.loads((folder/'manifest.json').read_text()), identity, folder)
+        check_identity(read_object(folder/'manifest.json'), identity, folder)
     elif any((folder/'scores').glob('*.parquet')):
         raise AuditError(f'{folder}: scores without a manifest; choose another --out')
     _write_manifest(folder, identity | about | dict(complete=False))

@@ -148,7 +148,9 @@ def select_pairs(
     values, ids = order_values(scores, by, seed) * (-1 if highest else 1), scores.row_id.to_numpy()
     scored = ~np.isnan(values)
     size, codes = rows_to_keep(rule, scored.sum()), strata_codes(scores, stratify, scored)
-    if size is None: size = int((values[scored] <= (-threshold if highest else threshold)).sum())
+    if size is None:
+        assert threshold is not None  # else `rows_to_keep` names a size
+        size = int((values[scored] <= (-threshold if highest else threshold)).sum())
     if not size: raise AuditError(f'threshold {threshold}: no row of {by} lies on that side')
     global_cut = take(values, ids, np.zeros_like(codes), np.array([size]))
     selected = take(values, ids, codes, quotas(np.bincount(codes[scored]), size))

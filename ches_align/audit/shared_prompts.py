@@ -89,7 +89,7 @@ def tree_inputs(
 # %% ../../nbs/audit/132_shared_prompts.ipynb #c2cdae96
 def _ahead(make: Callable, batches: Sequence, device: torch.device, threads: bool) -> Iterator[tuple[Any, dict]]:
     "Each batch with its inputs on the device, two made in advance where there are threads"
-    def moved(made): return send_to_device(made, device, non_blocking=True)
+    def moved(made) -> Any: return send_to_device(made, device, non_blocking=True)
     if not threads:
         for batch in batches: yield batch, moved(make(batch))
         return
@@ -116,7 +116,8 @@ def stream_states(
 ) -> Iterator[tuple[int, Side, Side]]: # index of a pair, its chosen and its rejected response
     "States of both responses of each pair, longest rows first."
     budget, windows, dtype = batch_tokens or default_budget(lm), _windows(lm), lm.head.weight.dtype
-    rows, waiting = make_rows(pairs, share_prompt, budget), {}
+    rows = make_rows(pairs, share_prompt, budget)
+    waiting: dict[int, Side] = {}
     def make(batch): return tree_inputs([rows[i] for i in batch], windows, dtype)
     batches = plan_batches([r.width for r in rows], budget)
     for batch, inputs in _ahead(make, batches, lm.device, lm.device.type == 'cuda'):

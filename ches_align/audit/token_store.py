@@ -18,8 +18,8 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from .data import Pair
-from .files import writing
 from .hidden_states import EncodedPair, encode_pairs
+from .runs import writing
 from .shared_prompts import Sizes, sizes_of
 
 # %% ../../nbs/audit/133_token_store.ipynb #85331335

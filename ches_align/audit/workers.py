@@ -17,7 +17,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed import TCPStore
 
-from .files import AuditError, only_writer
+from .files import AuditError
+from .runs import only_writer
 
 # %% ../../nbs/audit/131_workers.ipynb #60f0363b
 def processes() -> PartialState: # which process this is, and of how many

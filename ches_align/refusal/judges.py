@@ -17,8 +17,9 @@ from typing import Any, Callable, NamedTuple, Sequence
 import pandas as pd
 
 from ..audit.data import Text, dialogue_text
-from ..audit.files import AuditError, add_run, only_writer, open_runs
+from ..audit.files import AuditError
 from ..audit.models import ScoringModel, load_model
+from ..audit.runs import add_run, only_writer, open_runs
 from ..rl.generation import generate_responses
 from ..rl.sampling import Sampling, encode_prompts, prompt_hash
 from ..training.displacement import is_refusal
@@ -112,7 +113,7 @@ class ChatJudge:
         self.identity = dict(judge='chat', template=digest, chat=chat, max_new_tokens=max_new_tokens, parse=parse.__qualname__, **kept)
 
     def ask(self, row: dict) -> str: # the question put to the judge
-        fill = dict(zip([m[0] for m in self.fields], (_as_text(row['prompt']), row['response'])))
+        fill = dict(zip([m[0] for m in self.fields if m], (_as_text(row['prompt']), row['response'])))
         return re.sub('|'.join(map(re.escape, fill)), lambda m: fill[m[0]], self.template)
 
     def __call__(self, rows: Sequence[dict]) -> list[Verdict]:

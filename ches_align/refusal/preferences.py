@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
 from ..audit.data import parse_dialogue
-from ..audit.files import AuditError, plain, read_rows, write_files
+from ..audit.files import AuditError, read_rows
+from ..audit.runs import plain, write_files
 from ..rl.sampling import prompt_hash, row_seed
 
 # %% ../../nbs/refusal/360_preferences.ipynb #68268ea9
@@ -93,7 +94,8 @@ def _order(two: list[dict], rewards: list[float | None], coin: random.Random) ->
     "Does the second response come first, and what says so?"
     first, second = (r['refused'] for r in two)
     if first != second: return second, 'judge'
-    if None not in rewards and rewards[0] != rewards[1]: return rewards[1] > rewards[0], 'reward'
+    a, b = rewards
+    if a is not None and b is not None and a != b: return b > a, 'reward'
     return coin.random() < .5, 'coin'
 
 def _make_pair(two: list[dict], scored: list[tuple], seed: int, gold: dict) -> dict[str, Any]:

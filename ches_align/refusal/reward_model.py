@@ -72,7 +72,8 @@ def score_rows(
     rows: Sequence[dict],  # with `prompt` and `response`
 ) -> list[tuple[float | None, str]]: # reward and error of each row, one of the two
     "Rewards in batches of similar length; a row that cannot be encoded, is too long or has no finite reward says so."
-    ids, made = [], [(None, '')] * len(rows)
+    ids: list[list[int]] = []
+    made: list[tuple[float | None, str]] = [(None, '')] * len(rows)
     for i, row in enumerate(rows):
         try: ids.append(scorer.encode(row))
         except Exception as e:  # a template may raise anything; the row says so

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from ..audit.data import Text, parse_dialogue
-from ..audit.files import AuditError, plain, read_rows, write_files
+from ..audit.files import AuditError, read_rows
+from ..audit.runs import plain, write_files
 from ..rl.sampling import prompt_hash, row_seed
 from ..training.displacement import is_refusal
 

@@ -18,9 +18,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ..audit.data import Text
-from ..audit.files import AuditError, add_run, open_runs
+from ..audit.files import AuditError
 from ..audit.hidden_states import plan_batches
 from ..audit.models import ScoringModel, _resolve, weights_hash
+from ..audit.runs import add_run, open_runs
 from ..audit.workers import errors_of_all, first_alone, main_writer, processes, same_everywhere, shared_counter
 from .sampling import Sampling, encode_prompts, end_tokens, generate_batch, prompt_hash, row_seed
 
@@ -33,7 +34,7 @@ def _as_stored(lm: ScoringModel) -> bool:
 
 def _vllm_engine(lm: ScoringModel, sampling: Sampling) -> Engine:
     if importlib.util.find_spec('vllm') is None: raise AuditError("engine 'vllm' is not installed: pip install vllm")
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports] (optional)
     if not _as_stored(lm):
         raise AuditError(f"model {lm.name}: engine 'vllm' reads a whole causal model from its folder, and this one is not what is "
                          "stored there (adapter, quantised, trained in memory): save it and load it from there, or use 'transformers'")

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ..audit.files import AuditError, plain
+from ..audit.files import AuditError
 from ..audit.models import ScoringModel, weights_hash
+from ..audit.runs import plain
 from .rewards import Reward, call_reward
 from .sampling import Sampling, answer_ids, encode_prompts, generate_batch, prompt_hash, row_seed
 from .training_state import TrainingState

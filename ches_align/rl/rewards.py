@@ -143,7 +143,7 @@ def load_reward(
     if head in REWARDS:
         try: return REWARDS[head](*[tail] if tail else ())
         except TypeError: raise AuditError(f"reward {name!r}: {head} takes {'something after a colon' if not tail else 'nothing after a colon'}") from None
-    try: found = getattr(importlib.import_module(head), tail)
+    try: found: Reward = getattr(importlib.import_module(head), tail)
     except (ImportError, AttributeError, ValueError) as e:
         raise AuditError(f"reward {name!r}: one of {', '.join(REWARDS)}, or module:function ({type(e).__name__}: {e})") from None
     if not callable(found): raise AuditError(f'reward {name!r}: not a function')

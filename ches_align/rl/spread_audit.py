@@ -15,8 +15,9 @@ from typing import Any, Callable, Sequence
 
 import pandas as pd
 
-from ..audit.files import AuditError, add_run, open_runs, plain, write_files
+from ..audit.files import AuditError
 from ..audit.models import ScoringModel
+from ..audit.runs import add_run, open_runs, plain, write_files
 from ..audit.workers import first_alone, main_writer
 from .generation import generate_responses
 from .rewards import Reward, call_reward

@@ -16,8 +16,8 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader
 
 from ..audit.data import dialogue_text
-from ..audit.files import plain, write_files
 from ..audit.report import _md, _num, _pct, _png
+from ..audit.runs import plain, read_object, write_files
 from .sampling import prompt_hash
 
 # %% ../../nbs/rl/335_spread_report.ipynb #62b86e37
@@ -37,6 +37,8 @@ def _said(summary: dict) -> str:
     v, total = summary['verdicts'], summary['prompts']
     return (f"{_pct(v['spread'][0])} of {total} prompts surely have a reward that varies, {_pct(v['flat'][0])} surely have none, {_pct(v['undecided'][0])} cannot be told "
             f"from {_num(summary['samples'])} rewards; about {_pct(summary['below'][0])} are under the threshold once the noise is taken out.")
+
+def _clip(text: str) -> str: return text if len(text) <= 300 else f'{text[:300]}…'
 
 def _arch(ax, table, value_range, threshold):
     a, b = value_range
@@ -62,7 +64,7 @@ def spread_report(
 ) -> list[Path]:            # what was written
     "Write the page. Raises `AuditError` for a folder that cannot be written."
     out = Path(out).expanduser()
-    manifest = json.loads((out/'manifest.json').read_text('utf-8')) if (out/'manifest.json').exists() else {}
+    manifest = read_object(out/'manifest.json') if (out/'manifest.json').exists() else {}
     told = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in manifest.items() if v is not None}
     empty = dict(verdicts={}, below=[None]*3, plug_in_below=[None]*3, threshold=table.attrs['threshold'], samples=int(table.n.sum()), model='')
     report = empty | plain(summary) | dict(title=title, verdict=_said(summary), provenance=told, model_name=manifest.get('model'),
@@ -72,7 +74,7 @@ def spread_report(
     figures = dict(arch=_png(_arch, many, table.attrs['value_range'], table.attrs['threshold']), histogram=_png(_histogram, many, table.attrs['threshold'])) if len(many) > 2 else {}
     options, pages = dict(loader=PackageLoader('ches_align'), trim_blocks=True, lstrip_blocks=True), {}
     for name, env in (('html', Environment(autoescape=True, **options)), ('md', Environment(finalize=_md, **options))):
-        env.filters |= dict(num=_num, pct=_pct, clip=lambda t: t if len(t) <= 300 else f'{t[:300]}…')
+        env.filters |= dict(num=_num, pct=_pct, clip=_clip)
         pages[out/f'report.{name}'] = env.get_template(f'spread.{name}.j2').render(r=report, figures=figures).encode('utf-8', 'replace')
     write_files(pages)
     return list(pages)

@@ -52,8 +52,8 @@ def spread_table(
 
 # %% ../../nbs/rl/331_spread_table.ipynb #8f30c877
 def fit_beta(
-    successes: Sequence[int],  # a prompt each
-    n: Sequence[int],          # samples a prompt
+    successes: Sequence[int] | np.ndarray, # a prompt each
+    n: Sequence[int] | np.ndarray, # samples a prompt
 ) -> tuple[float, float]:      # a, b
     "Maximum likelihood of the Beta-binomial model (@eq-beta-binomial)."
     k, n = np.asarray(successes, float), np.asarray(n, float)
@@ -74,8 +74,8 @@ def share_below(
     return float(beta.cdf(p, a, b) + beta.sf(1 - p, a, b))
 
 def noise_free_share(
-    successes: Sequence[int],  # a prompt each
-    n: Sequence[int],          # samples a prompt
+    successes: Sequence[int] | np.ndarray, # a prompt each
+    n: Sequence[int] | np.ndarray, # samples a prompt
     threshold: float,          # in widths of the reward
     draws: int = 100,          # bootstrap samples of the prompts
     seed: int = 0,             # of the draws

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..audit.files import AuditError, plain, writing
+from ..audit.files import AuditError
+from ..audit.runs import plain, writing
 
 # %% ../../nbs/rl/334_training_state.ipynb #485d12ec
 class TrainingState:

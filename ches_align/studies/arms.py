@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..audit.files import AuditError, add_run
+from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair
+from ..audit.runs import add_run
 from ..training.config import ConfigError, build_config, config_dict
 from ..audit.workers import processes
 from ..training.probes import measure_probes, weights_dtype
@@ -90,6 +91,7 @@ def run_arm(
                 loss_last=losses[-1] if losses else None, d_chosen=change[:, 0].round(4).tolist(),
                 d_rejected=change[:, 1].round(4).tolist(), train_seconds=round(trained - began, 1),
                 seconds=round(time.perf_counter() - began, 1))
+    assert trainer.model is not None  # it was given one
     return line, trainer.model
 
 # %% ../../nbs/studies/380_arms.ipynb #19103a2a

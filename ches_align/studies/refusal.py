@@ -22,9 +22,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ..audit.data import load_pairs
-from ..audit.files import AuditError, load_runs, only_writer, open_runs, plain
+from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair, encode_pairs
 from ..audit.models import ScoringModel, weights_hash
+from ..audit.runs import load_runs, only_writer, open_runs, plain
 from ..audit.scoring import score_dataset
 from ..refusal.judges import JUDGE_PROMPT, ChatJudge, RuleJudge, judge_responses, sorry_judge
 from ..refusal.preferences import load_gold, load_prompts, make_preferences, write_preferences

@@ -8,7 +8,6 @@ __all__ = ['PART_SIGNS', 'refusal_counts', 'contrast', 'rate_table', 'compositio
 
 # %% ../../nbs/studies/403_refusal_report.ipynb #4434a109
 import io
-import json
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -16,7 +15,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from ..audit.files import AuditError, load_runs, plain, write_files
+from ..audit.files import AuditError
+from ..audit.runs import load_runs, plain, read_object, write_files
 from .arms import Arm, arm_config
 from .refusal_plan import ARMS, RefusalStudy
 from ..training.train_config import check as check_training
@@ -126,11 +126,11 @@ def refusal_record(
     *outs: str | Path, # folders of one study, finished or not: its seeds and arms may be spread over several
 ) -> dict:             # JSON: manifest, `runs`; no texts
     "The record of a study. Raises `AuditError` for folders of different studies, or with a line in two of them."
-    outs = [Path(o).expanduser() for o in outs]
-    manifests = [json.loads((o/'manifest.json').read_text('utf-8')) for o in outs]
+    folders = [Path(o).expanduser() for o in outs]
+    manifests = [read_object(f/'manifest.json') for f in folders]
     told = [{k: v for k, v in m.items() if k != 'hardware'} for m in manifests]
-    if odd := [o for o, m in zip(outs, told) if m != told[0]]: raise AuditError(f'{odd[0]} holds another study than {outs[0]}')
-    runs = [r for o in outs for r in load_runs(o)]
+    if odd := [f for f, m in zip(folders, told) if m != told[0]]: raise AuditError(f'{odd[0]} holds another study than {folders[0]}')
+    runs = [r for f in folders for r in load_runs(f)]
     if len({r['key'] for r in runs}) < len(runs): raise AuditError('a line stands in two folders')
     return plain(manifests[0] | dict(seconds=round(sum(r['seconds'] for r in runs)), runs=runs))
 

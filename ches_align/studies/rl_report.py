@@ -8,7 +8,6 @@ __all__ = ['STAGES', 'reward_matrix', 'start_halves', 'stage_means', 'spread_cor
 
 # %% ../../nbs/studies/406_rl_report.ipynb #e3406a5a
 import io
-import json
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -17,7 +16,8 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.stats import rankdata
 
-from ..audit.files import AuditError, load_runs, plain, write_files
+from ..audit.files import AuditError
+from ..audit.runs import load_runs, plain, read_object, write_files
 from ..rl.spread_table import spread_summary, spread_table
 
 # %% ../../nbs/studies/406_rl_report.ipynb #30181301
@@ -152,7 +152,7 @@ def write_rl(
 ) -> list[Path]:     # what was written
     "Write table and figure of a study. Raises `AuditError`."
     out, picture = Path(out).expanduser(), io.BytesIO()
-    study = json.loads((out/'manifest.json').read_text('utf-8'))['study']
+    study = read_object(out/'manifest.json')['study']
     table = stage_table(load_runs(out), (study['low'], study['high']), study['threshold'])
     plot_stages(table).savefig(picture, format='png')
     made = {out/'table.csv': table.to_csv(index=False).encode(), out/'stages.png': picture.getvalue()}
@@ -165,4 +165,4 @@ def rl_record(
     "The record of a study."
     out = Path(out).expanduser()
     runs = load_runs(out)
-    return plain(json.loads((out/'manifest.json').read_text('utf-8')) | dict(seconds=round(sum(r['seconds'] for r in runs)), runs=runs))
+    return plain(read_object(out/'manifest.json') | dict(seconds=round(sum(r['seconds'] for r in runs)), runs=runs))

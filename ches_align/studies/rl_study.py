@@ -18,8 +18,9 @@ from typing import Any, Sequence
 import torch
 from tqdm.auto import tqdm
 
-from ..audit.files import AuditError, add_run, load_runs, only_writer, open_runs, plain
+from ..audit.files import AuditError
 from ..audit.models import ScoringModel, weights_hash
+from ..audit.runs import add_run, load_runs, only_writer, open_runs, plain
 from ..rl.generation import generate_responses
 from ..rl.policy_gradient import train_policy, train_supervised
 from ..rl.rewards import Reward, call_reward, load_reward

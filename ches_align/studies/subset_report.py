@@ -7,7 +7,6 @@ __all__ = ['SCORES', 'point_table', 'foretelling', 'plot_points', 'write_study',
 
 # %% ../../nbs/studies/400_subset_report.ipynb #4c23c26f
 import io
-import json
 import math
 from itertools import cycle
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t
 
-from ..audit.files import AuditError, load_runs, plain, write_files
+from ..audit.files import AuditError
+from ..audit.runs import load_runs, plain, read_object, write_files
 from ..audit.scoring import load_scores
 from ..audit.selection import ORDERS
 from .arms import Arm, arm_config
@@ -107,10 +107,10 @@ def study_record(
 ) -> dict:                            # JSON: manifest, `runs`, `scores` (a column each, six digits)
     "The record of a study."
     out = Path(out).expanduser()
-    runs, scores = load_runs(out), load_scores(scores or out/'scores')
-    used = scores[scores.row_id.isin({i for r in runs for i in r['rows']})]
+    runs, table = load_runs(out), load_scores(scores or out/'scores')
+    used = table[table.row_id.isin({i for r in runs for i in r['rows']})]
     columns = {c: [float(f'{v:.6g}') for v in used[c]] for c in SCORES}
-    made = json.loads((out/'manifest.json').read_text('utf-8'))
+    made = read_object(out/'manifest.json')
     return plain(made | dict(seconds=round(sum(r['seconds'] for r in runs)), runs=runs,
                              scores=dict(row_id=used.row_id.tolist()) | columns))
 

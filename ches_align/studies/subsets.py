@@ -24,8 +24,9 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from ..audit.data import Pair, load_pairs
-from ..audit.files import AuditError, load_runs, only_writer, open_runs, plain, write_files
+from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair, encode_pairs
+from ..audit.runs import load_runs, only_writer, open_runs, plain, write_files
 from ..audit.scoring import load_scores, score_dataset
 from ..audit.selection import order_values
 from .arms import Arm, arm_config, finish_arm, run_arm
@@ -87,8 +88,8 @@ class SubsetStudy:
 
 # %% ../../nbs/studies/390_subsets.ipynb #74cd142a
 def quantile_slice(
-    values: Sequence[float], # a score a row; NaN = none
-    row_ids: Sequence[int],  # decide between equal values
+    values: Sequence[float] | np.ndarray, # a score a row; NaN = none
+    row_ids: Sequence[int] | np.ndarray, # decide between equal values
     quantile: float,         # in [0, 1]
     size: int,               # rows wanted
 ) -> list[int]:              # row ids, lowest value first
@@ -140,7 +141,7 @@ def check_scores(
     cut = [r for r, e in encoded.items() if seen[r] != [len(e.chosen_ids), len(e.rejected_ids)] and len(e.chosen_ids)]
     if cut: raise AuditError(f'row {cut[0]} was scored over {seen[cut[0]]} response tokens, not those of the study: score with its max_length')
     if mine.chosen_logps.isna().all(): raise AuditError('the scores hold no log-probabilities: score again, without --no_head')
-    return mine[mine.status == 'ok'].reset_index(drop=True)
+    return mine.loc[mine.status == 'ok'].reset_index(drop=True)
 
 # %% ../../nbs/studies/390_subsets.ipynb #8eff72d0
 def plan_arms(study: SubsetStudy, bench: Bench) -> list[tuple[Arm, dict]]:

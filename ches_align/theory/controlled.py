@@ -125,7 +125,7 @@ def logit_gram(
     "J_f J_f^T of every input in closed form (eq-gram); gamma^2 is its largest eigenvalue."
     acts = [x]
     for layer in net: acts.append(layer(acts[-1]))
-    back, gram = torch.eye(acts[-1].shape[1], dtype=x.dtype).expand(len(x), -1, -1), 0.
+    back, gram = torch.eye(acts[-1].shape[1], dtype=x.dtype).expand(len(x), -1, -1), x.new_zeros(())
     for layer, a in reversed(list(zip(net, acts))):
         if isinstance(layer, nn.Linear):
             gram = gram + back @ back.mT * (a.square().sum(1) + 1)[:, None, None]
@@ -195,7 +195,9 @@ def train(
         elif epoch == epochs: break
         for rows in torch.randperm(len(x), generator=gen).split(batch):
             logits = net(x[rows])
-            if epoch in log: log[epoch][rows] = input_stats(net, x[rows], logits, reward[rows])
+            if epoch in log:
+                assert reward is not None  # logging needs it
+                log[epoch][rows] = input_stats(net, x[rows], logits, reward[rows])
             if epoch == epochs: continue   # the last look comes after the last step
             value = loss(logits, rows)
             opt.zero_grad(); value.backward(); opt.step()

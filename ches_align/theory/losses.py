@@ -64,6 +64,7 @@ def _log_ratios(pair: PairLogps, beta: float, *needed: str) -> tuple[Tensor, Ten
     "r_w and r_l of a checked pair, in nats"
     _require(0 < beta < math.inf, 'beta', beta, 'positive and finite')
     _check(pair, 'ref_chosen', 'ref_rejected', *needed)
+    assert pair.ref_chosen is not None and pair.ref_rejected is not None  # checked
     return pair.chosen - pair.ref_chosen, pair.rejected - pair.ref_rejected
 
 def _result(loss: Tensor, d_w: Tensor, d_l: Tensor) -> PairLoss:
@@ -150,6 +151,7 @@ def ipo_mean(
 ) -> PairLoss: # d_w / d_l = rejected_len / chosen_len
     "IPO on log-probabilities averaged over tokens, as in TRL (eq-normalised)."
     r_w, r_l = _log_ratios(pair, beta, 'chosen_len', 'rejected_len')
+    assert pair.chosen_len is not None and pair.rejected_len is not None  # checked
     excess = r_w/pair.chosen_len - r_l/pair.rejected_len - 1/(2*beta)
     return _result(excess**2, -2*excess/pair.chosen_len, -2*excess/pair.rejected_len)
 
@@ -162,6 +164,7 @@ def simpo(
     _require(0 < beta < math.inf, 'beta', beta, 'positive and finite')
     _require(0 <= gamma < math.inf, 'gamma', gamma, 'at least 0 and finite')
     _check(pair, 'chosen_len', 'rejected_len')
+    assert pair.chosen_len is not None and pair.rejected_len is not None  # checked
     u = beta*(pair.chosen/pair.chosen_len - pair.rejected/pair.rejected_len) - gamma
     c = beta*torch.sigmoid(-u)
     return _result(-F.logsigmoid(u), c/pair.chosen_len, c/pair.rejected_len)

@@ -18,7 +18,8 @@ from typing import Any, Iterable, Literal, NoReturn, Sequence, Union, get_args, 
 import torch
 import yaml
 
-from ..audit.files import AuditError, plain
+from ..audit.files import AuditError
+from ..audit.runs import plain
 from ..theory.losses import LOSSES, PairLogps
 
 # %% ../../nbs/training/200_config.ipynb #7b9d065f

@@ -27,8 +27,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..audit.files import add_run, AuditError, load_runs, only_writer, open_runs, plain, read_rows, write_files
+from ..audit.files import AuditError, read_rows
 from ..audit.models import ScoringModel, load_model, weights_hash
+from ..audit.runs import add_run, load_runs, only_writer, open_runs, plain, write_files
 from ..theory.losses import LOSSES
 from ..theory.single_token import logp_rates, pair_geometry
 from .config import ConfigError, check_loss, config_dict, unknown_name
@@ -208,7 +209,7 @@ def _start(lm: ScoringModel, cfg: SinglePromptConfig, start: Start, pair: PairSp
     else: examples = [(prompt_ids(tokenizer, p.question, cfg.template), token) for p in everyone if p.row not in held]
     optimizer, steps = OPTIMIZERS['rmsprop'](lm.model.parameters(), lr=start.learning_rate), 0
     for epoch in range(start.epochs):
-        done = (lambda: mean_p() >= start.until) if start.until else (lambda: False)
+        done = (lambda goal=start.until: mean_p() >= goal) if start.until else (lambda: False)
         steps += sft_epoch(lm.model, examples, optimizer, start.batch, start.seed + epoch, done)
     if start.until and mean_p() < start.until:
         raise AuditError(f'start {start.name}, y+ {pair.chosen}: mean p is {mean_p():.3f} after {steps} steps, not '

@@ -16,8 +16,9 @@ from typing import Any, Sequence
 import numpy as np
 import pandas as pd
 
-from ..audit.files import AuditError, load_runs, write_files
+from ..audit.files import AuditError
 from ..audit.models import _resolve
+from ..audit.runs import load_runs, read_object, write_files
 from .grid import SinglePromptConfig
 from .memory import measure_architecture, memory_table, read_architecture, table_text
 from .single_prompt import single_token
@@ -47,7 +48,7 @@ def _tokens(cfg: SinglePromptConfig) -> str:
 
 # %% ../../nbs/training/290_grid_report.ipynb #4a0cef9e
 def drawdown(
-    curve: Sequence[float], # p(y+) after 0, 1, 2 ... updates
+    curve: Sequence[float] | np.ndarray, # p(y+) after 0, 1, 2 ... updates
 ) -> float:                 # at least 0; 0 when it never falls
     "Largest fall from any state to a later one."
     curve = np.asarray(curve, dtype=float)
@@ -143,7 +144,7 @@ def grid_record(
         marks = {m: {k: v[:5] if isinstance(v, list) else v for k, v in x.items()
                      if m == last or k in ('spearman', 'overlap', 'moved')} for m, x in r['marks'].items()}
         return r | dict(marks=marks, chosen=[round(x, 4) for x in r['chosen']], rejected=[round(x, 4) for x in r['rejected']])
-    manifest, runs = json.loads((Path(out)/'manifest.json').read_text()), load_runs(out)
+    manifest, runs = read_object(Path(out)/'manifest.json'), load_runs(out)
     return manifest | dict(seconds=round(sum(r['seconds'] for r in runs)), runs=[short(r) for r in runs])
 
 def compare_runs(

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from trl import DPOTrainer
 
 from ..audit.data import Pair
-from ..audit.files import AuditError, write_files
+from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair, encode_pairs
+from ..audit.runs import write_files
 from ..audit.workers import processes
 from ..theory.losses import PairLogps, PairLoss
 
@@ -109,7 +110,7 @@ def _means(pair: PairLogps, result: PairLoss, beta: float) -> dict[str, Tensor]:
     "What is reported of a batch, a number a pair"
     means = {'logps/chosen': pair.chosen, 'logps/rejected': pair.rejected, 'rates/chosen': result.d_w,
              'rates/rejected': result.d_l}
-    if pair.ref_chosen is None: return means
+    if pair.ref_chosen is None or pair.ref_rejected is None: return means
     chosen, rejected = beta * (pair.chosen - pair.ref_chosen), beta * (pair.rejected - pair.ref_rejected)
     return means | {'rewards/chosen': chosen, 'rewards/rejected': rejected, 'rewards/margins': chosen - rejected,
                     'rewards/accuracies': chosen > rejected}

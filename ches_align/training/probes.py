@@ -24,8 +24,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from ..audit.data import Pair, load_pairs, row_hash
-from ..audit.files import AuditError, write_files
+from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair, encode_pairs, plan_batches
+from ..audit.runs import write_files
 from .displacement import TokenClasses, text_verdict, token_verdict
 
 # %% ../../nbs/training/220_probes.ipynb #888de098
@@ -165,7 +166,7 @@ def left_padded(
     model: nn.Module,              # wrapped or not
     rows: Sequence[Sequence[int]], # token ids
     keep: int,                     # logits of so many last positions are wanted
-) -> dict[str, Tensor]:            # what the model takes, on its device
+) -> dict[str, Any]:               # what the model takes, on its device
     "Inputs for rows of different lengths, padded on the left."
     core, width = core_model(model), max(map(len, rows))
     takes, device = inspect.signature(type(core).forward).parameters, next(core.parameters()).device

@@ -125,8 +125,8 @@ def next_logps(
     ids: Sequence[int],  # the prompt's tokens
 ) -> Float[Tensor, "vocab"]: # ln p of the next token, fp32 or better; carries gradient
     "Log-probabilities of the next token."
-    ids = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    z = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+    row = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    z = model(input_ids=row, use_cache=False, logits_to_keep=1).logits[0, -1]
     return z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1)
 
 # %% ../../nbs/training/270_single_prompt.ipynb #f9691d1f
@@ -160,6 +160,7 @@ def preference_run(
         result.loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+    raise ValueError(f'steps = {steps}: at least 0')
 
 # %% ../../nbs/training/270_single_prompt.ipynb #c8a2a992
 def snapshot(model: nn.Module) -> list[Tensor]:

@@ -22,8 +22,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ..audit.data import pair_texts
-from ..audit.files import AuditError, plain, write_files, writing
+from ..audit.files import AuditError
 from ..audit.models import ScoringModel, wrap_model
+from ..audit.runs import plain, read_object, write_files, writing
 from ..audit.scoring import load_scores, score_block
 from .displacement import Rule, TokenClasses, draw_history, step_metrics
 from .probes import (COMPARED, ProbeState, compare, core_model, evaluating, load_probes,
@@ -93,8 +94,7 @@ def _read_run(tracker: DisplacementTracker, identity: dict, step: int) -> dict:
         if (tracker.out/'history.parquet').exists():
             raise AuditError(f'{tracker.out}: a history without a manifest; name another folder')
         return {}
-    try: manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as e: raise AuditError(f'{path}: unreadable ({e}); remove that folder') from None
+    manifest = read_object(path)
     was = manifest.get('identity', {})
     if differ := [k for k in identity if was.get(k) != plain(identity[k])]:
         says = '; '.join(f'{k} was {was.get(k)}, is {identity[k]}' for k in differ[:3])
@@ -132,7 +132,7 @@ def _history_rows(tracker: DisplacementTracker, state: ProbeState, step: int, be
     rows = compare(tracker.baseline, state, tracker.classes, tracker.tokenizer,
                    [pair_texts(p)[1] for p in tracker.pairs], tracker.floor)
     logps = dict(zip(('chosen_logps', 'rejected_logps'), state.sums.T.numpy()))
-    return rows.assign(step=step, seconds=time.time() - began, **logps)[HISTORY]
+    return rows.assign(step=step, seconds=time.time() - began, **logps).loc[:, HISTORY]
 
 def _ruined(tracker: DisplacementTracker, rows: pd.DataFrame) -> str:
     "Why the model is past saving, or ''"
@@ -235,7 +235,7 @@ def _similarity(self: DisplacementTracker, model: nn.Module | None) -> pd.DataFr
     except (AuditError, RuntimeError, AttributeError, TypeError) as e:
         self.tell(f'CHES of the probes was not computed ({str(e)[:150]})')
         return blank
-    return pd.DataFrame(rows)[['row_hash', 'ches', 'ln_ches']]
+    return pd.DataFrame(rows).loc[:, ['row_hash', 'ches', 'ln_ches']]
 
 @patch
 def check_overlap(self: DisplacementTracker, train: Any) -> dict[str, list[int]]:

@@ -24,9 +24,10 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..audit.data import Pair, load_pairs
-from ..audit.files import AuditError, plain, write_files
+from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair
 from ..audit.models import EMBEDDED, ScoringModel, load_model
+from ..audit.runs import plain, read_object, write_files
 from .callback import DisplacementCallback
 from .config import config_dict, load_config, needs_reference
 from ..audit.workers import processes
@@ -109,8 +110,8 @@ def check_folder(
 ) -> None:
     "Refuse a folder that holds another run, or this one when it is not to be continued. Raises `AuditError`."
     if not (path := out/'manifest.json').exists(): return
-    try: was = _flat(json.loads(path.read_text())['identity'])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    try: was = _flat(read_object(path)['identity'])
+    except (KeyError, AttributeError):
         raise AuditError(f'{path}: not a manifest of ches_train; choose another out') from None
     now = _flat(plain(identity))
     if differ := [k for k in {**now, **was} if was.get(k) != now.get(k)]:
@@ -146,7 +147,7 @@ def _begin(config: TrainConfig, resume: bool, lm: ScoringModel, data: RunData) -
     if processes().is_main_process:
         try: check_folder(out, identity, resume)
         except AuditError as e: said[0] = str(e)
-        else: said[1] = json.loads((out/'manifest.json').read_text()) if (out/'manifest.json').exists() else None
+        else: said[1] = read_object(out/'manifest.json') if (out/'manifest.json').exists() else None
     broadcast_object_list(said)
     if said[0]: raise AuditError(said[0])
     if said[1] and said[1]['complete']: return said[1]
@@ -163,7 +164,8 @@ class _Lines(TrainerCallback):
     "A short line for each entry of the log"
     def on_log(self, args, state, control, logs=None, **kwargs):
         keys = ('loss', 'eval_loss', 'logps/chosen', 'logps/rejected', 'rewards/accuracies')
-        said = [f'{k} {logs[k]:.4g}' for k in keys if k in (logs or {})]
+        logs = logs or {}
+        said = [f'{k} {logs[k]:.4g}' for k in keys if k in logs]
         if said and state.is_world_process_zero: print(f'step {state.global_step}/{state.max_steps}', *said, flush=True)
 
 def _watcher(config: TrainConfig, lm: ScoringModel, probes: list[Pair]) -> list[DisplacementCallback]:
