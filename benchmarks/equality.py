@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from ches_align.audit.data import load_pairs
 from ches_align.audit.hidden_states import encode_pairs
 from ches_align.audit.models import load_model
-from ches_align.audit.scoring import score_block
+from ches_align.audit.pair_scores import score_block
 from ches_align.theory.ches import ches_scores
 
 @torch.no_grad()

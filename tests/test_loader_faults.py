@@ -10,7 +10,8 @@ from datasets import Dataset
 from ches_align.audit.data import load_pairs
 from ches_align.audit.files import AuditError
 from ches_align.audit.models import load_model
-from ches_align.audit.scoring import COLUMNS, load_scores
+from ches_align.audit.pair_scores import COLUMNS
+from ches_align.audit.scoring import load_scores
 
 ROWS = [dict(prompt=f'Frage {i}, bitte?', chosen=f'Ja, "{i}"\nund mehr', rejected=f'Nein {i} \u00e9') for i in range(20)]
 

@@ -6,7 +6,8 @@ import pytest
 from commands import run, run_two
 from conftest import save_tiny
 
-from ches_align.audit.scoring import COLUMNS, load_scores
+from ches_align.audit.pair_scores import COLUMNS
+from ches_align.audit.scoring import load_scores
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):

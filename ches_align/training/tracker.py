@@ -24,8 +24,9 @@ from torch import nn
 from ..audit.data import pair_texts
 from ..audit.files import AuditError
 from ..audit.models import ScoringModel, wrap_model
+from ..audit.pair_scores import score_block
 from ..audit.runs import plain, read_object, write_files, writing
-from ..audit.scoring import load_scores, score_block
+from ..audit.scoring import load_scores
 from .displacement import Rule, TokenClasses, draw_history, step_metrics
 from .probes import (COMPARED, ProbeState, compare, core_model, evaluating, load_probes,
                                         measure_probes, probe_overlap, weights_dtype)
