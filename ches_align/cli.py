@@ -284,7 +284,7 @@ def ches_train(
         from ches_align.studies.rl_plan import RLStudy
         from ches_align.studies.subsets import SubsetStudy
         from ches_align.training.config import load_config
-        from ches_align.training.grid import SinglePromptConfig
+        from ches_align.training.grid_config import SinglePromptConfig
         from ches_align.training.train_config import TrainConfig
         _quiet()
         cfg = load_config(config, {k.kind: k for k in (TrainConfig, SinglePromptConfig, SubsetStudy, RefusalStudy, RLStudy)}, list(set))

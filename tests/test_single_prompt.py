@@ -32,7 +32,7 @@ def test_every_shipped_file_is_read(path):
     from ches_align.studies.rl_plan import RLStudy
     from ches_align.studies.subsets import SubsetStudy
     from ches_align.training.config import load_config
-    from ches_align.training.grid import SinglePromptConfig
+    from ches_align.training.grid_config import SinglePromptConfig
     from ches_align.training.train_config import TrainConfig
     cfg = load_config(path, {k.kind: k for k in (TrainConfig, SinglePromptConfig, SubsetStudy, RefusalStudy, RLStudy)})
     assert cfg.kind in path.read_text()

@@ -19,7 +19,7 @@ import pandas as pd
 from ..audit.files import AuditError
 from ..audit.models import _resolve
 from ..audit.runs import load_runs, read_object, write_files
-from .grid import SinglePromptConfig
+from .grid_config import SinglePromptConfig
 from .memory import measure_architecture, memory_table, read_architecture, table_text
 from .single_prompt import single_token
 

@@ -27,9 +27,11 @@ from ..audit.models import ScoringModel, wrap_model
 from ..audit.pair_scores import score_block
 from ..audit.runs import plain, read_object, write_files, writing
 from ..audit.scoring import load_scores
-from .displacement import Rule, TokenClasses, draw_history, step_metrics
-from .probes import (COMPARED, ProbeState, compare, core_model, evaluating, load_probes,
-                                        measure_probes, probe_overlap, weights_dtype)
+from .comparison import COMPARED, compare
+from .displacement import Rule, draw_history, step_metrics
+from .probes import (
+    ProbeState, core_model, evaluating, load_probes, measure_probes, probe_overlap, weights_dtype)
+from .token_classes import TokenClasses
 
 # %% ../../nbs/training/230_tracker.ipynb #c36b6fae
 class DisplacementTracker:
