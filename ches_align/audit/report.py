@@ -7,9 +7,6 @@ __all__ = ['SELECTORS', 'TOP', 'NEAR', 'ADVICE', 'selector_values', 'flagged_row
            'worst_pairs', 'best_pairs', 'recommendations', 'audit_report']
 
 # %% ../../nbs/audit/160_report.ipynb #b4d42fd9
-import base64
-import html
-import io
 import json
 import math
 import re
@@ -22,14 +19,11 @@ import numpy as np
 import pandas as pd
 import yaml
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup, escape
-from matplotlib import style, ticker
-from matplotlib.figure import Figure
-from rapidfuzz.distance import Levenshtein
 from scipy.stats import binomtest
 
 from .data import Pair, pair_texts
 from .files import AuditError
+from .page import figure_png, histogram, length_scatter, mark_differences, md_escape, percent, short_number
 from .runs import plain, write_files
 
 # %% ../../nbs/audit/160_report.ipynb #a5bdbfa0
@@ -50,15 +44,6 @@ def selector_values(
 def _in_top(values):
     "True in the highest fifth of each column, rounded up; ties broken by position"
     return values.rank(method='first') > len(values) - math.ceil(TOP * len(values))
-
-# %% ../../nbs/audit/160_report.ipynb #c972ae39
-def _num(x: float | None) -> str:
-    "Three digits, or whole from a thousand on; an en dash for nothing"
-    if x is None or x != x: return '–'
-    whole = isinstance(x, int) or 1000 <= abs(x) < 1e7
-    return (f'{x:,.0f}' if whole else f'{x:.3g}').replace('-', '−', x < 0)
-
-def _pct(x: float | None) -> str: return '–' if x is None or x != x else f'{100*x:.3g}%'
 
 # %% ../../nbs/audit/160_report.ipynb #aa1c88f3
 ADVICE = yaml.safe_load(files('ches_align').joinpath('templates/advice.yml').read_text('utf-8'))
@@ -180,7 +165,7 @@ def best_pairs(
 
 # %% ../../nbs/audit/160_report.ipynb #1656dda2
 _SAY = Environment()  # the sentences of `advice.yml`; no autoescape: both layouts escape what they are given
-_SAY.filters |= dict(num=_num, pct=_pct)
+_SAY.filters |= dict(num=short_number, pct=percent)
 
 def _command(data: str | None, path: str) -> str:
     "What keeps the lower half by ln-CHES, on one line and quoted for a shell"
@@ -210,73 +195,26 @@ def _collect(scores: pd.DataFrame, pairs: Iterable[Pair] | None, worst: int = 10
     for p in s['worst'] + s['best']: p['group'] = groups.get(p['row_id'])
     return s | dict(verdict=_SAY.from_string(ADVICE['verdict']).render(s), recommendations=recommendations(s))
 
-# %% ../../nbs/audit/160_report.ipynb #5966e21a
-_BLUE, _ORANGE = '#0072b2', '#d55e00'  # Okabe and Ito's
-_LOOK = ['default', {'axes.titlesize': 11, 'axes.titlepad': 14, 'axes.spines.top': False, 'axes.spines.right': False}]
-
-def _png(paint, *args) -> str:
-    "What `paint(ax, *args)` draws, in base64; neither pyplot nor its settings are touched"
-    with style.context(_LOOK), io.BytesIO() as buffer:
-        fig = Figure(figsize=(4.8, 3.1), dpi=150, layout='constrained')
-        paint(fig.subplots(), *args)
-        fig.savefig(buffer, format='png', metadata=dict(Software=None))
-        return base64.b64encode(buffer.getvalue()).decode()
-
-def _histogram(ax, v: pd.Series, title: str, label: str, marks: tuple, split: bool):
-    low, high = v.quantile([.01, .99])
-    width = (high - low) / min(40, max(8, 2 * math.sqrt(len(v)))) or abs(high) / 10 or 1
-    edges = width * np.arange(math.floor(low / width), math.floor(high / width) + 2)  # zero is an edge
-    ax.bar(edges[:-1], np.histogram(v.clip(low, high), edges)[0], width, align='edge', edgecolor='white', linewidth=.5,
-           color=[_ORANGE if split and e > -width/2 else _BLUE for e in edges[:-1]])
-    for q in marks:
-        ax.axvline(v.quantile(q), c='k', lw=1, ls='--')
-        ax.text(v.quantile(q), 1, f'{100*q:g}%', transform=ax.get_xaxis_transform(), ha='center', va='bottom', size=8)
-    if split: ax.axvline(0, c='k', lw=1)
-    ax.locator_params(axis='x', nbins=5)
-    ax.locator_params(axis='y', integer=True)
-    ax.set(xlabel=label, ylabel='pairs', title=title)
-
 # %% ../../nbs/audit/160_report.ipynb #8591c190
-def _scatter(ax, length: pd.Series, v: pd.Series, title: str):
-    ax.scatter(length, 100 * v.rank(pct=True), s=14, c=_BLUE, alpha=max(.06, min(.8, 400 / len(v))), linewidths=0)
-    ax.set(xscale='log', xlabel='tokens of both responses', ylabel='percentile', title=title)
-    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter('{x:,.0f}')
-    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
-
 def _figures(scores: pd.DataFrame, report: dict) -> dict[str, str]:
     "name -> base64 PNG; none for fewer than three scored rows"
     v, rho = selector_values(scores), report['length_rho']
     if len(v) < 3: return {}
-    drawn = dict(ln_ches=_png(_histogram, v.ln_ches.dropna(), 'ln-CHES', 'ln-CHES', (.05, .5, .95), False))
-    if 'head_ches' in v: drawn['head_ches'] = _png(_histogram, v.head_ches.dropna(),
-        f"{_pct(report['head_positive'])} of the pairs foretell a fall", 'head CHES', (), True)
+    drawn = dict(ln_ches=figure_png(histogram, v.ln_ches.dropna(), 'ln-CHES', 'ln-CHES', (.05, .5, .95), False))
+    if 'head_ches' in v: drawn['head_ches'] = figure_png(histogram, v.head_ches.dropna(),
+        f"{percent(report['head_positive'])} of the pairs foretell a fall", 'head CHES', (), True)
     for name, label in dict(ches='raw CHES', ln_ches='ln-CHES').items():
-        title = f"{label}: Spearman {_num(rho[name])}, its size {_num(rho[name + '_size'])}"
-        drawn[f'length_{name}'] = _png(_scatter, v.length, v[name], title)
+        title = f"{label}: Spearman {short_number(rho[name])}, its size {short_number(rho[name + '_size'])}"
+        drawn[f'length_{name}'] = figure_png(length_scatter, v.length, v[name], title)
     return drawn
 
 # %% ../../nbs/audit/160_report.ipynb #aa440e96
-def _md(value) -> str:
-    "A value as literal text on one line, for Markdown and the HTML inside it; what is marked safe passes"
-    if isinstance(value, Markup): return value
-    text = html.escape(str(value), quote=False)
-    return re.sub(r'\s+', ' ', re.sub(r'([\\`*_{}\[\]#|~!$])', r'\\\1', text))
-
-def _marked(text: str, other: str) -> Markup:
-    "Escaped text with the words marked that the other lacks, where at least half are shared"
-    words, others = (re.findall(r'\s*(?:\w+|\W|$)', t) for t in (text, other))
-    shared = {i for tag, a, b, *_ in Levenshtein.opcodes(words, others) if tag == 'equal' for i in range(a, b)}
-    def mark(w): return Markup('{}<mark>{}</mark>').format(w[:len(w) - len(w.lstrip())], w.lstrip()) if w.strip() else w
-    if 2*len(shared) < max(len(words), len(others)): return escape(text)
-    return Markup('').join(w if i in shared else mark(w) for i, w in enumerate(words))
-
 def _render(report: dict, pictures: dict[str, str]) -> tuple[str, str]:
     "HTML and Markdown; the HTML is one file that loads nothing and runs nothing"
     options = dict(loader=PackageLoader('ches_align'), trim_blocks=True, lstrip_blocks=True)
     pages = []
-    for name, env in (('html', Environment(autoescape=True, **options)), ('md', Environment(finalize=_md, **options))):
-        env.filters |= dict(num=_num, pct=_pct, marked=_marked, clip=lambda t: t if len(t) <= 300 else f'{t[:300]}…')
+    for name, env in (('html', Environment(autoescape=True, **options)), ('md', Environment(finalize=md_escape, **options))):
+        env.filters |= dict(num=short_number, pct=percent, marked=mark_differences, clip=lambda t: t if len(t) <= 300 else f'{t[:300]}…')
         pages.append(env.get_template(f'report.{name}.j2').render(r=report, figures=pictures, method=ADVICE['method']))
     return tuple(pages)
 

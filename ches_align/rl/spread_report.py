@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader
 
 from ..audit.data import dialogue_text
-from ..audit.report import _md, _num, _pct, _png
+from ..audit.page import figure_png, md_escape, percent, short_number
 from ..audit.runs import plain, read_object, write_files
 from .sampling import prompt_hash
 
@@ -35,8 +35,8 @@ def _said(summary: dict) -> str:
     if 'verdicts' not in summary: return f"{summary['prompts']} prompts, none with two rewards: nothing can be said."
     if summary['constant']: return 'Every reward is the same: there is no gradient anywhere.'
     v, total = summary['verdicts'], summary['prompts']
-    return (f"{_pct(v['spread'][0])} of {total} prompts surely have a reward that varies, {_pct(v['flat'][0])} surely have none, {_pct(v['undecided'][0])} cannot be told "
-            f"from {_num(summary['samples'])} rewards; about {_pct(summary['below'][0])} are under the threshold once the noise is taken out.")
+    return (f"{percent(v['spread'][0])} of {total} prompts surely have a reward that varies, {percent(v['flat'][0])} surely have none, {percent(v['undecided'][0])} cannot be told "
+            f"from {short_number(summary['samples'])} rewards; about {percent(summary['below'][0])} are under the threshold once the noise is taken out.")
 
 def _clip(text: str) -> str: return text if len(text) <= 300 else f'{text[:300]}…'
 
@@ -71,10 +71,10 @@ def spread_report(
         errors=Counter(r['reward_error'] for r in rows if r.get('reward_error')).most_common(10),
         **{v: plain(_shown(table[table.verdict == v], rows, count)) for v in ('flat', 'undecided')})
     many = table[table.n > 1]
-    figures = dict(arch=_png(_arch, many, table.attrs['value_range'], table.attrs['threshold']), histogram=_png(_histogram, many, table.attrs['threshold'])) if len(many) > 2 else {}
+    figures = dict(arch=figure_png(_arch, many, table.attrs['value_range'], table.attrs['threshold']), histogram=figure_png(_histogram, many, table.attrs['threshold'])) if len(many) > 2 else {}
     options, pages = dict(loader=PackageLoader('ches_align'), trim_blocks=True, lstrip_blocks=True), {}
-    for name, env in (('html', Environment(autoescape=True, **options)), ('md', Environment(finalize=_md, **options))):
-        env.filters |= dict(num=_num, pct=_pct, clip=_clip)
+    for name, env in (('html', Environment(autoescape=True, **options)), ('md', Environment(finalize=md_escape, **options))):
+        env.filters |= dict(num=short_number, pct=percent, clip=_clip)
         pages[out/f'report.{name}'] = env.get_template(f'spread.{name}.j2').render(r=report, figures=figures).encode('utf-8', 'replace')
     write_files(pages)
     return list(pages)
