@@ -22,7 +22,8 @@ from scipy.stats import spearmanr
 
 from ches_align.audit.data import load_pairs
 from ches_align.audit.hidden_states import EncodedPair, default_budget, encode_pairs
-from ches_align.audit.models import compile_backbone, embedded_gguf, gguf_folder, load_model, wrap_model
+from ches_align.audit.model_files import embedded_gguf, gguf_folder
+from ches_align.audit.models import compile_backbone, load_model, wrap_model
 from ches_align.audit.pair_scores import FROM_STATES, score_block
 from ches_align.audit.scoring import score_dataset
 from ches_align.audit.shared_prompts import choose_sharing, share_saved, sizes_of

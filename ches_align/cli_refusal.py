@@ -8,7 +8,6 @@ __all__ = ['ches_generate', 'ches_judge', 'ches_refusal_pairs', 'ches_refusal_ra
 # %% ../nbs/610_cli_refusal.ipynb #56d1909f
 # The annotations of call_parse's `Param(...)` are calls, which no type is:
 # pyright: reportInvalidTypeForm=false
-import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -25,8 +24,6 @@ def _lines(rows: list[dict]) -> bytes:
     return ''.join(json.dumps(plain(r), ensure_ascii=False) + '\n' for r in rows).encode()
 
 def _json(value: dict) -> bytes: return (json.dumps(plain(value), indent=1, ensure_ascii=False) + '\n').encode()
-
-def _digest(value: Any) -> str: return hashlib.sha256(_json(dict(value=value))).hexdigest()[:16]
 
 def _fault(row: dict, needs: tuple) -> str:
     "What keeps a row from being used"
@@ -135,56 +132,22 @@ def _make_judge(judge: str, template: str | None, folder: str | None, load: dict
 def _judge_is_there(judge: str, template: str | None, folder: str | None, load: dict) -> None:
     "Asked before hours of generation"
     from transformers import AutoConfig
-    from ches_align.audit.models import _resolve
+    from ches_align.audit.model_files import model_source
     from ches_align.refusal.judges import SORRY_JUDGE
     _question(judge, template, folder)
     if judge == 'rule': return
-    try: AutoConfig.from_pretrained(_resolve(folder or SORRY_JUDGE if judge == 'sorry' else judge))
+    try: AutoConfig.from_pretrained(model_source(folder or SORRY_JUDGE if judge == 'sorry' else judge))
     except Exception: _make_judge(judge, template, folder, load)  # says why, or is there though it has no config
 
 # %% ../nbs/610_cli_refusal.ipynb #9a9179ce
-def _refusals(judged: list[dict], about: dict) -> dict:
-    "What goes into refusals.json"
-    from ches_align.refusal.judges import refusal_rate
-    from ches_align.rl.sampling import prompt_hash
-    whole = refusal_rate(judged).iloc[0].drop('group').to_dict()
-    named = any(r.get('category') for r in judged)
-    groups = refusal_rate([dict(category=None) | r for r in judged], 'category').to_dict('records') if named else []
-    why = Counter(r['judge_error'] for r in judged if r['refused'] is None)
-    return about | dict(prompts=_digest(sorted({prompt_hash(r['prompt']) for r in judged})), **whole,
-                        undecided_because=dict(why.most_common()), categories=groups)
-
 def _judge(rows: list[dict], judge: Any, out: Path, about: dict) -> dict:
     "Judge; `out` gets the journal and, at the end, rows.jsonl and refusals.json"
     from ches_align.refusal.judges import judge_responses
+    from ches_align.refusal.rates import refusal_summary
     judged = judge_responses(rows, judge, out)
-    made = _refusals(judged, about | dict(judge=judge.name, template=judge.identity.get('template')))
+    made = refusal_summary(judged, about | dict(judge=judge.name, template=judge.identity.get('template')))
     write_files({out/'rows.jsonl': _lines(judged), out/'refusals.json': _json(made)})
     return made
-
-# %% ../nbs/610_cli_refusal.ipynb #2b1679cd
-def _shares(line: dict) -> dict[str, str]:
-    "A rate for people"
-    if line['rows'] == line['undecided']: rate, interval = 'undefined', '-'
-    else: rate, interval = f"{line['rate']:.1%}", f"{line['low']:.1%} to {line['high']:.1%}"
-    return {'responses': line['rows'], 'undecided': line['undecided'], 'refused': line['refused'], 'rate': rate,
-            '95% interval': interval}
-
-def _aligned(lines: list[dict]) -> str:
-    table = [list(lines[0]), *([str(cell) for cell in line.values()] for line in lines)]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return '\n'.join('  '.join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table)
-
-def _said(made: dict) -> str:
-    "All of refusals.json for people"
-    lines = [dict(judge=made['judge']) | _shares(made)]
-    said, groups = [_aligned(lines)], [dict(category=c['category'] or '-') | _shares(c) for c in made['categories']]
-    if groups: said.append(_aligned(groups))
-    if made['rows'] == made['undecided']: said.append('no response got a verdict: the refusal rate is undefined')
-    if why := made['undecided_because']:
-        reasons = ', '.join(f'{n} {reason}' for reason, n in list(why.items())[:5])
-        said.append(f'undecided: {reasons}; kept with the reason, and judged again by the same command')
-    return '\n\n'.join(said)
 
 # %% ../nbs/610_cli_refusal.ipynb #e4494d1f
 def _origin(source: str | Path) -> dict:
@@ -206,11 +169,12 @@ def ches_judge(
 ):
     "Say of each response whether it refuses, and how often a model does."
     with one_line('ches_judge'):
+        from ches_align.refusal.rates import summary_text
         rows = _read_whole(responses, ('prompt', 'response'), 'ches_generate')
         _quiet()
         asked = _make_judge(judge, template, judge_path, dict(dtype=dtype, device=device, quantize=quantize))
         made = _judge(rows, asked, Path(out).expanduser(), _origin(responses))
-        print(_said(made), f'rows: {out}/rows.jsonl', sep='\n')
+        print(summary_text(made), f'rows: {out}/rows.jsonl', sep='\n')
 
 # %% ../nbs/610_cli_refusal.ipynb #f716d9c6
 def _gold(source: str | None, seed: int) -> dict | None:
@@ -265,37 +229,24 @@ def ches_refusal_pairs(
         sizes = Counter(json.dumps(r['prompt'], sort_keys=True) for r in rows).values()
         if max(sizes) < 2: raise AuditError(f'{judged}: one response a prompt, a pair needs two (--count 2)')
         from ches_align.refusal.preferences import make_preferences, split_prompts
+        from ches_align.refusal.rates import value_hash
         _quiet()
         split_prompts([], test)  # a share that cannot be is refused before a model is loaded
         good = _gold(gold, seed)
-        about = dict(judged=_digest(rows), reward_model=reward_model, gold=good and _digest(good))
+        about = dict(judged=value_hash(rows), reward_model=reward_model, gold=good and value_hash(good))
         pairs = make_preferences(rows, _scorer(reward_model, device), seed, good)
         counts = _write_pairs(pairs, Path(out).expanduser(), test, seed, about)
         print(_composition(pairs, counts, sum(n > 2 for n in sizes)), f'train: {out}/train.jsonl', sep='\n')
 
 # %% ../nbs/610_cli_refusal.ipynb #eef9e06b
-def _differing(made: list[dict]) -> list[str]:
-    "What besides model and seed is not the same in all"
-    plans = [dict(prompts=m['prompts'], judge=m['judge'], template=m['template'],
-                  sampling=(m['sampling'] or {}) | dict(seed=None)) for m in made]
-    return [key for key in plans[0] if any(p[key] != plans[0][key] for p in plans)]
-
-def _compare(folders: list[str]) -> str:
-    "Finished folders side by side"
-    made = [read_object(Path(f).expanduser()/'refusals.json') for f in folders]
-    try: lines, other = [dict(folder=f, model=m['model'] or '-', judge=m['judge']) | _shares(m)
-                         for f, m in zip(folders, made)], _differing(made)
-    except (KeyError, TypeError, ValueError) as e:
-        raise AuditError(f"{', '.join(folders)}: a refusals.json is not of ches_judge ({e!r})") from None
-    return _aligned(lines) + (f"\nnot of the same {' and '.join(other)}: not comparable as they stand" if other else '')
-
 def _measure(prompts: str, model: str, out: Path, draw: dict, read: dict, load: dict, run: dict, judge: tuple) -> None:
     "Generate, let the model go, judge; `out` gets refusals.json"
+    from ches_align.refusal.rates import summary_text
     _judge_is_there(*judge)
     rows = _generate(prompts, model, out/'generated', draw, read, load, run)
     made = _judge(rows, _make_judge(*judge), out/'judged', _origin(out/'generated'))
     write_files({out/'refusals.json': _json(made)})
-    if made['undecided_because']: print(_said(made), end='\n\n')
+    if made['undecided_because']: print(summary_text(made), end='\n\n')
 
 # %% ../nbs/610_cli_refusal.ipynb #de229f88
 @call_parse
@@ -327,13 +278,14 @@ def ches_refusal_rate(
 ):
     "How often a model refuses: generate, judge, and one row of a table."
     with one_line('ches_refusal_rate'):
+        from ches_align.refusal.rates import compare_summaries
         _quiet()
         if not (prompts or against): raise AuditError('no prompts, and no finished folders (--against)')
-        if against: _compare(against)  # cannot be read: said before anything is generated
+        if against: compare_summaries(against)  # cannot be read: said before anything is generated
         if prompts:
             read, load = dict(style=style, split=split, limit=limit, seed=sample_seed), dict(dtype=dtype, device=device)
             draw = dict(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, count=count, seed=seed)
             run = dict(batch_tokens=batch_tokens, engine=engine, chat=chat, no_chat=no_chat)
             _measure(prompts, model, Path(out).expanduser(), draw, read, load | dict(revision=revision), run,
                      (judge, template, judge_path, load | dict(quantize=quantize)))
-        print(_compare([*against, *[out] * bool(prompts)]))
+        print(compare_summaries([*against, *[out] * bool(prompts)]))

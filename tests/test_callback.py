@@ -30,7 +30,7 @@ from trl import DPOConfig, DPOTrainer
 
 @lru_cache
 def tokenizer():
-    from ches_align.audit.models import embedded_gguf, gguf_folder
+    from ches_align.audit.model_files import embedded_gguf, gguf_folder
     return AutoTokenizer.from_pretrained(gguf_folder(embedded_gguf('smollm2-135m')))
 
 @lru_cache

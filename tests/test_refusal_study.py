@@ -32,7 +32,7 @@ def test_refusals_killed_and_run_again(place):
     (['teach=null'], 'arm gold needs a file'), (['judge=sorry'], 'needs a template'), (['model=nowhere'], 'nowhere')], ids=lambda v: v[0] if isinstance(v, list) else '')
 def test_what_cannot_work(place, changes, said, monkeypatch):
     "One line and exit code 1, from the command's own function"
-    from ches_align.cli import ches_train
+    from ches_align.cli_train import ches_train
     monkeypatch.chdir(place)
     with pytest.raises(SystemExit) as stop: ches_train('study.yaml', set=['out=wrong', *changes])
     assert said in str(stop.value) and '\n' not in str(stop.value) and not (place/'wrong'/'manifest.json').exists()

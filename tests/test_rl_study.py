@@ -37,7 +37,7 @@ def test_killed_and_run_again(place):
     (['reward=format'], 'format needs an expression'), (['high=-1', 'low=-2'], 'leave the range -2 to -1')], ids=lambda v: v[0] if isinstance(v, list) else '')
 def test_what_cannot_work(place, tmp_path, changes, said, monkeypatch):
     "One line and exit code 1"
-    from ches_align.cli import ches_train
+    from ches_align.cli_train import ches_train
     monkeypatch.chdir(place)
     with pytest.raises(SystemExit) as stop: ches_train('study.yaml', set=[f"out={tmp_path/'out'}", *changes])
     assert said in str(stop.value) and '\n' not in str(stop.value), stop.value

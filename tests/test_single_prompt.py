@@ -93,7 +93,7 @@ def test_check_loads_no_weights(place):
     ({}, dict(against='nowhere.json', set=['seeds=[1]']), 'not a record of a grid'),
 ])
 def test_what_cannot_work_is_one_line(place, changes, args, said, monkeypatch):
-    from ches_align.cli import ches_train
+    from ches_align.cli_train import ches_train
     monkeypatch.chdir(place)
     with pytest.raises(SystemExit) as e: ches_train(save(place, 'bad.yaml', **changes), **args)
     assert str(e.value).startswith('ches_train: ') and said in str(e.value) and '\n' not in str(e.value)

@@ -67,7 +67,7 @@ def test_two_processes(place):
     (['data=nowhere.jsonl'], 'no such file')], ids=lambda v: v[0].split('=')[0] if isinstance(v, list) else '')
 def test_what_cannot_work(place, changes, said, monkeypatch, capsys):
     "One line and exit code 1, from the command's own function"
-    from ches_align.cli import ches_train as command
+    from ches_align.cli_train import ches_train as command
     monkeypatch.chdir(place)
     with pytest.raises(SystemExit) as stop: command('study.yaml', set=['out=wrong', *changes])
     assert said in str(stop.value) and '\n' not in str(stop.value)

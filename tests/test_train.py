@@ -22,7 +22,8 @@ from trl import DPOConfig, DPOTrainer
 
 from ches_align.audit.data import load_pairs
 from ches_align.audit.files import AuditError
-from ches_align.audit.models import embedded_gguf, gguf_folder, load_model
+from ches_align.audit.model_files import embedded_gguf, gguf_folder
+from ches_align.audit.models import load_model
 from ches_align.audit.runs import write_files
 from ches_align.theory.losses import LOSSES
 from ches_align.training.config import ConfigError, load_config

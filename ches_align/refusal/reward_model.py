@@ -14,7 +14,8 @@ import torch
 
 from ..audit.files import AuditError
 from ..audit.hidden_states import plan_batches
-from ..audit.models import _resolve, weights_hash
+from ..audit.model_files import model_source
+from ..audit.models import weights_hash
 from .judges import _as_text
 
 # %% ../../nbs/refusal/370_reward_model.ipynb #df203e18
@@ -22,8 +23,8 @@ def _load_scorer(name: str, tokenizer: Any, loading: dict) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            _resolve(name), use_safetensors=True, output_loading_info=True, **loading)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(_resolve(name), revision=loading.get('revision'))
+            model_source(name), use_safetensors=True, output_loading_info=True, **loading)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model_source(name), revision=loading.get('revision'))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
         raise AuditError(f'reward model {name} cannot be loaded: {" ".join(str(e).split())[:300]}') from e
     if lost := sorted(info['missing_keys']): raise AuditError(f'reward model {name}: {lost[0]} would be random')

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from ..audit.data import Text
 from ..audit.files import AuditError
 from ..audit.hidden_states import plan_batches
-from ..audit.models import ScoringModel, _resolve, weights_hash
+from ..audit.model_files import model_source
+from ..audit.models import ScoringModel, weights_hash
 from ..audit.runs import add_run, open_runs
 from ..audit.workers import errors_of_all, first_alone, main_writer, processes, same_everywhere, shared_counter
 from .sampling import Sampling, encode_prompts, end_tokens, generate_batch, prompt_hash, row_seed
@@ -38,7 +39,7 @@ def _vllm_engine(lm: ScoringModel, sampling: Sampling) -> Engine:
     if not _as_stored(lm):
         raise AuditError(f"model {lm.name}: engine 'vllm' reads a whole causal model from its folder, and this one is not what is "
                          "stored there (adapter, quantised, trained in memory): save it and load it from there, or use 'transformers'")
-    source = _resolve(lm.name)
+    source = model_source(lm.name)
     room = None if lm.max_length is None else int(lm.max_length)
     llm = LLM(model=source, revision=lm.provenance['revision'], dtype=lm.provenance['dtype'], max_model_len=room)
     same = dict(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1,

@@ -21,8 +21,9 @@ from transformers import (GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..audit.data import Text, dialogue_text
 from ..audit.files import AuditError
-from ..audit.models import (ScoringModel, _resolve, _text_hash, _tokenizer_text, load_model, read_head,
-                                     weights_hash, wrap_model)
+from ..audit.model_files import model_source
+from ..audit.models import (
+    ScoringModel, _text_hash, _tokenizer_text, load_model, read_head, weights_hash, wrap_model)
 
 # %% ../../nbs/rl/300_sampling.ipynb #e332ea56
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def load_generator(
 ) -> ScoringModel:
     "Load a model that generates. Raises `AuditError` with the reason."
     from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
-    source, device = _resolve(name), device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    source, device = model_source(name), device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         if not AutoConfig.from_pretrained(source, revision=revision).is_encoder_decoder:
             return load_model(name, dtype, device, revision=revision)

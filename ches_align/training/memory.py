@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..audit.files import AuditError
-from ..audit.models import EMBEDDED, embedded_gguf, gguf_folder
+from ..audit.model_files import EMBEDDED, embedded_gguf, gguf_folder
 
 # %% ../../nbs/training/190_memory.ipynb #c6b0f8f4
 def read_architecture(

@@ -26,7 +26,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from ..audit.data import Pair, load_pairs
 from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair
-from ..audit.models import EMBEDDED, ScoringModel, load_model
+from ..audit.model_files import EMBEDDED
+from ..audit.models import ScoringModel, load_model
 from ..audit.runs import plain, read_object, write_files
 from .callback import DisplacementCallback
 from .config import config_dict, load_config, needs_reference
