@@ -108,7 +108,12 @@ def _choose(table, pairs, rule: dict, control: str | None, weights: bool):
         length_matched_control, merge_extra, random_control, select_pairs, soft_weights)
     if control not in (None, 'random', 'length'): raise AuditError(f'--control {control}: random or length')
     if (column := rule['stratify']) not in (None, 'length', *table): table = merge_extra(table, pairs, column)
-    if weights: return select_pairs(table, rule['by'], keep=1.).assign(weight=soft_weights(table, rule['by']))
+    if weights:
+        if control or any(rule[k] for k in ('highest', 'stratify', 'keep', 'count')) or rule['threshold'] is not None:
+            raise AuditError('--weights keeps all scored rows: leave --keep, --count, --threshold, --highest, --stratify and --control out')
+        weighted = select_pairs(table, rule['by'], keep=1.).assign(weight=soft_weights(table, rule['by']))
+        weighted.attrs['selection'] |= dict(weighted=True)
+        return weighted
     if all(rule[k] is None for k in ('keep', 'count', 'threshold')): rule['keep'] = 0.5
     chosen = select_pairs(table, **rule)
     if control: chosen = dict(random=random_control, length=length_matched_control)[control](chosen, rule['seed'])
@@ -141,6 +146,8 @@ def ches_filter(
         from ches_align.audit.scoring import load_scores
         from ches_align.audit.card import write_selection
         table = load_scores(scores)
+        if table.attrs['manifest'].get('complete') is False:  # the longest pairs are scored first
+            raise AuditError(f'{scores}: the scoring run is not finished; run the same ches_score command again')
         pairs = _scored_pairs(table, data, split=split, columns=columns)
         rule = dict(by=by, keep=keep, count=count, threshold=threshold, highest=highest, stratify=stratify, seed=seed)
         card = write_selection(_choose(table, pairs, rule, control, weights), pairs, out, weights=weights)
@@ -193,6 +200,10 @@ def ches_audit(
     max_length: int = None,      # longest prompt + response in tokens (default: what the model was made for)
     batch_tokens: int = None,    # rows times longest row of a batch (default: 768 on a CPU, 16384 on a GPU)
     device: str = None,          # cpu, cuda, cuda:1 ... (default: a GPU if there is one)
+    adapter: str = None,         # a LoRA folder to put on the model
+    revision: str = None,        # branch, tag or commit of the model
+    quantize: str = None,        # 4bit or 8bit (needs bitsandbytes)
+    trust_remote_code: bool = False, # run model code from the hub
 ):
     "Score, filter and report in one go; prints the ten worst pairs."
     with one_line('ches_audit'):
@@ -202,7 +213,8 @@ def ches_audit(
         from ches_align.audit.selection import select_pairs
         from ches_align.audit.workers import leave, processes
         _quiet()
-        scores = score_dataset(data, model, out, max_length, batch_tokens=batch_tokens, dtype=dtype, device=device,
+        options = dict(adapter=adapter, revision=revision, quantize=quantize, trust_remote_code=trust_remote_code)
+        scores = score_dataset(data, model, out, max_length, batch_tokens=batch_tokens, dtype=dtype, device=device, model_options=options,
                                split=split, columns=columns, limit=limit, seed=seed, chat=chat)
         if processes().is_main_process:
             pairs = _scored_pairs(scores, data)

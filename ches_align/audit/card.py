@@ -26,6 +26,7 @@ def rule_text(
 ) -> str:                 # the rule in words
     "A rule as one sentence."
     if not rule: return 'rows marked by hand'
+    if rule.get('weighted'): return f"all scored rows, weighted: the lower {rule['by']}, the more"
     side = 'highest' if rule['highest'] else 'lowest'
     if rule['keep'] is not None: what = f"the {side} {100 * rule['keep']:g}% by {rule['by']}"
     elif rule['count'] is not None: what = f"the {side} {rule['count']} by {rule['by']}"
@@ -46,7 +47,7 @@ def _advice(card: dict[str, Any], kept: int) -> list[str]:
              ] if steps['kept'] < steps['full'] else []
     if abs(after / before - 1) > .1:
         change = f"{abs(100 * (after / before - 1)):.0f}% {'longer' if after > before else 'shorter'}"
-        lines.append(f"Kept responses are {change}: compare with stratify='length' and length_matched_control.")
+        lines.append(f"Kept responses are {change}: compare with --stratify length and --control length (length_matched_control).")
     for column, values in card['composition'].items():
         if gone := [v for v, n in values.items() if n['before'] >= 5 and not n['after']]:
             lines.append(f"Nothing is left of {column} {', '.join(gone)}: if that is not wanted, stratify by it.")
@@ -54,8 +55,11 @@ def _advice(card: dict[str, Any], kept: int) -> list[str]:
         lines.append(f"{card['counts']['unscored']} of {card['counts']['rows']} rows were not scored: see the reasons.")
     if card['run'].get('complete') is False: lines.append('The scoring run is incomplete: finish it, select again.')
     if kept < steps['batch_size']: lines.append('Fewer pairs than one batch: expect large noise between seeds.')
-    return lines + ["Train on random_control too, with the same steps: else any gain may come from the smaller size.",
-                    'After training look at the change of the chosen log-probability and at what the model does; '
+    control = 'control' in card['rule']
+    lines.append('This is the control: compare with the filtered set in as many steps.' if control else
+                 'Train on a random control too (--control random, random_control), with the same steps: else any gain '
+                 'may come from the smaller size.')
+    return lines + ['After training look at the change of the chosen log-probability and at what the model does; '
                     'a fall alone is no failure.',
                     'Scores hold for this model, template and dtype only: score again when one changes.']
 

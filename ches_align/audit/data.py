@@ -102,6 +102,18 @@ def _persona(row: dict) -> tuple[Text, Text, Text]:
     return row['question'] + '\n', row['answer_not_matching_behavior'].strip(), row['answer_matching_behavior'].strip()
 
 # %% ../../nbs/audit/110_data.ipynb #44e7a1f5
+def _with_input(row: dict, instruction: str) -> Text:
+    "Alpaca's layout has a part of the prompt in a column of its own"
+    if not (row.get('input') and isinstance(row[instruction], str)): return row[instruction]
+    return '\n'.join((row[instruction], row['input']))
+
+def _with_system(row: dict, parts: tuple[Text, Text, Text]) -> tuple[Text, Text, Text]:
+    "A system text makes a conversation of the row"
+    if not row.get('system'): return parts
+    prompt, chosen, rejected = (_as_messages(v, role) for v, role in zip(parts, ('user', 'assistant', 'assistant')))
+    if prompt and prompt[0].get('role') == 'system': return parts
+    return [dict(role='system', content=row['system']), *prompt], chosen, rejected
+
 def _explicit(prompt: Text, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     "A prompt column beside responses; messages win over text where the two are mixed"
     if not any(isinstance(v, list) for v in (prompt, chosen, rejected)): return prompt, chosen, rejected
@@ -139,8 +151,13 @@ def choose_layout(
             f"{shorten(', '.join(sorted(found)), 300)}. Name it: --columns {need}=COLUMN")
     p, c, r = names['prompt'], names['chosen'], names['rejected']
     if p is None: return (lambda row: _implicit(row[c], row[r])), {c, r}
-    if p == 'query': return (lambda row: _explicit(_as_messages(row[p], 'user'), row[c], row[r])), {p, c, r}
-    return (lambda row: _explicit(row[p], row[c], row[r])), {p, c, r}
+    used = {p, c, r} | ({'system', *({'input'} if p == 'instruction' else ())} & found if not columns.get('prompt') else set())
+    read = (lambda row: _as_messages(row[p], 'user')) if p == 'query' else (
+        lambda row: _with_input(row, p)) if 'input' in used - {p} else lambda row: row[p]
+    def convert(row):
+        parts = _explicit(read(row), row[c], row[r])
+        return _with_system(row, parts) if 'system' in used else parts
+    return convert, used
 
 # %% ../../nbs/audit/110_data.ipynb #ebce2f7f
 def _content(value: Text) -> str:
@@ -207,6 +224,7 @@ def iter_pairs(
     chat: bool = False,                           # treat text prompts as one user message
 ) -> Iterator[Pair]:                              # one pair a row, broken ones included
     "Read a preference data set row by row, whatever its size. Raises `AuditError` for an unreadable or empty one."
+    if limit is not None and limit < 1: raise AuditError(f'limit {limit}: at least 1')
     where = shorten(str(source), 300) if isinstance(source, (str, Path)) else type(source).__name__
     drawn = None
     if limit is not None and seed is not None:  # one pass to count, one to take
@@ -214,7 +232,7 @@ def iter_pairs(
         n = sum(1 for _ in read_rows(source, split))
         drawn = set(random.Random(seed).sample(range(n), min(limit, n)))
     rows = read_rows(source, split) if drawn is not None else islice(read_rows(source, split), limit)
-    if not (head := list(islice(rows, 100))) or drawn == set(): raise AuditError(f'{where}: no rows')
+    if not (head := list(islice(rows, 100))): raise AuditError(f'{where}: no rows')
     convert, used = choose_layout({k for row in head for k in row}, where, parse_columns(columns))
     for i, row in enumerate(chain(head, rows)):
         if drawn is None or i in drawn: yield make_pair(i, row, convert, used, chat)

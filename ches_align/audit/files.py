@@ -63,7 +63,7 @@ def _read_json(path: Path) -> Iterator[dict]:
 def _read_csv(path: Path) -> Iterator[dict]:
     csv.field_size_limit(2**31 - 1)  # responses are longer than the module's 128 KB default
     with open(path, encoding='utf-8-sig', newline='') as f:
-        rows = csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ',', strict=True)
+        rows = csv.DictReader(f, delimiter='\t' if path.suffix.lower() == '.tsv' else ',', strict=True)
         try:
             for row in rows:
                 if None in row:
@@ -97,7 +97,7 @@ def _whole(path: Path, batches: Iterable[Any]) -> Iterator[dict]:
 def _read_arrow(path: Path) -> Iterator[dict]:
     import pyarrow as pa, pyarrow.parquet as pq
     try:
-        if path.suffix == '.parquet':
+        if path.suffix.lower() == '.parquet':
             file = pq.ParquetFile(path)
             yield from _whole(path, file.iter_batches(_batch_rows(path, file.metadata)))
             return
@@ -115,7 +115,7 @@ READERS = {'.jsonl': read_jsonl, '.ndjson': read_jsonl, '.json': _read_json, '.c
            '.parquet': _read_arrow, '.arrow': _read_arrow}
 
 def _read_file(path: Path) -> Iterator[dict]:
-    try: yield from READERS[path.suffix](path)
+    try: yield from READERS[path.suffix.lower()](path)
     except OSError as e: raise AuditError(f'{shorten(str(path), 300)}: cannot be read ({e.strerror or e})') from None
 
 # %% ../../nbs/audit/100_files.ipynb #509afde3
@@ -144,11 +144,14 @@ def _read_saved(path: Path, split: str | None) -> Iterator[dict]:
 
 def _read_folder(path: Path, split: str | None) -> Iterator[dict]:
     if (path/'dataset_dict.json').exists() or (path/'state.json').exists(): return _read_saved(path, split)
-    files = [f for f in sorted(path.iterdir()) if f.suffix in READERS]
+    files = [f for f in sorted(path.iterdir()) if f.suffix.lower() in READERS]
     groups: dict[str, list[Path]] = {}
     for f in files: groups.setdefault(re.sub(r'[-_.]?\d+(-of-\d+)?$', '', f.stem) or 'all', []).append(f)
     if not files: raise AuditError(f"{path}: no data files ({' '.join(READERS)})")
-    return chain.from_iterable(map(_read_file, _pick_split(groups, split, str(path))))
+    some = _pick_split(groups, split, str(path))
+    if len({f.suffix.lower() for f in some}) > 1:  # the same rows twice, as likely as not
+        raise AuditError(f"{path}: {', '.join(f.name for f in some)} are of several formats; name one file")
+    return chain.from_iterable(map(_read_file, some))
 
 def _read_hub(name: str, split: str | None) -> Iterator[dict]:
     from datasets import load_dataset
@@ -174,8 +177,9 @@ def read_rows(
         size = path.stat().st_size if path.exists() else None
     except (OSError, RuntimeError) as e:  # a name that is too long, a user that is not there, a folder that is closed
         raise AuditError(f"{shorten(str(source), 300)}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
-    if size is None and path.suffix not in READERS: return _read_hub(str(source), split)
-    if path.suffix not in READERS: raise AuditError(f"{path}: unknown format; known: {' '.join(READERS)}")
+    known = path.suffix.lower() in READERS
+    if size is None and not known: return _read_hub(str(source), split)
+    if not known: raise AuditError(f"{path}: unknown format; known: {' '.join(READERS)}")
     if size is None: raise AuditError(f'{path}: no such file')
     if not size: raise AuditError(f'{path}: the file is empty')
     if split: raise AuditError(f'{path}: one file has no splits; leave --split {split} out, or name the folder')

@@ -228,7 +228,7 @@ def audit_report(
     by: str | None = None,           # column of the data for the composition; None = the first that suits
 ) -> dict:                           # what report.json holds: every number, no texts
     "One page on what the scores mean. Raises `AuditError` for pairs of other data or a folder that cannot be written."
-    report = _collect(scores, pairs, worst, by, str(out) if out and (Path(out)/'scores').is_dir() else 'SCORES')
+    report = _collect(scores, pairs, worst, by, scores.attrs.get('path', 'SCORES'))
     data = report['manifest'].get('data')
     report['title'] = title or f"Preference audit{f': {Path(str(data)).name}' if data else ''}"
     numbers = plain(report | {side: [{k: v for k, v in p.items() if k != 'texts'} for p in report[side]]

@@ -6,6 +6,7 @@
 __all__ = ['writing', 'write_files', 'plain', 'read_object', 'open_runs', 'add_run', 'load_runs', 'only_writer']
 
 # %% ../../nbs/audit/101_runs.ipynb #210706d9
+import errno
 import json
 import math
 import os
@@ -43,6 +44,9 @@ def write_files(
                 with open(part, 'wb') as f:
                     for piece in [content] if isinstance(content, bytes) else content: f.write(piece)
                     f.flush(); os.fsync(f.fileno())
+        for path, part in partial.items():  # a folder of that name would stop the renaming half way
+            with writing(path):
+                if path.is_dir(): raise IsADirectoryError(errno.EISDIR, 'Is a directory')
         for path, part in partial.items():
             with writing(path): os.replace(part, path)
     finally:

@@ -69,7 +69,7 @@ def _write_manifest(out: Path, manifest: dict) -> None:
 
 def load_scores(
     path: str | Path,  # a run's folder, its `scores` folder, or one Parquet file
-) -> pd.DataFrame:     # a row a pair, by row_id; `attrs['manifest']` is the run's manifest
+) -> pd.DataFrame:     # a row a pair, by row_id; `attrs`: the run's `manifest`, and the `path`
     "Read a table of scores. Raises `AuditError` when there is none, or when a shard is not one of ours."
     path = Path(path).expanduser()
     folder = path/'scores' if (path/'scores').is_dir() else path
@@ -85,6 +85,7 @@ def load_scores(
         raise AuditError(f'{path}: not a table of scores, a column has another type ({str(e)[:200]})') from None
     if (twice := frame.row_id.duplicated()).any():
         raise AuditError(f'{path}: row {frame.row_id[twice].iloc[0]} is there twice')
+    frame.attrs['path'] = str(path)
     home = next((d for d in (folder, folder.parent) if (d/'manifest.json').exists()), None)
     frame.attrs['manifest'] = read_object(home/'manifest.json') if home else {}
     return frame
@@ -121,7 +122,8 @@ def _score_shards(lm, store: TokenStore, plan, out, settings, progress) -> list[
             continue
         some = store.rows(shard)
         try: done = score_block(lm, some, **settings) if k else [blank_row(e) for e in some]
-        except (torch.OutOfMemoryError, MemoryError):
+        except (RuntimeError, MemoryError) as e:  # a CPU's allocator has no error of its own
+            if not (isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)): raise
             raise AuditError(f'out of memory in shard {k}: lower --batch_tokens ({settings["batch_tokens"]})') from None
         if path is not None: write_files({path: score_table(done).to_parquet(index=False)})
         else: rows += done
@@ -149,6 +151,8 @@ def score_dataset(
 ) -> pd.DataFrame:                   # a row a pair, `COLUMNS`; the manifest in `attrs['manifest']`
     "Score every pair of a data set; with `out`, continue what is there. Raises `AuditError` for what a user can mend."
     given = isinstance(data, list) and data and isinstance(data[0], Pair)
+    if given and any(v not in (None, False) for v in loading.values()):
+        raise AuditError(f"{', '.join(loading)}: pairs that are loaded already are scored as they are")
     pairs = iter(data) if given else iter_pairs(data, **loading)
     pairs = chain([next(pairs)], pairs)  # what is wrong with the data is told before the model is loaded
     here = processes()
@@ -163,7 +167,7 @@ def score_dataset(
         settings = dict(convention=convention, head=head, batch_tokens=batch_tokens or default_budget(lm), share_prompt=shares)
         plan = plan_shards(store.sizes, by_prompt=shares)
         identity = run_identity(lm, store.data_hash, len(store), settings | dict(max_length=max_length, compiled=compile, shards=_plan_hash(plan)))
-        source = str(data) if isinstance(data, (str, Path)) else type(data).__name__
+        source = str(data) if isinstance(data, (str, Path)) else None  # from memory: nowhere to be read again
         about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, form='text' if store.has_text else 'messages',
                      seed=loading.get('seed'), loading=loading, sharing=says, hardware=_hardware(lm))
         return _score_store(lm, store, plan, out, settings, identity, about, progress, start)

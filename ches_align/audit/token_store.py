@@ -69,13 +69,16 @@ def token_store(
     pairs = iter(tqdm(pairs, unit='pair', desc='tokenising', disable=None if progress else True))
     with tempfile.TemporaryDirectory(prefix='ches_align_', ignore_cleanup_errors=True) as folder:
         path = Path(folder)/'tokens.arrow'
-        with writing(path), pa.ipc.new_file(str(path), SCHEMA) as file:
-            while some := list(islice(pairs, block)):
+        with writing(path): file = pa.ipc.new_file(str(path), SCHEMA)
+        with file:
+            while some := list(islice(pairs, block)):  # what cannot be read is told by who reads it
                 encoded = encode_pairs(some, tokenizer, max_length, convention, block)
                 digest.update((' ' * bool(sizes) + ' '.join(f'{p.row_id}:{p.row_hash}' for p in some)).encode())
                 has_text = has_text or any(isinstance(p.prompt, str) for p in some)
                 sizes.append(sizes_of(encoded))
-                file.write_batch(pa.RecordBatch.from_pylist([vars(e) for e in encoded], SCHEMA))
+                made = pa.RecordBatch.from_pylist([vars(e) for e in encoded], SCHEMA)
+                with writing(path): file.write_batch(made)
+            with writing(path): file.close()
         store = TokenStore(path, sizes, digest.hexdigest()[:16], has_text)
         try: yield store
         finally: store.source.close()

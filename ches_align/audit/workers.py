@@ -49,6 +49,7 @@ def together() -> None:
     try: processes().wait_for_everyone()
     except RuntimeError as e:
         raise AuditError(f"another process has gone ({' '.join(str(e).split())[:120]}); what was finished is kept, the same command continues") from None
+
 def leave() -> None:
     "End together, at the end of a program: who leaves early may abort the others."
     if processes().num_processes > 1:
