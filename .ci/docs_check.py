@@ -165,7 +165,9 @@ def build(root: Path) -> list[str]:
         if run.returncode:
             return [f'nbdev cannot make the pages: {run.stderr[run.stderr.rfind("Exception: "):].strip()[:1000]}']
         quarto, made = yaml.safe_load((tmp/'_quarto.yml').read_text(encoding='utf-8')), tmp/'_proc'
-        beside = [*quarto.get('metadata-files', []), quarto['format']['html'].get('css')]
+        html = quarto['format']['html']
+        layers = [name for theme in html.get('theme', {}).values() for name in theme if name.endswith('.scss')]
+        beside = [*quarto.get('metadata-files', []), html.get('css'), *layers]
         faults = [f'_quarto.yml: {name} does not exist' for name in beside if name and not (made/name).exists()]
         if not (made/'_quarto.yml').exists(): faults.append('nbs/_quarto.yml: no link to ../_quarto.yml')
         pages = [p.relative_to(tmp/'nbs') for p in notebooks(tmp)]
