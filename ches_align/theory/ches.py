@@ -151,7 +151,7 @@ def token_grams(
     groups: Sequence[tuple[Tensor, Tensor, int]],   # states `[n dim]`, the tokens `[n]` they predict, rows asked for
     block: int = 8192,                              # vocabulary rows at a time; memory grows with states * block
 ) -> list[tuple[Tensor, Tensor]]:                   # a group: inner products `[rows n]`, log-probabilities `[n]` (nats)
-    "Inner products of gradients of tokens' ln pi in the output layer (@eq-gram), several groups a pass; fp32 or better."
+    "Inner products of the tokens' gradients in the output layer (@eq-gram), several groups a pass; fp32 or better."
     hidden = torch.cat([h for h, _, _ in groups])
     H = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     parts, start = [], 0
