@@ -136,6 +136,7 @@ def generate_responses(
     with main_writer(out) as folder:
         def there(): return first_alone(lambda: _responses(folder, identity, about)) if folder else []
         have = {(r['prompt_index'], r['k']): r for r in there()}
-        with errors_of_all(): _run_batches(plan, keys, encoded, seeds, run, row, have, folder, progress and processes().is_main_process)
+        shown = progress and processes().is_main_process
+        with errors_of_all(): _run_batches(plan, keys, encoded, seeds, run, row, have, folder, shown)
         if processes().num_processes > 1: have = {(r['prompt_index'], r['k']): r for r in there()}
     return [have[key] for key in keys]

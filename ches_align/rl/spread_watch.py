@@ -12,6 +12,7 @@ from typing import Any, Callable, Hashable, Sequence
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from transformers import TrainerCallback
 
 from ..audit.files import AuditError, read_rows
@@ -34,17 +35,20 @@ def step_spread(
 ) -> dict[str, float]:                  # JSON-able; NaN where no group has two finite rewards
     "The spread within the prompts of one batch. Raises `AuditError` for lists that do not match."
     if len(prompt_ids) != len(rewards) or (raw_rewards is not None and len(raw_rewards) != len(rewards)):
-        raise AuditError(f'{len(prompt_ids)} prompt ids, {len(rewards)} rewards' + (f', {len(raw_rewards)} raw rewards' if raw_rewards is not None else ''))
+        raw = f', {len(raw_rewards)} raw rewards' if raw_rewards is not None else ''
+        raise AuditError(f'{len(prompt_ids)} prompt ids, {len(rewards)} rewards{raw}')
     groups = {p: r for p, r in _by_prompt(prompt_ids, rewards).items() if len(r) > 1}
     finite = clean_rewards(rewards)[0]
     a, width = value_range[0], (value_range[1] - value_range[0]) or 1.
-    std, mean = np.array([r.std(ddof=1) for r in groups.values()])/width, (np.array([r.mean() for r in groups.values()]) - a)/width
+    std = np.array([r.std(ddof=1) for r in groups.values()])/width
+    mean = (np.array([r.mean() for r in groups.values()]) - a)/width
     zero = std < tolerance
     share = lambda mask: float(np.mean(mask)) if len(groups) else float('nan')
     at = lambda q: float(np.quantile(std, q))*width if len(groups) else float('nan')
-    made = dict(groups=len(groups), failed=len(rewards) - len(finite), mean=float(finite.mean()) if len(finite) else float('nan'),
-                std_mean=float(std.mean())*width if len(groups) else float('nan'), std_median=at(.5), std_p10=at(.1), zero=share(zero), near_zero=share(std < near),
-                zero_floor=share(zero & (mean < near)), zero_ceiling=share(zero & (mean > 1 - near)),
+    made = dict(groups=len(groups), failed=len(rewards) - len(finite),
+                mean=float(finite.mean()) if len(finite) else float('nan'),
+                std_mean=float(std.mean())*width if len(groups) else float('nan'), std_median=at(.5), std_p10=at(.1),
+                zero=share(zero), near_zero=share(std < near), zero_floor=share(zero & (mean < near)), zero_ceiling=share(zero & (mean > 1 - near)),
                 batch_std=float(finite.std(ddof=1)) if len(finite) > 1 else float('nan'))
     if raw_rewards is not None:
         raw = _by_prompt(prompt_ids, raw_rewards)
@@ -81,35 +85,43 @@ class SpreadWatch:
         a, b = self.value_range or (self._seen if self._seen[0] <= self._seen[1] else (0., 1.))
         made = step_spread(prompt_ids, rewards, (a, b), raw_rewards, near=self.near)
         made['failed_share'] = made['failed']/len(rewards) if len(rewards) else 0.
-        for p, r in _by_prompt(prompt_ids, rewards).items():
-            if len(r) < 2: continue
-            had = self._prompts.setdefault(p, dict(times=0, zero=0, means=[], stds=[]))
-            had['times'] += 1
-            had['zero'] += int(r.std(ddof=1) < 1e-6*((b - a) or 1.))
-            had['means'].append(float(r.mean())); had['stds'].append(float(r.std(ddof=1)))
+        self._remember(_by_prompt(prompt_ids, rewards), (b - a) or 1.)
         self.steps.append(dict(step=len(self.steps) if step is None else step) | made)
         self._alarm()
         return self.steps[-1] | dict(alarms=sorted(self.alarms))
 
-    def _alarm(self) -> None:
-        for name, limit in self.limits.items():
-            last = [s.get(name, float('nan')) for s in self.steps[-self.patience:]]
-            if name not in self.alarms and len(last) == self.patience and all(x > limit for x in last):
-                self.alarms.add(name)
-                self.tell(f"step {self.steps[-1]['step']}: {name} above {limit:g} for {self.patience} steps ({last[-1]:.2f})")
-            elif name in self.alarms and last[-1] < .8*limit:
-                self.alarms.discard(name)
-                self.tell(f"step {self.steps[-1]['step']}: {name} back at {last[-1]:.2f}")
+# %% ../../nbs/rl/333_spread_watch.ipynb #ee2e0e95
+@patch
+def _remember(self: SpreadWatch, groups: dict[Hashable, np.ndarray], width: float) -> None:
+    for p, r in groups.items():
+        if len(r) < 2: continue
+        had = self._prompts.setdefault(p, dict(times=0, zero=0, means=[], stds=[]))
+        had['times'] += 1
+        had['zero'] += int(r.std(ddof=1) < 1e-6*width)
+        had['means'].append(float(r.mean())); had['stds'].append(float(r.std(ddof=1)))
 
-    def table(self) -> pd.DataFrame: # a row a step
-        return pd.DataFrame(self.steps)
+@patch
+def _alarm(self: SpreadWatch) -> None:
+    for name, limit in self.limits.items():
+        last = [s.get(name, float('nan')) for s in self.steps[-self.patience:]]
+        if name not in self.alarms and len(last) == self.patience and all(x > limit for x in last):
+            self.alarms.add(name)
+            self.tell(f"step {self.steps[-1]['step']}: {name} above {limit:g} for {self.patience} steps ({last[-1]:.2f})")
+        elif name in self.alarms and last[-1] < .8*limit:
+            self.alarms.discard(name)
+            self.tell(f"step {self.steps[-1]['step']}: {name} back at {last[-1]:.2f}")
 
-    def prompts(self) -> pd.DataFrame: # prompt, times, zero (how often without gradient), first and last mean, mean std
-        "What each prompt was like, those that never had a gradient first."
-        rows = [dict(prompt=p, times=h['times'], zero=h['zero'], first_mean=h['means'][0], last_mean=h['means'][-1], std=float(np.mean(h['stds'])))
-                for p, h in self._prompts.items()]
-        return pd.DataFrame(rows, columns=['prompt', 'times', 'zero', 'first_mean', 'last_mean', 'std']).assign(
-            share=lambda t: t.zero/t.times).sort_values(['share', 'times'], ascending=False, ignore_index=True)
+@patch
+def table(self: SpreadWatch) -> pd.DataFrame: # a row a step
+    return pd.DataFrame(self.steps)
+
+@patch
+def prompts(self: SpreadWatch) -> pd.DataFrame: # prompt, times, zero (how often without gradient), first and last mean, mean std
+    "What each prompt was like, those that never had a gradient first."
+    rows = [dict(prompt=p, times=h['times'], zero=h['zero'], first_mean=h['means'][0], last_mean=h['means'][-1],
+                 std=float(np.mean(h['stds']))) for p, h in self._prompts.items()]
+    made = pd.DataFrame(rows, columns=['prompt', 'times', 'zero', 'first_mean', 'last_mean', 'std'])
+    return made.assign(share=made.zero/made.times).sort_values(['share', 'times'], ascending=False, ignore_index=True)
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #30c61ec7
 def watch_reward(
