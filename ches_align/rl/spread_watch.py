@@ -90,7 +90,7 @@ class SpreadWatch:
         self._alarm()
         return self.steps[-1] | dict(alarms=sorted(self.alarms))
 
-# %% ../../nbs/rl/333_spread_watch.ipynb #ee2e0e95
+# %% ../../nbs/rl/333_spread_watch.ipynb #588e5b1a
 @patch
 def _remember(self: SpreadWatch, groups: dict[Hashable, np.ndarray], width: float) -> None:
     for p, r in groups.items():
