@@ -58,6 +58,7 @@ def _response_logits(lm: ScoringModel, prompts: Sequence[list[int]], responses: 
         logits = model(input_ids=whole, attention_mask=seen, position_ids=positions, **some).logits[:, -y.shape[1] - 1:-1]
     return logits.float(), y, mask
 
+# %% ../../nbs/rl/340_policy_gradient.ipynb #03845765
 def policy_logps(
     lm: ScoringModel,               # causal or encoder-decoder
     prompts: Sequence[list[int]],   # token ids
@@ -237,6 +238,14 @@ def _zero_share(got: dict) -> float:
     return float(np.mean(wide)) if wide else float('nan')
 
 # %% ../../nbs/rl/340_policy_gradient.ipynb #35e8c5d3
+def _learnable(tasks: Sequence[dict], labels: float, steps: float) -> list[dict]:
+    for name, x in (('labels', labels), ('steps', steps)):
+        if not 0 < x <= 1: raise AuditError(f'{name} {x}: a fraction in (0, 1]')
+    known = [t for t in tasks if t.get('answer')]
+    if not known: raise AuditError(f'none of {len(list(tasks))} tasks has an answer to learn')
+    return known
+
+# %% ../../nbs/rl/340_policy_gradient.ipynb #a8f20669
 def train_supervised(
     lm: ScoringModel,            # trained in place
     tasks: Sequence[dict],       # with `answer`: a text, or several of which the first is learnt
@@ -252,12 +261,8 @@ def train_supervised(
     save: str | Path | None = None, # as for `train_policy`
     save_steps: int = 100,
 ) -> list[float]:                # the loss of each step: mean over answers of the mean over tokens, nats
-    "Learn answers. Raises `AuditError` for a fraction out of range, tasks without answers, or a loss that is no number."
-    for name, x in (('labels', labels), ('steps', steps)):
-        if not 0 < x <= 1: raise AuditError(f'{name} {x}: a fraction in (0, 1]')
-    known = [t for t in tasks if t.get('answer')]
-    if not known: raise AuditError(f'none of {len(list(tasks))} tasks has an answer to learn')
-    g = random.Random(seed)
+    "Learn answers. Raises `AuditError` for a wrong fraction, tasks without answers, or a loss that is no number."
+    known, g = _learnable(tasks, labels, steps), random.Random(seed)
     mine = g.sample(known, max(1, round(labels*len(known))))
     total = max(1, round(steps*epochs*len(known)/batch))
     encoded = encode_prompts(lm, [t['prompt'] for t in mine], chat)

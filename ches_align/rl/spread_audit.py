@@ -75,6 +75,7 @@ def count_looks(first: int, most: int) -> int:
     "Rounds from `first` samples to `most`, doubling"
     return 1 + max(0, math.ceil(math.log2(most/first)))
 
+# %% ../../nbs/rl/332_spread_audit.ipynb #6338dedf
 def audit_spread(
     lm: ScoringModel,              # from `load_generator`
     tasks: Sequence[dict],         # from `load_tasks`
@@ -170,6 +171,7 @@ def _too_few(table: pd.DataFrame) -> list[str]:
     return [f'{len(equal)} of the undecided got the same reward every time, {n} times at most: that still fits a standard deviation of '
             f'{room:.2g}. To call them flat takes {needed} responses or more, or a threshold above {room:.2g}.']
 
+# %% ../../nbs/rl/332_spread_audit.ipynb #088bceb8
 def write_spread(
     table: pd.DataFrame,     # from `audit_spread` or `spread_table`
     rows: Sequence[dict],    # a response each

@@ -65,6 +65,7 @@ class TrainingState:
             if isinstance(e, AuditError): raise
             raise AuditError(f'{self.path}: no state of a training ({e}): delete it') from None
 
+# %% ../../nbs/rl/334_training_state.ipynb #6b82f1e5
 @patch
 def _put_back(self: TrainingState, f: Any) -> None:
     "Weights and moments of an open file"
