@@ -40,9 +40,10 @@ def _compared(out: Path, against: str) -> str:
     try: before, after = read(against), read(out)
     except (OSError, ValueError) as e: raise AuditError(f'{against}: no table of ches_reward_std ({e})') from None
     made = compare_spread(before, after)
-    return (f"against {against}, {made['prompts']} prompts: mean {made['mean_before']:.3g} to {made['mean_after']:.3g}, "
-            f"median standard deviation {made['std_before']:.3g} to {made['std_after']:.3g}; {len(made['newly_flat'])} newly flat; "
-            f"rank correlation of the spread before with the change of the mean {made['rho']:.2f} (p = {made['p']:.2g})")
+    mean, std = (f"{made[f'{k}_before']:.3g} to {made[f'{k}_after']:.3g}" for k in ('mean', 'std'))
+    return (f"against {against}, {made['prompts']} prompts: mean {mean}, median standard deviation {std}; "
+            f"{len(made['newly_flat'])} newly flat; rank correlation of the spread before with the change of the mean "
+            f"{made['rho']:.2f} (p = {made['p']:.2g})")
 
 # %% ../nbs/620_cli_spread.ipynb #878b28bc
 def _range(low: float | None, high: float | None) -> tuple[float, float] | None:
@@ -51,7 +52,8 @@ def _range(low: float | None, high: float | None) -> tuple[float, float] | None:
     if not low < high: raise AuditError(f'--low {low} --high {high}: low below high')
     return low, high
 
-def _audited(prompts: str, model: str, reward: str, out: Path, read: dict, draw: dict, load: dict, run: dict, chat: bool | None) -> tuple:
+def _audited(prompts: str, model: str, reward: str, out: Path, read: dict, draw: dict, load: dict, run: dict,
+             chat: bool | None) -> tuple:
     "Draw, reward, and the table"
     from ches_align.audit.workers import processes
     from ches_align.rl.rewards import load_reward
@@ -80,15 +82,15 @@ def _dumped(prompts: str, split: str | None, limit: int | None) -> list[dict]:
 # %% ../nbs/620_cli_spread.ipynb #cd821497
 @call_parse
 def ches_reward_std(
-    prompts: str,                 # 'sample', 'countries', 'formats', 'visits', 'grue/NAME', rows with `prompt` (or with `reward`: no model is asked)
+    prompts: str,                 # sample, countries, formats, visits, grue/NAME, or a file: `prompt`, perhaps `reward`
     model: str = 'smollm2-135m',  # 'smollm2-135m', a hub name, a folder, a LoRA folder or a .gguf file; T5 too
-    reward: str = None,           # exact_match, contains, rouge_l, sacrebleu, meteor, vader, format, classifier:MODEL, module:function
+    reward: str = None,           # exact_match, contains, rouge_l, sacrebleu ..., module:function; none: of the file
     samples: int = 64,            # at most so many responses a prompt
     first: int = 8,               # responses to every prompt; more only where they cannot tell
-    out: str = 'reward_std',      # folder for the report, table.csv, rows.jsonl, summary.json; the same command continues a run
+    out: str = 'reward_std',      # folder for report, table, rows and summary; the same command continues a run
     low: float = None,            # lowest value that the reward can have (default: of the rows)
     high: float = None,           # highest
-    threshold: float = .1,        # share of that range: a std surely below it is flat; 64 equal rewards show 0.27, 569 show 0.1
+    threshold: float = .1,        # share of that range: a std below it is flat (64 equal rewards show 0.27)
     temperature: float = 1.,      # of the softmax
     top_p: float = 1.,            # keep the most probable tokens up to this mass; 1: all
     max_new_tokens: int = 128,    # longest response
@@ -104,7 +106,10 @@ def ches_reward_std(
     no_chat: bool = False,        # leave the chat template out
     against: str = None,          # folder of an earlier audit of the same prompts, to compare with
 ):
-    "Which prompts have a reward that varies, and which give RL no gradient."
+    """Which prompts have a reward that varies, and which give RL no gradient.
+
+    Rewards: exact_match, contains, rouge_l, sacrebleu[:TOKENIZER], meteor, vader, format[:REGEX], classifier:MODEL, and
+    module:function for one of your own."""
     with one_line('ches_reward_std'):
         value_range, folder = _range(low, high), Path(out).expanduser()
         if chat and no_chat: raise AuditError('--chat or --no_chat, not both')

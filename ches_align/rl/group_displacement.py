@@ -28,17 +28,19 @@ def group_gram(
     hidden: Sequence[Float[Tensor, "n dim"]],  # of each response: the states that predict its tokens
     ids: Sequence[Int[Tensor, "n"]],           # its tokens
     block: int = 8192,                         # vocabulary rows at a time
-) -> tuple[Float[np.ndarray, "group group"], Float[np.ndarray, "group tokens"], list[float]]: # K; a token's part of K, for each response; ln pi (nats)
+) -> tuple[Float[np.ndarray, "group group"], Float[np.ndarray, "group tokens"],
+           list[float]]:                           # K; a token's part of K, for each response; ln pi (nats)
     "Inner products of the responses' gradients against the output layer (@eq-group), summed in fp64."
     (terms, logps), = token_grams(head, [(torch.cat(list(hidden)), torch.cat(list(ids)), sum(map(len, ids)))], block)
     ends = np.cumsum([0, *map(len, ids)])
     parts = [slice(a, b) for a, b in zip(ends, ends[1:])]
     tokens = torch.stack([terms[p].sum(0, dtype=torch.float64) for p in parts])
-    return torch.stack([tokens[:, p].sum(1) for p in parts], 1).cpu().numpy(), tokens.cpu().numpy(), [float(logps[p].sum(dtype=torch.float64)) for p in parts]
+    K = torch.stack([tokens[:, p].sum(1) for p in parts], 1)
+    return K.cpu().numpy(), tokens.cpu().numpy(), [float(logps[p].sum(dtype=torch.float64)) for p in parts]
 
 def group_advantages(
     rewards: Sequence[float], # of one prompt's responses
-    scale: bool = True,       # divide by the group's standard deviation, as GRPO does; False: Dr. GRPO, RLOO up to a factor
+    scale: bool = True,       # divide by the group's std, as GRPO does; False: Dr. GRPO, RLOO up to a factor
 ) -> Float[np.ndarray, "group"]:
     "What a reward exceeds its group by."
     r = np.asarray(rewards, float)
@@ -46,12 +48,15 @@ def group_advantages(
 
 # %% ../../nbs/rl/341_group_displacement.ipynb #5ae131fa
 def _response_ids(lm: ScoringModel, row: dict) -> list[int]:
-    return list(ids) if (ids := row.get('response_ids')) else answer_ids(lm, row['response'], bool(row.get('finished', True)))
+    if ids := row.get('response_ids'): return list(ids)
+    return answer_ids(lm, row['response'], bool(row.get('finished', True)))
 
-def _one_group(lm: ScoringModel, prompt: list[int], rows: list[dict], scale: bool, batch_tokens: int | None) -> list[dict]:
+def _one_group(lm: ScoringModel, prompt: list[int], rows: list[dict], scale: bool,
+               batch_tokens: int | None) -> list[dict]:
     ids = [_response_ids(lm, r) for r in rows]
     ok = [i for i, (r, y) in enumerate(zip(rows, ids)) if y and len(clean_rewards([r['reward']])[0])]
-    made = [dict(reward=r['reward'], tokens=len(y), advantage=None, change=None, own=None, others=None, logps=None) for r, y in zip(rows, ids)]
+    made = [dict(reward=r['reward'], tokens=len(y), advantage=None, change=None, own=None, others=None, logps=None)
+            for r, y in zip(rows, ids)]
     if len(ok) < 2: return made
     states = response_states(lm, [prompt]*len(ok), [ids[i] for i in ok], batch_tokens)
     K, _, logps = group_gram(lm.head, [s[:-1] for s in states], [torch.tensor(ids[i], device=lm.device) for i in ok])
@@ -61,38 +66,43 @@ def _one_group(lm: ScoringModel, prompt: list[int], rows: list[dict], scale: boo
         made[i] |= dict(advantage=float(a[j]), change=change, own=own, others=change - own, logps=logps[j])
     return made
 
+# %% ../../nbs/rl/341_group_displacement.ipynb #de1a1f5f
 def group_displacement(
     lm: ScoringModel,       # from `load_model` or `load_generator`, causal
     rows: Sequence[dict],   # a response each: prompt, response (or response_ids), reward (None: failed), finished
     scale: bool = True,     # GRPO's division by the group's standard deviation
     chat: bool | None = None, # apply the chat template; None: if there is one
     batch_tokens: int | None = None, # rows times longest row of a batch
-) -> pd.DataFrame:          # a row a response: group, reward, advantage, change (nats per unit of step on the head), own, others, tokens, logps, displaced
-    "Which good responses a step of their group would lower (@eq-group). Raises `AuditError` for rows without what is needed."
-    if lm.model.config.is_encoder_decoder: raise AuditError(f'model {lm.name}: an encoder-decoder; groups are read by causal models')
+) -> pd.DataFrame:          # a row a response: group, reward, advantage, change (nats a unit of step), own ...
+    "Which good responses a step of their group would lower (@eq-group). Raises `AuditError` for rows that lack a part."
+    if lm.model.config.is_encoder_decoder:
+        raise AuditError(f'model {lm.name}: an encoder-decoder; groups are read by causal models')
     groups: dict[str, list[int]] = {}
     for i, r in enumerate(rows):
-        if lost := [k for k in ('prompt', 'reward') if k not in r] or [k for k in ('response',) if not {'response', 'response_ids'} & set(r)]:
+        said = {'response', 'response_ids'} & set(r)
+        if lost := [k for k in ('prompt', 'reward') if k not in r] or ([] if said else ['response']):
             raise AuditError(f"row {i}: no {lost[0]}; it has {', '.join(sorted(map(str, r)))}")
         groups.setdefault(prompt_hash(r['prompt']), []).append(i)
     if not groups: raise AuditError('no rows')
     prompts = encode_prompts(lm, [rows[mine[0]]['prompt'] for mine in groups.values()], chat)
     made: list[Any] = [None]*len(rows)
     for prompt, (name, mine) in zip(prompts, groups.items()):
-        for i, line in zip(mine, _one_group(lm, prompt, [rows[i] for i in mine], scale, batch_tokens)): made[i] = dict(group=name) | line
+        for i, line in zip(mine, _one_group(lm, prompt, [rows[i] for i in mine], scale, batch_tokens)):
+            made[i] = dict(group=name) | line
     table = pd.DataFrame(made)
     return table.assign(displaced=(table.advantage.astype(float) > 0) & (table.change.astype(float) < 0))
 
 # %% ../../nbs/rl/341_group_displacement.ipynb #da0795eb
 def displacement_summary(
     table: pd.DataFrame, # from `group_displacement`
-) -> dict[str, float]:   # groups, with_gradient (share), good responses, displaced (share of them), groups_displaced (share of groups with a gradient)
+) -> dict[str, float]:   # groups, with_gradient (share), good, displaced (share of good), groups_displaced (share)
     "The two ways in which a step of RL fails, in one line: no gradient, and a gradient that lowers good responses."
     by = table.groupby('group')
     has = by.advantage.apply(lambda a: bool((a.astype(float).abs() > 1e-9).any()))
     good, fell = table[table.advantage.astype(float) > 0], by.displaced.any()
     share = lambda x: float(np.mean(x)) if len(x) else float('nan')
-    return dict(groups=len(has), with_gradient=share(has), good=len(good), displaced=share(good.displaced), groups_displaced=share(fell[has]))
+    return dict(groups=len(has), with_gradient=share(has), good=len(good), displaced=share(good.displaced),
+                groups_displaced=share(fell[has]))
 
 # %% ../../nbs/rl/341_group_displacement.ipynb #d88d9157
 def measure_group_step(

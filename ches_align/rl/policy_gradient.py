@@ -41,7 +41,8 @@ def _padded(rows: Sequence[list[int]], pad: int, left: bool) -> tuple[Tensor, Te
         ids[i, at], mask[i, at] = torch.tensor(r), 1
     return ids, mask
 
-def _response_logits(lm: ScoringModel, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+def _response_logits(lm: ScoringModel, prompts: Sequence[list[int]],
+                     responses: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
     "Logits that predict each token of the responses, the tokens, and which are none of the padding"
     model, device = lm.model, lm.device
     pad = lm.tokenizer.pad_token_id if lm.tokenizer.pad_token_id is not None else 0
@@ -55,10 +56,11 @@ def _response_logits(lm: ScoringModel, prompts: Sequence[list[int]], responses: 
         positions = (seen.cumsum(1) - 1).clamp(min=0)
         few = 'logits_to_keep' in inspect.signature(model.forward).parameters
         some = dict(logits_to_keep=y.shape[1] + 1) if few else {}
-        logits = model(input_ids=whole, attention_mask=seen, position_ids=positions, **some).logits[:, -y.shape[1] - 1:-1]
+        logits = model(input_ids=whole, attention_mask=seen, position_ids=positions, **some).logits
+        logits = logits[:, -y.shape[1] - 1:-1]
     return logits.float(), y, mask
 
-# %% ../../nbs/rl/340_policy_gradient.ipynb #03845765
+# %% ../../nbs/rl/340_policy_gradient.ipynb #a247cdef
 def policy_logps(
     lm: ScoringModel,               # causal or encoder-decoder
     prompts: Sequence[list[int]],   # token ids
@@ -67,7 +69,7 @@ def policy_logps(
     kept: Bool[Tensor, "batch len vocab"] | None = None, # what was kept when the responses were drawn; None: read now
 ) -> tuple[Float[Tensor, "batch len"], Float[Tensor, "batch len"], Float[Tensor, "batch len"],
            Bool[Tensor, "batch len vocab"]]: # ln pi, entropy (nats), mask, kept
-    "Log-probabilities of response tokens under the distribution that is sampled from (@eq-policy), fp32; all are finite."
+    "Log-probabilities of response tokens under the distribution that is sampled from (@eq-policy), fp32; all finite."
     logits, y, mask = _response_logits(lm, prompts, responses)
     if kept is None:
         rows = logits.detach().reshape(-1, logits.shape[-1])
@@ -123,7 +125,7 @@ class RLConfig:
     epochs: int = 1                # passes over what was drawn; REINFORCE has one
     clip: float | None = .2        # of PPO; None: REINFORCE
     kl: float = 0.                 # penalty a nat of ln pi - ln pi_ref
-    kl_target: float | None = None # nats a response: the penalty grows by up to 2% a step while above it, and shrinks below
+    kl_target: float | None = None # nats a response: kl grows by up to 2% a step while above it, and shrinks below
     entropy: float = 0.            # bonus a nat of entropy a token
     baseline: str = 'batch'        # none, batch or group
     normalise: bool = True         # advantages by their standard deviation
@@ -133,11 +135,13 @@ class RLConfig:
     seed: int = 0                  # of prompts and responses
 
     def __post_init__(self):
-        if self.baseline not in ('none', 'batch', 'group'): raise AuditError(f'baseline {self.baseline!r}: none, batch or group')
+        if self.baseline not in ('none', 'batch', 'group'):
+            raise AuditError(f'baseline {self.baseline!r}: none, batch or group')
         if self.baseline == 'group' and self.group < 2: raise AuditError('baseline group needs a group of at least 2')
         if self.clip is None and self.epochs > 1: raise AuditError('REINFORCE (no clip) is on-policy: one epoch')
         if self.sampling.temperature == 0: raise AuditError('temperature 0 has no gradient: nothing is drawn')
-        if self.kl_target is not None and not (self.kl > 0 and self.kl_target > 0): raise AuditError('kl_target needs a kl above 0, and is above 0')
+        if self.kl_target is not None and not (self.kl > 0 and self.kl_target > 0):
+            raise AuditError('kl_target needs a kl above 0, and is above 0')
         for name in ('steps', 'prompts', 'group', 'minibatch', 'epochs'):
             if getattr(self, name) < 1: raise AuditError(f'{name} {getattr(self, name)}: at least 1')
 
@@ -173,7 +177,8 @@ def _step(optimiser: torch.optim.Optimizer, loss: Tensor, trained: list, most: f
     loss.backward()
     norm = nn.utils.clip_grad_norm_(trained, most)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        raise AuditError(f'step {step}: loss {float(loss.detach())}, norm of the gradient {float(norm)}: the weights are as before it')
+        raise AuditError(f'step {step}: loss {float(loss.detach())}, norm of the gradient {float(norm)}: '
+                         'the weights are as before it')
     optimiser.step()
 
 def _update(lm: ScoringModel, got: dict, a: Tensor, some: list[int], c: RLConfig, optimiser: torch.optim.Optimizer,
@@ -207,7 +212,8 @@ def train_policy(
     trained = [p for p in lm.model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, c.learning_rate, weight_decay=0.)
     named = getattr(reward, '__name__', type(reward).__name__)
-    state = TrainingState(save, lm.model, optimiser, _identity(lm, tasks, save, config=asdict(c), chat=chat, reward=named))
+    state = TrainingState(save, lm.model, optimiser,
+                          _identity(lm, tasks, save, config=asdict(c), chat=chat, reward=named))
     told = state.load() or dict(kl=c.kl, lines=[])
     kl, lines = told['kl'], [{k: float('nan') if v is None else v for k, v in line.items()} for line in told['lines']]
     quiet = None if progress else True
@@ -219,8 +225,8 @@ def train_policy(
         orders = [g.sample(range(len(a)), len(a)) for _ in range(c.epochs)]
         parts = [order[i:i + c.minibatch] for order in orders for i in range(0, len(a), c.minibatch)]
         loss, entropy = np.mean([_update(lm, got, a, some, c, optimiser, trained, step) for some in parts], 0).tolist()
-        lines.append(dict(step=step, reward=float(got['raw'].mean()), penalty=float(got['penalty'].mean()), kl=kl, loss=loss,
-                          entropy=entropy, zero=_zero_share(got), failed=got['failed']))
+        lines.append(dict(step=step, reward=float(got['raw'].mean()), penalty=float(got['penalty'].mean()), kl=kl,
+                          loss=loss, entropy=entropy, zero=_zero_share(got), failed=got['failed']))
         if c.kl_target: kl *= 1 + .1*float(np.clip(lines[-1]['penalty']/c.kl_target - 1, -.2, .2))
         if (step + 1) % save_steps == 0: state.save(dict(kl=kl, lines=lines))
         if on_step: on_step(lines[-1])
@@ -245,7 +251,7 @@ def _learnable(tasks: Sequence[dict], labels: float, steps: float) -> list[dict]
     if not known: raise AuditError(f'none of {len(list(tasks))} tasks has an answer to learn')
     return known
 
-# %% ../../nbs/rl/340_policy_gradient.ipynb #a8f20669
+# %% ../../nbs/rl/340_policy_gradient.ipynb #7afa8a3f
 def train_supervised(
     lm: ScoringModel,            # trained in place
     tasks: Sequence[dict],       # with `answer`: a text, or several of which the first is learnt
@@ -269,7 +275,8 @@ def train_supervised(
     ids = [answer_ids(lm, t['answer'] if isinstance(t['answer'], str) else t['answer'][0]) for t in mine]
     trained = [p for p in lm.model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, learning_rate, weight_decay=0.)
-    identity = _identity(lm, mine, save, learning_rate=learning_rate, batch=batch, total=total, seed=seed, bf16=bf16, chat=chat)
+    identity = _identity(lm, mine, save, learning_rate=learning_rate, batch=batch, total=total, seed=seed, bf16=bf16,
+                         chat=chat)
     state = TrainingState(save, lm.model, optimiser, identity)
     losses = (state.load() or dict(losses=[]))['losses']
     done, order = len(losses), []

@@ -48,7 +48,8 @@ def call_reward(
 # %% ../../nbs/rl/320_rewards.ipynb #5b65a714
 def _references(answer: str | Sequence[str]) -> list[str]: return [answer] if isinstance(answer, str) else list(answer)
 
-OUTER = '"\'`“”‘’„«»()[]{}<>*…¿¡!?:; ' # marks that are taken off at either end; a full stop and a comma only at the right
+# marks that are taken off at either end; a full stop and a comma only at the right
+OUTER = '"\'`“”‘’„«»()[]{}<>*…¿¡!?:; '
 
 def normal_text(text: str) -> str:
     "Lower case, single spaces, no quotes, brackets or marks of a sentence at either end; signs stay"
@@ -59,7 +60,7 @@ def exact_match(prompts, completions, answer, **_):
     return [float(normal_text(c) in map(normal_text, _references(a))) for c, a in zip(completions, answer)]
 
 def contains_answer(prompts, completions, answer, **_):
-    "1 where a reference stands in the completion as whole words, else 0. Raises `AuditError` for a reference without any"
+    "1 where a reference stands in the completion as whole words, else 0. Raises `AuditError` for one without any"
     return [float(any(_stands(a, ' '.join(c.lower().split())) for a in _references(answers)))
             for c, answers in zip(completions, answer)]
 
@@ -160,8 +161,8 @@ def classifier_reward(
 
 # %% ../../nbs/rl/320_rewards.ipynb #68bfc7cc
 REWARDS: dict[str, Callable[..., Reward]] = {
-    'exact_match': lambda: exact_match, 'contains': lambda: contains_answer, 'format': format_reward, 'rouge_l': rouge_l,
-    'sacrebleu': sacrebleu, 'meteor': meteor, 'vader': vader, 'classifier': classifier_reward}
+    'exact_match': lambda: exact_match, 'contains': lambda: contains_answer, 'format': format_reward,
+    'rouge_l': rouge_l, 'sacrebleu': sacrebleu, 'meteor': meteor, 'vader': vader, 'classifier': classifier_reward}
 
 def load_reward(
     name: str, # a name of `REWARDS`, 'sacrebleu:TOKENIZER', 'format:REGEX', 'classifier:MODEL', or 'module:function'
@@ -171,7 +172,8 @@ def load_reward(
     if head in REWARDS: return _built_in(name, REWARDS[head], [tail] if tail else [])
     try: found: Reward = getattr(importlib.import_module(head), tail)
     except (ImportError, AttributeError, ValueError) as e:
-        raise AuditError(f"reward {name!r}: one of {', '.join(REWARDS)}, or module:function ({type(e).__name__}: {e})") from None
+        known = ', '.join(REWARDS)
+        raise AuditError(f'reward {name!r}: one of {known}, or module:function ({type(e).__name__}: {e})') from None
     if not callable(found): raise AuditError(f'reward {name!r}: not a function')
     return found
 

@@ -84,7 +84,8 @@ def _prompt_ids(prompt: Text, tokenizer: Any, chat: bool, encoder: bool) -> list
     return ids
 
 def _check_text(i: int, prompt: Any) -> None:
-    if not isinstance(prompt, str) and not (isinstance(prompt, (list, tuple)) and all(isinstance(m, dict) for m in prompt)):
+    dialogue = isinstance(prompt, (list, tuple)) and all(isinstance(m, dict) for m in prompt)
+    if not isinstance(prompt, str) and not dialogue:
         raise AuditError(f'prompt {i}: a text, or a list of messages with role and content; got {str(prompt)[:40]!r}')
     turns = [prompt] if isinstance(prompt, str) else [m.get('content') for m in prompt]
     if odd := [t for t in turns if t is not None and not isinstance(t, str)]:
@@ -127,7 +128,8 @@ def answer_ids(
 ) -> list[int]:
     "Token ids of a response that is given, not drawn."
     end = lm.tokenizer.eos_token_id
-    return lm.tokenizer(text, add_special_tokens=False).input_ids + ([end] if end is not None else end_tokens(lm)[:1])*ended
+    ends = [end] if end is not None else end_tokens(lm)[:1]
+    return lm.tokenizer(text, add_special_tokens=False).input_ids + ends*ended
 
 @contextmanager
 def _own_settings(model, settings: GenerationConfig) -> Iterator[None]:
@@ -144,7 +146,8 @@ def _warpers(sampling: Sampling, seeds: Sequence[int], device: Any) -> LogitsPro
     "Temperature, truncation, noise; none of them when greedy"
     s = sampling
     if s.temperature == 0: return LogitsProcessorList()
-    steps = [s.temperature != 1 and TemperatureLogitsWarper(float(s.temperature)), s.top_k and TopKLogitsWarper(s.top_k),
+    steps = [s.temperature != 1 and TemperatureLogitsWarper(float(s.temperature)),
+             s.top_k and TopKLogitsWarper(s.top_k),
              s.top_p < 1 and TopPLogitsWarper(s.top_p), RowNoise(seeds, device)]
     return LogitsProcessorList([step for step in steps if step])
 

@@ -24,7 +24,8 @@ def clean_rewards(
 ) -> tuple[Float[np.ndarray, "n"], int]: # the finite ones; how many are none
     "Set failed rewards apart. Raises `AuditError` for what is no number."
     try: r = np.array([np.nan if x is None else x for x in rewards], float)
-    except (TypeError, ValueError): raise AuditError(f'rewards must be numbers or None: {str(list(rewards)[:3])[:80]}') from None
+    except (TypeError, ValueError):
+        raise AuditError(f'rewards must be numbers or None: {str(list(rewards)[:3])[:80]}') from None
     if r.ndim != 1: raise AuditError(f'rewards of one prompt must be a list, got an array of shape {r.shape}')
     return r[np.isfinite(r)], int((~np.isfinite(r)).sum())
 
@@ -60,7 +61,7 @@ def equal_rewards_needed(
     threshold: float,    # on the standard deviation, as a share of the range of the reward, in (0, 0.5)
     alpha: float = .05,  # 1 - nominal coverage of the interval
 ) -> int:                # responses
-    "How many equal rewards show that a prompt is flat: the fewest whose @eq-binary-interval, at k = 0, is below a threshold."
+    "The fewest equal rewards that show a prompt to be flat: @eq-binary-interval at k = 0 is below the threshold."
     p = (1 - (1 - 4*threshold**2)**.5)/2
     return math.floor(math.log(alpha/2)/math.log1p(-p)) + 1
 
@@ -68,7 +69,7 @@ def std_interval(
     r: Float[np.ndarray, "n"],  # finite rewards
     value_range: tuple[float, float], # that the reward can have, or of the data set
     alpha: float = .05,         # 1 - nominal coverage
-) -> tuple[float, float, str]:  # low, high, and how: exact (the two ends of the range), two values, bonett, all equal, none
+) -> tuple[float, float, str]:  # low, high, how: exact (both ends of the range), two values, bonett, all equal, none
     "Interval of the standard deviation, by the kind of reward."
     n, values, width = len(r), np.unique(r), value_range[1] - value_range[0]
     if n < 2: return 0., width/2, 'none'
@@ -123,12 +124,15 @@ def prompt_spread(
 ) -> PromptSpread:
     "Estimate the spread of one prompt's reward. Raises `AuditError` for what cannot be meant."
     if not threshold > 0: raise AuditError(f'threshold {threshold}: above 0')
-    if texts is not None and len(texts) != len(rewards): raise AuditError(f'{len(texts)} responses, {len(rewards)} rewards')
+    if texts is not None and len(texts) != len(rewards):
+        raise AuditError(f'{len(texts)} responses, {len(rewards)} rewards')
     r, failed = clean_rewards(rewards)
     low, high, how = std_interval(r, value_range, alpha)
     distinct, width, n = len(set(texts)) if texts is not None else 0, value_range[1] - value_range[0], len(r)
     mean, std = (float(r.mean()) if n else float('nan')), (float(r.std(ddof=1)) if n > 1 else float('nan'))
-    verdict = 'broken' if not n and failed else 'flat' if high < threshold else 'spread' if low >= threshold else 'undecided'
-    end = 'floor' if mean <= value_range[0] + near*width else 'ceiling' if mean >= value_range[1] - near*width else 'flat'
-    cause = 'broken' if verdict == 'broken' else '' if verdict != 'flat' else 'deterministic' if distinct == 1 and n > 1 else end
+    verdict = 'flat' if high < threshold else 'spread' if low >= threshold else 'undecided'
+    if not n and failed: verdict = 'broken'
+    a, b = value_range
+    end = 'floor' if mean <= a + near*width else 'ceiling' if mean >= b - near*width else 'flat'
+    cause = dict(broken='broken', flat='deterministic' if distinct == 1 and n > 1 else end).get(verdict, '')
     return PromptSpread(n, failed, mean, std, low, high, how, len(set(r.tolist())), distinct, verdict, cause)

@@ -75,7 +75,7 @@ def count_looks(first: int, most: int) -> int:
     "Rounds from `first` samples to `most`, doubling"
     return 1 + max(0, math.ceil(math.log2(most/first)))
 
-# %% ../../nbs/rl/332_spread_audit.ipynb #6338dedf
+# %% ../../nbs/rl/332_spread_audit.ipynb #7c9afc77
 def audit_spread(
     lm: ScoringModel,              # from `load_generator`
     tasks: Sequence[dict],         # from `load_tasks`
@@ -84,7 +84,7 @@ def audit_spread(
     first: int = 8,                # responses to every prompt
     most: int = 64,                # at most so many to one prompt
     value_range: tuple[float, float] | None = None, # that the reward can have; None: of the rows
-    threshold: float = .1,         # share of the range under which a std is flat; `equal_rewards_needed` says what it takes
+    threshold: float = .1,         # share of the range under which a std is flat; what it takes: `equal_rewards_needed`
     alpha: float = .05,            # 1 - nominal coverage of the last interval of a prompt
     out: str | Path | None = None, # folder; None: memory
     batch: int = 64,               # completions a call of the reward
@@ -111,7 +111,8 @@ def audit_spread(
             drawn = first*2**number
             which = [i for i in which if prompt_hash(tasks[i]['prompt']) in open_]
             number, count = number + 1, min(drawn, most - drawn)
-    table.attrs |= dict(truncated=sum(not r['finished'] for r in rows)/len(rows), samples=len(rows), fixed=most*len(tasks))
+    table.attrs |= dict(truncated=sum(not r['finished'] for r in rows)/len(rows), samples=len(rows),
+                        fixed=most*len(tasks))
     return table, rows
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #75dbe86a
@@ -144,7 +145,8 @@ def spread_advice(
     said, total = [], len(table)
     count = lambda mask: int(mask.sum())
     if table.attrs['constant']:
-        return [f'Every reward is {table.attrs["value_range"][0]:g}: the reward is broken, or says nothing about these prompts.']
+        same = table.attrs['value_range'][0]
+        return [f'Every reward is {same:g}: the reward is broken, or says nothing about these prompts.']
     for mask, words in (
         (table.cause == 'floor', 'prompts are flat at the low end: a little SFT on them first, or an easier reward.'),
         (table.cause == 'ceiling', 'are flat at the high end: there is nothing to learn, leave them out.'),
@@ -158,7 +160,8 @@ def spread_advice(
         shares = ', '.join(f'{u:.0%} of groups of {g}' for g, u in zip(costs.group, costs.useful))
         said.append(f'Groups with a gradient: {shares}.')
     if (share := summary['between_share']) is not None:
-        said.append(f'{share:.0%} of the variance of rewards is between prompts: a whole-batch standard deviation counts it as spread.')
+        said.append(f'{share:.0%} of the variance of rewards is between prompts: '
+                    'a whole-batch standard deviation counts it as spread.')
     return said
 
 def _too_few(table: pd.DataFrame) -> list[str]:
@@ -168,10 +171,11 @@ def _too_few(table: pd.DataFrame) -> list[str]:
     share, n = table.attrs['threshold']/((b - a) or 1.), int(equal.n.max()) if len(equal) else 0
     if not n or share >= .5 or (needed := equal_rewards_needed(share, table.attrs['alpha'])) <= n: return []
     room = binary_interval(0, n, (b - a) or 1., table.attrs['alpha'])[1]
-    return [f'{len(equal)} of the undecided got the same reward every time, {n} times at most: that still fits a standard deviation of '
-            f'{room:.2g}. To call them flat takes {needed} responses or more, or a threshold above {room:.2g}.']
+    return [f'{len(equal)} of the undecided got the same reward every time, {n} times at most: '
+            f'that still fits a standard deviation of {room:.2g}. '
+            f'To call them flat takes {needed} responses or more, or a threshold above {room:.2g}.']
 
-# %% ../../nbs/rl/332_spread_audit.ipynb #088bceb8
+# %% ../../nbs/rl/332_spread_audit.ipynb #c16940b9
 def write_spread(
     table: pd.DataFrame,     # from `audit_spread` or `spread_table`
     rows: Sequence[dict],    # a response each

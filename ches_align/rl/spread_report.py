@@ -36,8 +36,9 @@ def _said(summary: dict) -> str:
     if 'verdicts' not in summary: return f"{summary['prompts']} prompts, none with two rewards: nothing can be said."
     if summary['constant']: return 'Every reward is the same: there is no gradient anywhere.'
     v, total = summary['verdicts'], summary['prompts']
-    return (f"{percent(v['spread'][0])} of {total} prompts surely have a reward that varies, {percent(v['flat'][0])} surely have "
-            f"none, {percent(v['undecided'][0])} cannot be told from {short_number(summary['samples'])} rewards; "
+    return (f"{percent(v['spread'][0])} of {total} prompts surely have a reward that varies, "
+            f"{percent(v['flat'][0])} surely have none, {percent(v['undecided'][0])} cannot be told "
+            f"from {short_number(summary['samples'])} rewards; "
             f"{percent(summary['below'][0])} are under the threshold {model_said(summary)}.")
 
 def _clip(text: str) -> str: return text if len(text) <= 300 else f'{text[:300]}…'
@@ -74,15 +75,19 @@ def spread_report(
     told = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in manifest.items() if v is not None}
     empty = dict(verdicts={}, below=[None]*3, plug_in_below=[None]*3, threshold=table.attrs['threshold'],
                  samples=int(table.n.sum()), model='')
-    report = empty | plain(summary) | dict(title=title, verdict=_said(summary), provenance=told, model_name=manifest.get('model'),
-        by=model_said(empty | summary), errors=Counter(r['reward_error'] for r in rows if r.get('reward_error')).most_common(10),
+    errors = Counter(r['reward_error'] for r in rows if r.get('reward_error')).most_common(10)
+    report = empty | plain(summary) | dict(title=title, verdict=_said(summary), provenance=told,
+        model_name=manifest.get('model'), by=model_said(empty | summary), errors=errors,
         **{v: plain(_shown(table[table.verdict == v], rows, count)) for v in ('flat', 'undecided')})
     many = table[table.n > 1]
     span, threshold = table.attrs['value_range'], table.attrs['threshold']
-    figures = dict(arch=figure_png(_arch, many, span, threshold), histogram=figure_png(_histogram, many, threshold)) if len(many) > 2 else {}
+    figures = dict(arch=figure_png(_arch, many, span, threshold),
+                   histogram=figure_png(_histogram, many, threshold)) if len(many) > 2 else {}
     options, pages = dict(loader=PackageLoader('ches_align'), trim_blocks=True, lstrip_blocks=True), {}
-    for name, env in (('html', Environment(autoescape=True, **options)), ('md', Environment(finalize=md_escape, **options))):
+    for name, env in (('html', Environment(autoescape=True, **options)),
+                      ('md', Environment(finalize=md_escape, **options))):
         env.filters |= dict(num=short_number, pct=percent, clip=_clip)
-        pages[out/f'report.{name}'] = env.get_template(f'spread.{name}.j2').render(r=report, figures=figures).encode('utf-8', 'replace')
+        page = env.get_template(f'spread.{name}.j2').render(r=report, figures=figures)
+        pages[out/f'report.{name}'] = page.encode('utf-8', 'replace')
     write_files(pages)
     return list(pages)

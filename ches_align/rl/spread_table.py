@@ -38,7 +38,8 @@ def _range(rows: Sequence[dict], value_range: tuple[float, float] | None) -> tup
     low, high = float(finite.min()), float(finite.max())
     a, b = value_range or (low, high)
     slack = 1e-9*(b - a)  # metrics that are sums of fractions may leave their range by rounding
-    if low < a - slack or high > b + slack: raise AuditError(f'rewards from {low:g} to {high:g} leave the range {a:g} to {b:g}')
+    if low < a - slack or high > b + slack:
+        raise AuditError(f'rewards from {low:g} to {high:g} leave the range {a:g} to {b:g}')
     return a, b
 
 def spread_table(
@@ -110,7 +111,8 @@ def spread_mixture(
     s2, free = np.asarray(std, float)**2, np.asarray(n, float)[:, None] - 1
     grid = np.concatenate([[0.], np.geomspace(1e-3, .5, size - 1)])
     with np.errstate(divide='ignore', invalid='ignore'):
-        logs = -free*np.log(grid[1:]) - free*s2[:, None]/(2*grid[1:]**2)  # density of s^2 but for what all grid points share
+        # density of s^2 but for what all grid points share
+        logs = -free*np.log(grid[1:]) - free*s2[:, None]/(2*grid[1:]**2)
     zero = (s2 == 0)[:, None]
     like = np.concatenate([zero, np.where(zero, 0., np.exp(logs - logs.max(1, keepdims=True)))], 1)
     weights = np.full(size, 1/size)
@@ -130,7 +132,8 @@ def group_costs(
     none = _model_chances(*two, groups) if two else _sample_chances(ok, groups)
     for g, chances in none.items():
         useful = 1 - float(chances.mean())
-        lines.append(dict(group=g, useful=useful, cost=g/useful if useful > 0 else np.inf, how='model' if two else 'samples'))
+        lines.append(dict(group=g, useful=useful, cost=g/useful if useful > 0 else np.inf,
+                          how='model' if two else 'samples'))
     return pd.DataFrame(lines, columns=['group', 'useful', 'cost', 'how'])
 
 def _model_chances(k: np.ndarray, n: np.ndarray, groups: Sequence[int]) -> dict[int, np.ndarray]:
@@ -159,7 +162,7 @@ def spread_summary(
     draws: int = 1000,       # bootstrap samples of the prompts
     seed: int = 0,           # of the draws
 ) -> dict[str, Any]:         # JSON-able
-    "Shares with intervals over prompts, quantiles, the split of the variance, the share under the threshold by a model."
+    "Shares with intervals over prompts, quantiles, the split of the variance, the share that a model corrects."
     a, b = table.attrs['value_range']
     ok, g = table[table.n > 1], np.random.default_rng(seed)
     if not len(ok): raise AuditError('no prompt has two finite rewards: draw more')
@@ -201,7 +204,7 @@ def model_said(
 def compare_spread(
     before: pd.DataFrame,  # from `spread_table`
     after: pd.DataFrame,   # of the same prompts, later
-) -> dict[str, Any]:       # prompts, rho (Spearman of std before with |change of mean|), p, medians, newly_flat (hashes)
+) -> dict[str, Any]:       # prompts, rho (Spearman, std before and |change of mean|), p, medians, newly_flat (hashes)
     "What a training did to means and spreads; after Razin et al. (2024), Table 1, with ranks."
     both = before.merge(after, on='prompt_hash', suffixes=('', '_after')).dropna(subset=['std', 'std_after'])
     if len(both) < 3: raise AuditError(f'{len(both)} prompts are in both tables: a correlation needs 3')

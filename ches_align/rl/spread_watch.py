@@ -48,7 +48,8 @@ def step_spread(
     made = dict(groups=len(groups), failed=len(rewards) - len(finite),
                 mean=float(finite.mean()) if len(finite) else float('nan'),
                 std_mean=float(std.mean())*width if len(groups) else float('nan'), std_median=at(.5), std_p10=at(.1),
-                zero=share(zero), near_zero=share(std < near), zero_floor=share(zero & (mean < near)), zero_ceiling=share(zero & (mean > 1 - near)),
+                zero=share(zero), near_zero=share(std < near), zero_floor=share(zero & (mean < near)),
+                zero_ceiling=share(zero & (mean > 1 - near)),
                 batch_std=float(finite.std(ddof=1)) if len(finite) > 1 else float('nan'))
     if raw_rewards is not None:
         raw = _by_prompt(prompt_ids, raw_rewards)
@@ -62,7 +63,7 @@ class SpreadWatch:
     def __init__(
         self,
         value_range: tuple[float, float] | None = None, # that the reward can have; None: of what has been seen
-        limits: dict[str, float] | None = None, # share -> alarm above it; None: zero 0.5, phantom 0.1, failed_share 0.05
+        limits: dict[str, float] | None = None, # share -> alarm above it; None: zero .5, phantom .1, failed_share .05
         patience: int = 3,      # steps in a row that make an alarm
         near: float = .05,      # share of the range under which a std is nearly zero
         tell: Callable[[str], None] = print, # told when an alarm goes on or off
@@ -106,7 +107,8 @@ def _alarm(self: SpreadWatch) -> None:
         last = [s.get(name, float('nan')) for s in self.steps[-self.patience:]]
         if name not in self.alarms and len(last) == self.patience and all(x > limit for x in last):
             self.alarms.add(name)
-            self.tell(f"step {self.steps[-1]['step']}: {name} above {limit:g} for {self.patience} steps ({last[-1]:.2f})")
+            self.tell(f"step {self.steps[-1]['step']}: {name} above {limit:g} for {self.patience} steps "
+                      f'({last[-1]:.2f})')
         elif name in self.alarms and last[-1] < .8*limit:
             self.alarms.discard(name)
             self.tell(f"step {self.steps[-1]['step']}: {name} back at {last[-1]:.2f}")
@@ -116,7 +118,7 @@ def table(self: SpreadWatch) -> pd.DataFrame: # a row a step
     return pd.DataFrame(self.steps)
 
 @patch
-def prompts(self: SpreadWatch) -> pd.DataFrame: # prompt, times, zero (how often without gradient), first and last mean, mean std
+def prompts(self: SpreadWatch) -> pd.DataFrame: # prompt, times, zero (of them), first and last mean, mean std
     "What each prompt was like, those that never had a gradient first."
     rows = [dict(prompt=p, times=h['times'], zero=h['zero'], first_mean=h['means'][0], last_mean=h['means'][-1],
                  std=float(np.mean(h['stds']))) for p, h in self._prompts.items()]
@@ -132,7 +134,8 @@ def watch_reward(
     @wraps(reward)
     def watched(prompts, completions, **columns):
         made = reward(prompts=prompts, completions=completions, **columns)
-        watch.update([prompt_hash(p) for p in prompts], made, step=getattr(columns.get('trainer_state'), 'global_step', None))
+        watch.update([prompt_hash(p) for p in prompts], made,
+                     step=getattr(columns.get('trainer_state'), 'global_step', None))
         return made
     return watched
 
@@ -143,7 +146,8 @@ class SpreadCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         "Transformers calls it with the dictionary that is to be logged"
         if logs is not None and self.watch.steps:
-            logs |= {f'spread/{k}': v for k, v in self.watch.steps[-1].items() if k not in ('step', 'groups') and v == v}
+            logs |= {f'spread/{k}': v for k, v in self.watch.steps[-1].items()
+                     if k not in ('step', 'groups') and v == v}
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #fdfe9875
 def read_rollouts(
@@ -152,11 +156,13 @@ def read_rollouts(
     watch: SpreadWatch | None = None, # gets the steps; None: a new one
 ) -> SpreadWatch:
     "Follow the dump of any trainer. Raises `AuditError` with the row that lacks a column."
-    names, watch = dict(step='step', prompt='prompt', reward='reward', raw_reward='raw_reward') | (names or {}), watch or SpreadWatch()
+    names = {k: k for k in ('step', 'prompt', 'reward', 'raw_reward')} | (names or {})
+    watch = watch or SpreadWatch()
     steps: dict[Any, list[dict]] = defaultdict(list)
     for i, row in enumerate(read_rows(source), 1):
         if lost := [names[k] for k in ('step', 'prompt', 'reward') if names[k] not in row]:
-            raise AuditError(f"{str(source)[:80]}, row {i}: no column {lost[0]}; it has {', '.join(sorted(map(str, row)))}")
+            has = ', '.join(sorted(map(str, row)))
+            raise AuditError(f'{str(source)[:80]}, row {i}: no column {lost[0]}; it has {has}')
         steps[row[names['step']]].append(row)
     if not steps: raise AuditError(f'{str(source)[:80]}: no rows')
     for step, rows in steps.items():

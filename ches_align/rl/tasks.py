@@ -22,7 +22,8 @@ def _narrative_qa(r: dict) -> list[dict]:
     return [dict(prompt=f"{_text(r['question'])} \\n {summary}".lower(), answer=[_text(a) for a in r['answers']])]
 
 def _common_gen(r: dict) -> list[dict]:
-    return [dict(prompt=f"generate a sentence with: {' '.join(r['concepts'])}.", answer=r['target'])] if r['target'] else []
+    if not r['target']: return []
+    return [dict(prompt=f"generate a sentence with: {' '.join(r['concepts'])}.", answer=r['target'])]
 
 def _iwslt(r: dict) -> list[dict]:
     return [dict(prompt=f"translate English to German: {r['translation']['en']}", answer=r['translation']['de'])]
@@ -32,12 +33,14 @@ def _cnn(r: dict) -> list[dict]: return [dict(prompt=f"Summarize: {r['article']}
 def _imdb(r: dict) -> list[dict]:
     words = r['text'].split()
     half = len(words)//2
-    return [dict(prompt=' '.join(words[:half]), answer=' ' + ' '.join(words[half:]))] if int(r['label']) == 1 and half else []
+    if int(r['label']) != 1 or not half: return []
+    return [dict(prompt=' '.join(words[:half]), answer=' ' + ' '.join(words[half:]))]
 
 def _dialog(r: dict, turns: int = 5) -> list[dict]:
     "A history of five turns each, the next as reference; `<EOU>` ends a turn"
     said = r['dialog']
-    return [dict(prompt='<EOU>'.join(said[i - turns:i]) + ' <EOU>', answer=said[i] + '<EOU>') for i in range(turns, len(said))]
+    return [dict(prompt='<EOU>'.join(said[i - turns:i]) + ' <EOU>', answer=said[i] + '<EOU>')
+            for i in range(turns, len(said))]
 
 # %% ../../nbs/rl/321_tasks.ipynb #457128be
 def _grid(table: list[list[dict]]) -> tuple[dict, dict]:
@@ -79,7 +82,8 @@ def linearize_table(
 def _totto(r: dict) -> list[dict]:
     told = r.get('sentence_annotations') or {}
     final = told.get('final_sentence', []) if isinstance(told, dict) else [a['final_sentence'] for a in told]
-    return [dict(prompt=linearize_table(r), answer=[s for s in final if s])] if r['highlighted_cells'] and any(final) else []
+    if not r['highlighted_cells'] or not any(final): return []
+    return [dict(prompt=linearize_table(r), answer=[s for s in final if s])]
 
 # %% ../../nbs/rl/321_tasks.ipynb #7abf014f
 @dataclass(frozen=True)
@@ -125,8 +129,8 @@ def _converted(name: str, source: str, split: str | None) -> Iterator[list[dict]
     for i, r in enumerate(read_rows(source, split), 1):
         try: yield GRUE[name].convert(r)
         except (KeyError, TypeError, IndexError, ValueError) as e:
-            has = ', '.join(sorted(map(str, r)))[:200]
-            raise AuditError(f'{source}, row {i}: not a row of {name} ({type(e).__name__}: {e}); it has {has}') from None
+            has, why = ', '.join(sorted(map(str, r)))[:200], f'{type(e).__name__}: {e}'
+            raise AuditError(f'{source}, row {i}: not a row of {name} ({why}); it has {has}') from None
 
 # %% ../../nbs/rl/321_tasks.ipynb #67c2c0ea
 def cut_prompt(

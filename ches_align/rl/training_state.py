@@ -46,7 +46,8 @@ class TrainingState:
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                save_file(kept, part, dict(identity=json.dumps(self.identity, sort_keys=True), told=json.dumps(plain(told))))
+                save_file(kept, part,
+                          dict(identity=json.dumps(self.identity, sort_keys=True), told=json.dumps(plain(told))))
                 os.replace(part, self.path)
             except SafetensorError as e: raise OSError(str(e)) from None
             finally: part.unlink(missing_ok=True)  # half a file of a full disk
@@ -65,7 +66,7 @@ class TrainingState:
             if isinstance(e, AuditError): raise
             raise AuditError(f'{self.path}: no state of a training ({e}): delete it') from None
 
-# %% ../../nbs/rl/334_training_state.ipynb #6b82f1e5
+# %% ../../nbs/rl/334_training_state.ipynb #a0cb7657
 @patch
 def _put_back(self: TrainingState, f: Any) -> None:
     "Weights and moments of an open file"
