@@ -36,8 +36,8 @@ def load_tasks(
     found: dict[str, dict] = {}
     for i, r in enumerate(task_rows(source, split), 1):
         p = r.get('prompt')
-        said = isinstance(p, list) and all(isinstance(m, dict) for m in p)
-        words = [m.get('content') for m in p] if said else [p]
+        words: list = [p]
+        if isinstance(p, list) and all(isinstance(m, dict) for m in p): words = [m.get('content') for m in p]
         if not words or not all(isinstance(w, str) for w in words) or not any(w.strip() for w in words):
             has = ', '.join(sorted(map(str, r)))
             raise AuditError(f'{str(source)[:80]}, row {i}: needs a prompt, text or messages; it has {has}')
