@@ -31,14 +31,16 @@ Engine = Callable[[Sequence[list[int]], Sequence[int]], list[list[int]]] # promp
 
 def _as_stored(lm: ScoringModel) -> bool:
     "Would another program that loads the model by its name get the same weights?"
-    return lm.stored and not lm.model.config.is_encoder_decoder and weights_hash(lm.model) == lm.provenance['weights_hash']
+    if not lm.stored or lm.model.config.is_encoder_decoder: return False
+    return weights_hash(lm.model) == lm.provenance['weights_hash']
 
 def _vllm_engine(lm: ScoringModel, sampling: Sampling) -> Engine:
     if importlib.util.find_spec('vllm') is None: raise AuditError("engine 'vllm' is not installed: pip install vllm")
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports] (optional)
     if not _as_stored(lm):
-        raise AuditError(f"model {lm.name}: engine 'vllm' reads a whole causal model from its folder, and this one is not what is "
-                         "stored there (adapter, quantised, trained in memory): save it and load it from there, or use 'transformers'")
+        raise AuditError(f"model {lm.name}: engine 'vllm' reads a whole causal model from its folder, and this one "
+                         "is not what is stored there (adapter, quantised, trained in memory): save it and load it "
+                         "from there, or use 'transformers'")
     source = model_source(lm.name)
     room = None if lm.max_length is None else int(lm.max_length)
     llm = LLM(model=source, revision=lm.provenance['revision'], dtype=lm.provenance['dtype'], max_model_len=room)
@@ -87,7 +89,8 @@ def _identity(lm, prompts, sampling, **more) -> dict:
 def _responses(folder: Path, identity: dict, about: dict) -> list[dict]:
     "What all processes, of this run and of earlier ones, have written"
     found = open_runs(folder, identity, about, 'responses')
-    return found + [r for f in sorted(folder.glob('responses-*.jsonl')) for r in open_runs(folder, identity, about, f.stem)]
+    return found + [r for f in sorted(folder.glob('responses-*.jsonl'))
+                    for r in open_runs(folder, identity, about, f.stem)]
 
 def _run_batches(plan, keys, encoded, seeds, engine, row, have, folder, progress) -> None:
     "Fill `have` batch by batch"
@@ -136,6 +139,7 @@ def generate_responses(
     with main_writer(out) as folder:
         def there(): return first_alone(lambda: _responses(folder, identity, about)) if folder else []
         have = {(r['prompt_index'], r['k']): r for r in there()}
-        with errors_of_all(): _run_batches(plan, keys, encoded, seeds, run, row, have, folder, progress and processes().is_main_process)
+        shown = progress and processes().is_main_process
+        with errors_of_all(): _run_batches(plan, keys, encoded, seeds, run, row, have, folder, shown)
         if processes().num_processes > 1: have = {(r['prompt_index'], r['k']): r for r in there()}
     return [have[key] for key in keys]

@@ -83,22 +83,31 @@ def _prompt_ids(prompt: Text, tokenizer: Any, chat: bool, encoder: bool) -> list
     if not (chat or encoder) and ids[-1:] == [tokenizer.eos_token_id]: ids = ids[:-1] # some tokenizers end every text
     return ids
 
+def _check_text(i: int, prompt: Any) -> None:
+    dialogue = isinstance(prompt, (list, tuple)) and all(isinstance(m, dict) for m in prompt)
+    if not isinstance(prompt, str) and not dialogue:
+        raise AuditError(f'prompt {i}: a text, or a list of messages with role and content; got {str(prompt)[:40]!r}')
+    turns = [prompt] if isinstance(prompt, str) else [m.get('content') for m in prompt]
+    if odd := [t for t in turns if t is not None and not isinstance(t, str)]:
+        raise AuditError(f'prompt {i}: the content of a message must be text, got {type(odd[0]).__name__}')
+    if not any(t and t.strip() for t in turns): raise AuditError(f'prompt {i} is empty')
+
 def encode_prompts(
     lm: ScoringModel,        # from `load_model` or `load_generator`
     prompts: Sequence[Text], # texts or messages
     chat: bool | None = None, # apply the chat template; None: if there is one
 ) -> list[list[int]]:        # token ids of each prompt
-    "Tokenise prompts. Raises `AuditError` naming the prompt that is empty or that the template refuses."
+    "Tokenise prompts. Raises `AuditError` naming the prompt that is empty, no text, or that the template refuses."
     if isinstance(prompts, str) or not len(prompts): raise AuditError('no prompts: give a list of texts or messages')
     tokenizer = lm.tokenizer
     if chat and not tokenizer.chat_template: raise AuditError(f'model {lm.name} has no chat template: leave chat out')
     chat, made = bool(tokenizer.chat_template) if chat is None else chat, []
     for i, prompt in enumerate(prompts):
-        turns = [prompt] if isinstance(prompt, str) else [m.get('content') for m in prompt] if prompt else []
-        if not any(isinstance(t, str) and t.strip() for t in turns): raise AuditError(f'prompt {i} is empty')
+        _check_text(i, prompt)
         try: made.append(_prompt_ids(prompt, tokenizer, chat, lm.model.config.is_encoder_decoder))
         except Exception as e:  # a template may raise anything
-            raise AuditError(f'prompt {i}: the chat template refuses it ({str(e)[:200]})') from None
+            why = 'the chat template refuses it' if chat else 'it cannot be tokenised'
+            raise AuditError(f'prompt {i}: {why} ({type(e).__name__}: {str(e)[:200]})') from None
     return made
 
 # %% ../../nbs/rl/300_sampling.ipynb #0ad4140b
@@ -119,7 +128,8 @@ def answer_ids(
 ) -> list[int]:
     "Token ids of a response that is given, not drawn."
     end = lm.tokenizer.eos_token_id
-    return lm.tokenizer(text, add_special_tokens=False).input_ids + ([end] if end is not None else end_tokens(lm)[:1])*ended
+    ends = [end] if end is not None else end_tokens(lm)[:1]
+    return lm.tokenizer(text, add_special_tokens=False).input_ids + ends*ended
 
 @contextmanager
 def _own_settings(model, settings: GenerationConfig) -> Iterator[None]:
@@ -136,7 +146,8 @@ def _warpers(sampling: Sampling, seeds: Sequence[int], device: Any) -> LogitsPro
     "Temperature, truncation, noise; none of them when greedy"
     s = sampling
     if s.temperature == 0: return LogitsProcessorList()
-    steps = [s.temperature != 1 and TemperatureLogitsWarper(float(s.temperature)), s.top_k and TopKLogitsWarper(s.top_k),
+    steps = [s.temperature != 1 and TemperatureLogitsWarper(float(s.temperature)),
+             s.top_k and TopKLogitsWarper(s.top_k),
              s.top_p < 1 and TopPLogitsWarper(s.top_p), RowNoise(seeds, device)]
     return LogitsProcessorList([step for step in steps if step])
 

@@ -22,12 +22,13 @@ from ..audit.workers import first_alone, main_writer
 from .generation import generate_responses
 from .rewards import Reward, call_reward
 from .sampling import Sampling, prompt_hash
-from .tasks import task_rows
+from .spread import binary_interval, equal_rewards_needed
 from .spread_table import group_costs, spread_summary, spread_table
+from .tasks import task_rows
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #b45c27e4
 def load_tasks(
-    source: Any,               # anything that `task_rows` takes: a shipped task, 'grue/NAME', a file with a `prompt` column ...
+    source: Any,               # as for `task_rows`: a shipped task, 'grue/NAME', a file with a `prompt` column ...
     split: str | None = None,  # which split, where there are several
     limit: int | None = None,  # at most so many, the first
 ) -> list[dict[str, Any]]:     # prompt and the other columns, each prompt once
@@ -35,17 +36,19 @@ def load_tasks(
     found: dict[str, dict] = {}
     for i, r in enumerate(task_rows(source, split), 1):
         p = r.get('prompt')
-        words = [m.get('content') for m in p] if isinstance(p, list) and all(isinstance(m, dict) for m in p) else [p]
+        words: list = [p]
+        if isinstance(p, list) and all(isinstance(m, dict) for m in p): words = [m.get('content') for m in p]
         if not words or not all(isinstance(w, str) for w in words) or not any(w.strip() for w in words):
-            raise AuditError(f"{str(source)[:80]}, row {i}: needs a prompt, text or messages; it has {', '.join(sorted(map(str, r)))}")
+            has = ', '.join(sorted(map(str, r)))
+            raise AuditError(f'{str(source)[:80]}, row {i}: needs a prompt, text or messages; it has {has}')
         found.setdefault(prompt_hash(p), r)
         if limit and len(found) >= limit: break
     if not found: raise AuditError(f'{str(source)[:80]}: no prompts')
     return list(found.values())
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #0dcdfd22
-def _round(lm: ScoringModel, tasks: list[dict], which: list[int], reward: Reward, sampling: Sampling, number: int, have: dict, out: Path | None,
-           batch: int, progress: bool, **generation: Any) -> list[dict]:
+def _round(lm: ScoringModel, tasks: list[dict], which: list[int], reward: Reward, sampling: Sampling, number: int,
+           have: dict, out: Path | None, batch: int, progress: bool, **generation: Any) -> list[dict]:
     "Draw and judge one round; the rows"
     drawn = replace(sampling, seed=1000*sampling.seed + number)
     folder = out/f'round{number}' if out else None
@@ -56,19 +59,23 @@ def _round(lm: ScoringModel, tasks: list[dict], which: list[int], reward: Reward
         mine = [tasks[keys[j][1]] for j in some]
         columns = {c: [t.get(c) for t in mine] for c in mine[0] if c != 'prompt'}
         made = call_reward(reward, [t['prompt'] for t in mine], [rows[j]['response'] for j in some], **columns)
-        lines = [dict(round=number, task=keys[j][1], k=keys[j][2], reward=value, reward_error=error) for j, (value, error) in zip(some, made)]
+        lines = [dict(round=number, task=keys[j][1], k=keys[j][2], reward=value, reward_error=error)
+                 for j, (value, error) in zip(some, made)]
         if out: add_run(out, lines, 'rewards')
         return lines
     for i in range(0, len(todo), batch):
-        have.update(((line['round'], line['task'], line['k']), line) for line in first_alone(lambda: judged(todo[i:i + batch])))
-    return [dict(prompt=tasks[t]['prompt'], prompt_hash=r['prompt_hash'], response=r['response'], tokens=r['tokens'], finished=r['finished'],
-                 round=n, k=k, reward=have[n, t, k]['reward'], reward_error=have[n, t, k]['reward_error']) for (n, t, k), r in zip(keys, rows)]
+        lines = first_alone(lambda: judged(todo[i:i + batch]))
+        have.update(((line['round'], line['task'], line['k']), line) for line in lines)
+    said = [{key: r[key] for key in ('prompt_hash', 'response', 'tokens', 'finished')} for r in rows]
+    return [dict(prompt=tasks[t]['prompt']) | about | dict(round=n, k=k, reward=have[n, t, k]['reward'],
+            reward_error=have[n, t, k]['reward_error']) for (n, t, k), about in zip(keys, said)]
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #4c070175
 def count_looks(first: int, most: int) -> int:
     "Rounds from `first` samples to `most`, doubling"
     return 1 + max(0, math.ceil(math.log2(most/first)))
 
+# %% ../../nbs/rl/332_spread_audit.ipynb #7c9afc77
 def audit_spread(
     lm: ScoringModel,              # from `load_generator`
     tasks: Sequence[dict],         # from `load_tasks`
@@ -77,7 +84,7 @@ def audit_spread(
     first: int = 8,                # responses to every prompt
     most: int = 64,                # at most so many to one prompt
     value_range: tuple[float, float] | None = None, # that the reward can have; None: of the rows
-    threshold: float = .1,         # share of the range under which a std is flat
+    threshold: float = .1,         # share of the range under which a std is flat; what it takes: `equal_rewards_needed`
     alpha: float = .05,            # 1 - nominal coverage of the last interval of a prompt
     out: str | Path | None = None, # folder; None: memory
     batch: int = 64,               # completions a call of the reward
@@ -86,22 +93,26 @@ def audit_spread(
     **generation: Any,             # for `generate_responses`: batch_tokens, engine, chat
 ) -> tuple[pd.DataFrame, list[dict]]: # `spread_table`, and a row a response
     "Audit prompts under a model. With `out`, continue what is there. Raises `AuditError`."
-    if not 2 <= first <= most: raise AuditError(f'first {first}, most {most}: at least 2 responses, and not more than most')
+    if not 2 <= first <= most:
+        raise AuditError(f'first {first}, most {most}: at least 2 responses, and not more than most')
     tasks = list(tasks)
     with main_writer(out) as folder:
-        identity = dict(sampling=asdict(replace(sampling, count=1)), first=first, most=most, threshold=threshold, value_range=value_range, alpha=alpha,
-                        tasks=prompt_hash([prompt_hash(plain(t)) for t in tasks]), reward=name or getattr(reward, '__name__', type(reward).__name__))
+        identity = dict(sampling=asdict(replace(sampling, count=1)), first=first, most=most, threshold=threshold,
+                        value_range=value_range, alpha=alpha, tasks=prompt_hash([prompt_hash(plain(t)) for t in tasks]),
+                        reward=name or getattr(reward, '__name__', type(reward).__name__))
         lines = first_alone(lambda: open_runs(folder, identity, dict(model=lm.name), 'rewards')) if folder else []
         have, rows, number, count = {(r['round'], r['task'], r['k']): r for r in lines}, [], 0, first
         which, looks = list(range(len(tasks))), count_looks(first, most)
         while which and count:
-            rows += _round(lm, tasks, which, reward, replace(sampling, count=count), number, have, folder, batch, progress, **generation)
+            drawing = replace(sampling, count=count)
+            rows += _round(lm, tasks, which, reward, drawing, number, have, folder, batch, progress, **generation)
             table = spread_table(rows, value_range, threshold, alpha/looks)
             open_ = set(table.prompt_hash[(table.verdict == 'undecided') & (table.n > 1)])
             drawn = first*2**number
             which = [i for i in which if prompt_hash(tasks[i]['prompt']) in open_]
             number, count = number + 1, min(drawn, most - drawn)
-    table.attrs |= dict(truncated=sum(not r['finished'] for r in rows)/len(rows), samples=len(rows), fixed=most*len(tasks))
+    table.attrs |= dict(truncated=sum(not r['finished'] for r in rows)/len(rows), samples=len(rows),
+                        fixed=most*len(tasks))
     return table, rows
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #75dbe86a
@@ -119,7 +130,8 @@ def adaptive_counts(
         count = first if not drawn else min(drawn, most - drawn)
         for i in which: found[i] += draw(i, count)
         drawn += count
-        table = spread_table([dict(prompt=str(i), reward=x) for i, r in enumerate(found) for x in r], value_range, threshold, .05/count_looks(first, most))
+        rows = [dict(prompt=str(i), reward=x) for i, r in enumerate(found) for x in r]
+        table = spread_table(rows, value_range, threshold, .05/count_looks(first, most))
         which = [i for i in which if table.verdict[i] == 'undecided']
     return table
 
@@ -132,18 +144,38 @@ def spread_advice(
     "What to do, in words."
     said, total = [], len(table)
     count = lambda mask: int(mask.sum())
-    if table.attrs['constant']: return [f'Every reward is {table.attrs["value_range"][0]:g}: the reward is broken, or says nothing about these prompts.']
-    if n := count(table.cause == 'floor'): said.append(f'{n} of {total} prompts are flat at the low end: a little SFT on them first, or an easier reward.')
-    if n := count(table.cause == 'ceiling'): said.append(f'{n} of {total} are flat at the high end: there is nothing to learn, leave them out.')
-    if n := count(table.cause == 'deterministic'): said.append(f'{n} of {total} get one text only: raise the temperature.')
-    if n := count(table.cause == 'flat'): said.append(f'{n} of {total} are flat between the ends: use a finer reward.')
-    if n := count(table.verdict == 'undecided'): said.append(f'{n} of {total} are undecided: their samples fit a spread on either side of the threshold.')
-    if n := count(table.failed > 0): said.append(f'{n} of {total} have failed rewards: see reward_error in rows.jsonl.')
-    if len(costs) and (best := costs.loc[costs.cost.idxmin()]).useful > 0:
-        said.append(f'A group of {best.group:.0f} is cheapest: {best.cost:.1f} responses a useful group, {best.useful:.0%} of groups useful.')
-    if (share := summary['between_share']) is not None: said.append(f'{share:.0%} of the variance of rewards is between prompts: a whole-batch standard deviation counts it as spread.')
+    if table.attrs['constant']:
+        same = table.attrs['value_range'][0]
+        return [f'Every reward is {same:g}: the reward is broken, or says nothing about these prompts.']
+    for mask, words in (
+        (table.cause == 'floor', 'prompts are flat at the low end: a little SFT on them first, or an easier reward.'),
+        (table.cause == 'ceiling', 'are flat at the high end: there is nothing to learn, leave them out.'),
+        (table.cause == 'deterministic', 'get one text only: raise the temperature.'),
+        (table.cause == 'flat', 'are flat between the ends: use a finer reward.'),
+        (table.verdict == 'undecided', 'are undecided: their samples fit a spread on either side of the threshold.'),
+        (table.failed > 0, 'have failed rewards: see reward_error in rows.jsonl.')):
+        if n := count(mask): said.append(f'{n} of {total} {words}')
+    said += _too_few(table)
+    if len(costs):
+        shares = ', '.join(f'{u:.0%} of groups of {g}' for g, u in zip(costs.group, costs.useful))
+        said.append(f'Groups with a gradient: {shares}.')
+    if (share := summary['between_share']) is not None:
+        said.append(f'{share:.0%} of the variance of rewards is between prompts: '
+                    'a whole-batch standard deviation counts it as spread.')
     return said
 
+def _too_few(table: pd.DataFrame) -> list[str]:
+    "What prompts of equal rewards would need"
+    equal = table[(table.verdict == 'undecided') & (table['std'] == 0)]
+    a, b = table.attrs['value_range']
+    share, n = table.attrs['threshold']/((b - a) or 1.), int(equal.n.max()) if len(equal) else 0
+    if not n or share >= .5 or (needed := equal_rewards_needed(share, table.attrs['alpha'])) <= n: return []
+    room = binary_interval(0, n, (b - a) or 1., table.attrs['alpha'])[1]
+    return [f'{len(equal)} of the undecided got the same reward every time, {n} times at most: '
+            f'that still fits a standard deviation of {room:.2g}. '
+            f'To call them flat takes {needed} responses or more, or a threshold above {room:.2g}.']
+
+# %% ../../nbs/rl/332_spread_audit.ipynb #c16940b9
 def write_spread(
     table: pd.DataFrame,     # from `audit_spread` or `spread_table`
     rows: Sequence[dict],    # a response each
@@ -152,9 +184,11 @@ def write_spread(
     "Write table.csv, rows.jsonl and summary.json, all or none."
     out, costs = Path(out).expanduser(), group_costs(table)
     summary = spread_summary(table) if (table.n > 1).any() else dict(prompts=len(table), between_share=None)
-    summary |= dict(costs=costs.to_dict('records'), advice=spread_advice(table, summary, costs), written=time.strftime('%Y-%m-%d'),
+    summary |= dict(costs=costs.to_dict('records'), advice=spread_advice(table, summary, costs),
+                    written=time.strftime('%Y-%m-%d'),
                     **{k: table.attrs[k] for k in ('truncated', 'samples', 'fixed') if k in table.attrs})
     lines = ''.join(json.dumps(plain(r), ensure_ascii=False) + '\n' for r in rows)
-    write_files({out/'table.csv': table.drop(columns='prompt').to_csv(index=False).encode(), out/'rows.jsonl': lines.encode(),
+    write_files({out/'table.csv': table.drop(columns='prompt').to_csv(index=False).encode(),
+                 out/'rows.jsonl': lines.encode(),
                  out/'summary.json': (json.dumps(plain(summary), indent=1, ensure_ascii=False) + '\n').encode()})
     return summary

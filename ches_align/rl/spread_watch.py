@@ -12,6 +12,7 @@ from typing import Any, Callable, Hashable, Sequence
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from transformers import TrainerCallback
 
 from ..audit.files import AuditError, read_rows
@@ -34,17 +35,21 @@ def step_spread(
 ) -> dict[str, float]:                  # JSON-able; NaN where no group has two finite rewards
     "The spread within the prompts of one batch. Raises `AuditError` for lists that do not match."
     if len(prompt_ids) != len(rewards) or (raw_rewards is not None and len(raw_rewards) != len(rewards)):
-        raise AuditError(f'{len(prompt_ids)} prompt ids, {len(rewards)} rewards' + (f', {len(raw_rewards)} raw rewards' if raw_rewards is not None else ''))
+        raw = f', {len(raw_rewards)} raw rewards' if raw_rewards is not None else ''
+        raise AuditError(f'{len(prompt_ids)} prompt ids, {len(rewards)} rewards{raw}')
     groups = {p: r for p, r in _by_prompt(prompt_ids, rewards).items() if len(r) > 1}
     finite = clean_rewards(rewards)[0]
     a, width = value_range[0], (value_range[1] - value_range[0]) or 1.
-    std, mean = np.array([r.std(ddof=1) for r in groups.values()])/width, (np.array([r.mean() for r in groups.values()]) - a)/width
+    std = np.array([r.std(ddof=1) for r in groups.values()])/width
+    mean = (np.array([r.mean() for r in groups.values()]) - a)/width
     zero = std < tolerance
     share = lambda mask: float(np.mean(mask)) if len(groups) else float('nan')
     at = lambda q: float(np.quantile(std, q))*width if len(groups) else float('nan')
-    made = dict(groups=len(groups), failed=len(rewards) - len(finite), mean=float(finite.mean()) if len(finite) else float('nan'),
-                std_mean=float(std.mean())*width if len(groups) else float('nan'), std_median=at(.5), std_p10=at(.1), zero=share(zero), near_zero=share(std < near),
-                zero_floor=share(zero & (mean < near)), zero_ceiling=share(zero & (mean > 1 - near)),
+    made = dict(groups=len(groups), failed=len(rewards) - len(finite),
+                mean=float(finite.mean()) if len(finite) else float('nan'),
+                std_mean=float(std.mean())*width if len(groups) else float('nan'), std_median=at(.5), std_p10=at(.1),
+                zero=share(zero), near_zero=share(std < near), zero_floor=share(zero & (mean < near)),
+                zero_ceiling=share(zero & (mean > 1 - near)),
                 batch_std=float(finite.std(ddof=1)) if len(finite) > 1 else float('nan'))
     if raw_rewards is not None:
         raw = _by_prompt(prompt_ids, raw_rewards)
@@ -58,7 +63,7 @@ class SpreadWatch:
     def __init__(
         self,
         value_range: tuple[float, float] | None = None, # that the reward can have; None: of what has been seen
-        limits: dict[str, float] | None = None, # share -> alarm above it; None: zero 0.5, phantom 0.1, failed_share 0.05
+        limits: dict[str, float] | None = None, # share -> alarm above it; None: zero .5, phantom .1, failed_share .05
         patience: int = 3,      # steps in a row that make an alarm
         near: float = .05,      # share of the range under which a std is nearly zero
         tell: Callable[[str], None] = print, # told when an alarm goes on or off
@@ -81,35 +86,44 @@ class SpreadWatch:
         a, b = self.value_range or (self._seen if self._seen[0] <= self._seen[1] else (0., 1.))
         made = step_spread(prompt_ids, rewards, (a, b), raw_rewards, near=self.near)
         made['failed_share'] = made['failed']/len(rewards) if len(rewards) else 0.
-        for p, r in _by_prompt(prompt_ids, rewards).items():
-            if len(r) < 2: continue
-            had = self._prompts.setdefault(p, dict(times=0, zero=0, means=[], stds=[]))
-            had['times'] += 1
-            had['zero'] += int(r.std(ddof=1) < 1e-6*((b - a) or 1.))
-            had['means'].append(float(r.mean())); had['stds'].append(float(r.std(ddof=1)))
+        self._remember(_by_prompt(prompt_ids, rewards), (b - a) or 1.)
         self.steps.append(dict(step=len(self.steps) if step is None else step) | made)
         self._alarm()
         return self.steps[-1] | dict(alarms=sorted(self.alarms))
 
-    def _alarm(self) -> None:
-        for name, limit in self.limits.items():
-            last = [s.get(name, float('nan')) for s in self.steps[-self.patience:]]
-            if name not in self.alarms and len(last) == self.patience and all(x > limit for x in last):
-                self.alarms.add(name)
-                self.tell(f"step {self.steps[-1]['step']}: {name} above {limit:g} for {self.patience} steps ({last[-1]:.2f})")
-            elif name in self.alarms and last[-1] < .8*limit:
-                self.alarms.discard(name)
-                self.tell(f"step {self.steps[-1]['step']}: {name} back at {last[-1]:.2f}")
+# %% ../../nbs/rl/333_spread_watch.ipynb #588e5b1a
+@patch
+def _remember(self: SpreadWatch, groups: dict[Hashable, np.ndarray], width: float) -> None:
+    for p, r in groups.items():
+        if len(r) < 2: continue
+        had = self._prompts.setdefault(p, dict(times=0, zero=0, means=[], stds=[]))
+        had['times'] += 1
+        had['zero'] += int(r.std(ddof=1) < 1e-6*width)
+        had['means'].append(float(r.mean())); had['stds'].append(float(r.std(ddof=1)))
 
-    def table(self) -> pd.DataFrame: # a row a step
-        return pd.DataFrame(self.steps)
+@patch
+def _alarm(self: SpreadWatch) -> None:
+    for name, limit in self.limits.items():
+        last = [s.get(name, float('nan')) for s in self.steps[-self.patience:]]
+        if name not in self.alarms and len(last) == self.patience and all(x > limit for x in last):
+            self.alarms.add(name)
+            self.tell(f"step {self.steps[-1]['step']}: {name} above {limit:g} for {self.patience} steps "
+                      f'({last[-1]:.2f})')
+        elif name in self.alarms and last[-1] < .8*limit:
+            self.alarms.discard(name)
+            self.tell(f"step {self.steps[-1]['step']}: {name} back at {last[-1]:.2f}")
 
-    def prompts(self) -> pd.DataFrame: # prompt, times, zero (how often without gradient), first and last mean, mean std
-        "What each prompt was like, those that never had a gradient first."
-        rows = [dict(prompt=p, times=h['times'], zero=h['zero'], first_mean=h['means'][0], last_mean=h['means'][-1], std=float(np.mean(h['stds'])))
-                for p, h in self._prompts.items()]
-        return pd.DataFrame(rows, columns=['prompt', 'times', 'zero', 'first_mean', 'last_mean', 'std']).assign(
-            share=lambda t: t.zero/t.times).sort_values(['share', 'times'], ascending=False, ignore_index=True)
+@patch
+def table(self: SpreadWatch) -> pd.DataFrame: # a row a step
+    return pd.DataFrame(self.steps)
+
+@patch
+def prompts(self: SpreadWatch) -> pd.DataFrame: # prompt, times, zero (of them), first and last mean, mean std
+    "What each prompt was like, those that never had a gradient first."
+    rows = [dict(prompt=p, times=h['times'], zero=h['zero'], first_mean=h['means'][0], last_mean=h['means'][-1],
+                 std=float(np.mean(h['stds']))) for p, h in self._prompts.items()]
+    made = pd.DataFrame(rows, columns=['prompt', 'times', 'zero', 'first_mean', 'last_mean', 'std'])
+    return made.assign(share=made.zero/made.times).sort_values(['share', 'times'], ascending=False, ignore_index=True)
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #30c61ec7
 def watch_reward(
@@ -120,7 +134,8 @@ def watch_reward(
     @wraps(reward)
     def watched(prompts, completions, **columns):
         made = reward(prompts=prompts, completions=completions, **columns)
-        watch.update([prompt_hash(p) for p in prompts], made, step=getattr(columns.get('trainer_state'), 'global_step', None))
+        watch.update([prompt_hash(p) for p in prompts], made,
+                     step=getattr(columns.get('trainer_state'), 'global_step', None))
         return made
     return watched
 
@@ -131,7 +146,8 @@ class SpreadCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         "Transformers calls it with the dictionary that is to be logged"
         if logs is not None and self.watch.steps:
-            logs |= {f'spread/{k}': v for k, v in self.watch.steps[-1].items() if k not in ('step', 'groups') and v == v}
+            logs |= {f'spread/{k}': v for k, v in self.watch.steps[-1].items()
+                     if k not in ('step', 'groups') and v == v}
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #fdfe9875
 def read_rollouts(
@@ -140,11 +156,13 @@ def read_rollouts(
     watch: SpreadWatch | None = None, # gets the steps; None: a new one
 ) -> SpreadWatch:
     "Follow the dump of any trainer. Raises `AuditError` with the row that lacks a column."
-    names, watch = dict(step='step', prompt='prompt', reward='reward', raw_reward='raw_reward') | (names or {}), watch or SpreadWatch()
+    names = {k: k for k in ('step', 'prompt', 'reward', 'raw_reward')} | (names or {})
+    watch = watch or SpreadWatch()
     steps: dict[Any, list[dict]] = defaultdict(list)
     for i, row in enumerate(read_rows(source), 1):
         if lost := [names[k] for k in ('step', 'prompt', 'reward') if names[k] not in row]:
-            raise AuditError(f"{str(source)[:80]}, row {i}: no column {lost[0]}; it has {', '.join(sorted(map(str, row)))}")
+            has = ', '.join(sorted(map(str, row)))
+            raise AuditError(f'{str(source)[:80]}, row {i}: no column {lost[0]}; it has {has}')
         steps[row[names['step']]].append(row)
     if not steps: raise AuditError(f'{str(source)[:80]}: no rows')
     for step, rows in steps.items():

@@ -22,7 +22,8 @@ def _narrative_qa(r: dict) -> list[dict]:
     return [dict(prompt=f"{_text(r['question'])} \\n {summary}".lower(), answer=[_text(a) for a in r['answers']])]
 
 def _common_gen(r: dict) -> list[dict]:
-    return [dict(prompt=f"generate a sentence with: {' '.join(r['concepts'])}.", answer=r['target'])] if r['target'] else []
+    if not r['target']: return []
+    return [dict(prompt=f"generate a sentence with: {' '.join(r['concepts'])}.", answer=r['target'])]
 
 def _iwslt(r: dict) -> list[dict]:
     return [dict(prompt=f"translate English to German: {r['translation']['en']}", answer=r['translation']['de'])]
@@ -32,12 +33,14 @@ def _cnn(r: dict) -> list[dict]: return [dict(prompt=f"Summarize: {r['article']}
 def _imdb(r: dict) -> list[dict]:
     words = r['text'].split()
     half = len(words)//2
-    return [dict(prompt=' '.join(words[:half]), answer=' ' + ' '.join(words[half:]))] if int(r['label']) == 1 and half else []
+    if int(r['label']) != 1 or not half: return []
+    return [dict(prompt=' '.join(words[:half]), answer=' ' + ' '.join(words[half:]))]
 
 def _dialog(r: dict, turns: int = 5) -> list[dict]:
     "A history of five turns each, the next as reference; `<EOU>` ends a turn"
     said = r['dialog']
-    return [dict(prompt='<EOU>'.join(said[i - turns:i]) + ' <EOU>', answer=said[i] + '<EOU>') for i in range(turns, len(said))]
+    return [dict(prompt='<EOU>'.join(said[i - turns:i]) + ' <EOU>', answer=said[i] + '<EOU>')
+            for i in range(turns, len(said))]
 
 # %% ../../nbs/rl/321_tasks.ipynb #457128be
 def _grid(table: list[list[dict]]) -> tuple[dict, dict]:
@@ -66,17 +69,21 @@ def linearize_table(
     said = []
     for i, k in row['highlighted_cells']:
         (r, c), cell = places[i, k], row['table'][i][k]
-        above, left = _headers(grid, cell, [(a, c) for a in range(r)]), _headers(grid, cell, [(r, b) for b in range(c)])
-        marks = ''.join(f'<col_header> {h} </col_header> ' for h in above) + ''.join(f'<row_header> {h} </row_header> ' for h in left)
+        above = _headers(grid, cell, [(a, c) for a in range(r)])
+        left = _headers(grid, cell, [(r, b) for b in range(c)])
+        marks = ''.join(f'<col_header> {h} </col_header> ' for h in above)
+        marks += ''.join(f'<row_header> {h} </row_header> ' for h in left)
         said.append(f"<cell> {cell['value']} {marks}</cell>")
     table = f"<table> {' '.join(said)} </table>"
-    titles = ''.join(f'<{t}> {row[key]} </{t}> ' for t, key in (('page_title', 'table_page_title'), ('section_title', 'table_section_title')) if row.get(key))
+    named = [(t, row.get(f'table_{t}')) for t in ('page_title', 'section_title')]
+    titles = ''.join(f'<{t}> {title} </{t}> ' for t, title in named if title)
     return f'{table} {titles}{table}'
 
 def _totto(r: dict) -> list[dict]:
     told = r.get('sentence_annotations') or {}
     final = told.get('final_sentence', []) if isinstance(told, dict) else [a['final_sentence'] for a in told]
-    return [dict(prompt=linearize_table(r), answer=[s for s in final if s])] if r['highlighted_cells'] and any(final) else []
+    if not r['highlighted_cells'] or not any(final): return []
+    return [dict(prompt=linearize_table(r), answer=[s for s in final if s])]
 
 # %% ../../nbs/rl/321_tasks.ipynb #7abf014f
 @dataclass(frozen=True)
@@ -94,10 +101,13 @@ GRUE = {
     'narrative_qa': GrueTask('deepmind/narrativeqa', _narrative_qa, 'rouge_l', 512, dict(top_k=50, max_new_tokens=20)),
     'totto': GrueTask('GEM/totto', _totto, 'sacrebleu', 512, dict(max_new_tokens=50)),
     'common_gen': GrueTask('allenai/common_gen', _common_gen, 'meteor', 20, dict(max_new_tokens=20)),
-    'iwslt': GrueTask('IWSLT/iwslt2017:iwslt2017-en-de', _iwslt, 'sacrebleu:intl', 128, dict(top_k=10, max_new_tokens=128)),
+    'iwslt': GrueTask('IWSLT/iwslt2017:iwslt2017-en-de', _iwslt, 'sacrebleu:intl', 128,
+                      dict(top_k=10, max_new_tokens=128)),
     'cnn': GrueTask('abisee/cnn_dailymail:3.0.0', _cnn, 'meteor', 512, dict(top_k=50, max_new_tokens=100)),
-    'daily_dialog': GrueTask('li2017dailydialog/daily_dialog', _dialog, 'meteor', 128, dict(top_k=20, max_new_tokens=20), 'gpt2'),
-    'imdb': GrueTask('stanfordnlp/imdb', _imdb, 'classifier:lvwerra/distilbert-imdb', 64, dict(top_k=50, max_new_tokens=48), 'lvwerra/gpt2-imdb', 'left')}
+    'daily_dialog': GrueTask('li2017dailydialog/daily_dialog', _dialog, 'meteor', 128,
+                             dict(top_k=20, max_new_tokens=20), 'gpt2'),
+    'imdb': GrueTask('stanfordnlp/imdb', _imdb, 'classifier:lvwerra/distilbert-imdb', 64,
+                     dict(top_k=50, max_new_tokens=48), 'lvwerra/gpt2-imdb', 'left')}
 
 # %% ../../nbs/rl/321_tasks.ipynb #21e3fd84
 SHIPPED = ('sample', 'countries', 'formats', 'visits')
@@ -107,7 +117,9 @@ def task_rows(
     split: str | None = None, # which split, where there are several
 ) -> Iterator[dict]:          # prompt and what else there is
     "Rows with a prompt each. Raises `AuditError` for an unknown name, or the row that lacks a column."
-    if source in SHIPPED: source = Path(str(files('ches_align')/'samples'/f"{'tasks' if source == 'sample' else source}.jsonl"))
+    if source in SHIPPED:
+        name = 'tasks' if source == 'sample' else source
+        source = Path(str(files('ches_align')/'samples'/f'{name}.jsonl'))
     if not (isinstance(source, str) and source.startswith('grue/')): return read_rows(source, split)
     name, _, path = source.removeprefix('grue/').partition('=')
     if name not in GRUE: raise AuditError(f"{source}: grue/ and one of {', '.join(GRUE)}")
@@ -117,7 +129,8 @@ def _converted(name: str, source: str, split: str | None) -> Iterator[list[dict]
     for i, r in enumerate(read_rows(source, split), 1):
         try: yield GRUE[name].convert(r)
         except (KeyError, TypeError, IndexError, ValueError) as e:
-            raise AuditError(f"{source}, row {i}: not a row of {name} ({type(e).__name__}: {e}); it has {', '.join(sorted(map(str, r)))[:200]}") from None
+            has, why = ', '.join(sorted(map(str, r)))[:200], f'{type(e).__name__}: {e}'
+            raise AuditError(f'{source}, row {i}: not a row of {name} ({why}); it has {has}') from None
 
 # %% ../../nbs/rl/321_tasks.ipynb #67c2c0ea
 def cut_prompt(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -39,28 +40,39 @@ class TrainingState:
         "Write the file, whole or not at all. Raises `AuditError` when it cannot be written."
         if self.path is None: return
         kept = {f'weight {n}': p.detach().contiguous() for n, p in self.trained.items()}
-        kept |= {f'{k} {n}': v for n, p in self.trained.items() for k, v in self.optimiser.state.get(p, {}).items() if torch.is_tensor(v)}
+        moments = ((k, n, v) for n, p in self.trained.items() for k, v in self.optimiser.state.get(p, {}).items())
+        kept |= {f'{k} {n}': v for k, n, v in moments if torch.is_tensor(v)}
         part = self.path.with_name(f'.{self.path.name}.{os.getpid()}.partial')
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            try: save_file(kept, part, dict(identity=json.dumps(self.identity, sort_keys=True), told=json.dumps(plain(told))))
+            try:
+                save_file(kept, part,
+                          dict(identity=json.dumps(self.identity, sort_keys=True), told=json.dumps(plain(told))))
+                os.replace(part, self.path)
             except SafetensorError as e: raise OSError(str(e)) from None
-            os.replace(part, self.path)
+            finally: part.unlink(missing_ok=True)  # half a file of a full disk
 
     def load(self) -> dict[str, Any] | None: # what was told; None: there is no file
-        "Put weights and moments back. Raises `AuditError` for a file of another training, or no such file at all."
+        "Put weights and moments back. Raises `AuditError` for a file of another training, or one that holds no state."
         if self.path is None or not self.path.exists(): return None
         try:
             with safe_open(self.path, 'pt') as f:
                 about = f.metadata()
-                if json.loads(about['identity']) != self.identity: raise AuditError(f'{self.path} is of another training: delete it, or name another folder')
-                for n, p in self.trained.items(): p.data.copy_(f.get_tensor(f'weight {n}'))
-                for key in f.keys():
-                    what, _, name = key.partition(' ')
-                    if what == 'weight': continue
-                    p, value = self.trained[name], f.get_tensor(key)
-                    self.optimiser.state[p][what] = value if value.ndim == 0 else value.to(p.device)
+                if json.loads(about['identity']) != self.identity:
+                    raise AuditError(f'{self.path} is of another training: delete it, or name another folder')
+                self._put_back(f)
                 return json.loads(about['told'])
         except (SafetensorError, KeyError, ValueError) as e:
             if isinstance(e, AuditError): raise
             raise AuditError(f'{self.path}: no state of a training ({e}): delete it') from None
+
+# %% ../../nbs/rl/334_training_state.ipynb #a0cb7657
+@patch
+def _put_back(self: TrainingState, f: Any) -> None:
+    "Weights and moments of an open file"
+    for n, p in self.trained.items(): p.data.copy_(f.get_tensor(f'weight {n}'))
+    for key in f.keys():
+        what, _, name = key.partition(' ')
+        if what == 'weight': continue
+        p, value = self.trained[name], f.get_tensor(key)
+        self.optimiser.state[p][what] = value if value.ndim == 0 else value.to(p.device)
