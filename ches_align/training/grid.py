@@ -9,6 +9,7 @@ __all__ = ['HEDGES', 'pair_classes', 'foretold', 'describe_start', 'one_run', 'r
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import time
 from contextlib import nullcontext
@@ -55,10 +56,11 @@ def pair_classes(
 
 def _risers(shift, before: Tensor, after: Tensor, tokenizer) -> dict:
     "The lists of a `MassShift`, each token with its piece and both probabilities"
-    def rows(items): return [[tokenizer.convert_ids_to_tokens([i])[0], *(round(x[i].exp().item(), 6) for x in (before, after))]
-                             for i, _ in items]
+    def rows(items): return [[tokenizer.convert_ids_to_tokens([i])[0],
+                              *(round(x[i].exp().item(), 6) for x in (before, after))] for i, _ in items]
     numbers = {k: round(v, 6) for k, v in shift._asdict().items() if isinstance(v, float)}
-    return numbers | dict(risers=rows(shift.risers), log_risers=rows(shift.log_risers), fallers=rows(shift.fallers[:3]))
+    return numbers | dict(risers=rows(shift.risers), log_risers=rows(shift.log_risers),
+                          fallers=rows(shift.fallers[:3]))
 
 def foretold(
     features: Tensor, # [vocab] rates of theory/040 with free features, nats per unit of step
@@ -75,7 +77,8 @@ def foretold(
 def describe_start(lm: ScoringModel, ids: Sequence[int], chosen: int, rejected: int) -> tuple[dict, Tensor]:
     "Geometry and the rates of theory/040 at the start, with c = 1; and the rates of all tokens with free features"
     with torch.no_grad():
-        h = lm.backbone(input_ids=torch.tensor([list(ids)], device=lm.device), use_cache=False).last_hidden_state[0, -1]
+        row = torch.tensor([list(ids)], device=lm.device)
+        h = lm.backbone(input_ids=row, use_cache=False).last_hidden_state[0, -1]
     W = lm.model.get_output_embeddings().weight
     geometry = pair_geometry(W, chosen, rejected, top=10)._asdict()
     geometry['top'] = lm.tokenizer.convert_ids_to_tokens(geometry['top'])
@@ -99,10 +102,11 @@ def one_run(
     a, b = single_token(tokenizer, pair.chosen), single_token(tokenizer, pair.rejected)
     ids = prompt_ids(tokenizer, prompt.question, template)
     about, features = describe_start(lm, ids, a, b)
-    run = preference_run(lm.model, ids, a, b, optimizer, recipe.steps, partial(LOSSES[recipe.loss], **recipe.loss_args),
-                         enough=enough)
+    loss = partial(LOSSES[recipe.loss], **recipe.loss_args)
+    run = preference_run(lm.model, ids, a, b, optimizer, recipe.steps, loss, enough=enough)
     kept, start = {k: v.double() for k, v in run.kept.items()}, run.kept[0].double()
-    marks = {k: _risers(mass_shift(start, v), start, v, tokenizer) | foretold(features, start, v) for k, v in kept.items() if k}
+    marks = {k: _risers(mass_shift(start, v), start, v, tokenizer) | foretold(features, start, v)
+             for k, v in kept.items() if k}
     line = about | dict(
         row=prompt.row, tokens=len(ids), stopped=run.stopped, marks=marks,
         chosen=[round(x, 5) for x in run.chosen], rejected=[round(x, 5) for x in run.rejected],
@@ -117,13 +121,16 @@ def _key(start: Start, pair: PairSpec, recipe: Recipe, seed: int) -> str:
 def _manifest(cfg: SinglePromptConfig, lm: ScoringModel) -> dict:
     "What must be the same for a run to continue"
     rows = json.dumps(list(read_rows(cfg.data)), sort_keys=True, ensure_ascii=False)
-    config = {k: v for k, v in plain(config_dict(cfg)).items() if k not in ('out', 'architecture', 'data', 'model', 'device', 'keep_distributions')}
-    model = {k: v for k, v in lm.provenance.items() if k != 'model'} | dict(weights_hash=weights_hash(lm.model))  # as it is now
+    free = ('out', 'architecture', 'data', 'model', 'device', 'keep_distributions')
+    config = {k: v for k, v in plain(config_dict(cfg)).items() if k not in free}
+    model = {k: v for k, v in lm.provenance.items() if k != 'model'}
+    model['weights_hash'] = weights_hash(lm.model)  # as it is now
     return dict(config=config, model=model, data_hash=hashlib.sha256(rows.encode()).hexdigest()[:16])
 
 def _about(cfg: SinglePromptConfig, lm: ScoringModel) -> dict:
     "What the manifest tells besides"
-    return dict(data=Path(cfg.data).name, name=Path(cfg.model).name, versions={p: version(p) for p in ('torch', 'transformers')},
+    return dict(data=Path(cfg.data).name, name=Path(cfg.model).name,
+                versions={p: version(p) for p in ('torch', 'transformers')},
                 hardware=f'{os.cpu_count()} CPUs, {torch.get_num_threads()} threads, weights on {lm.device.type}')
 
 # %% ../../nbs/training/280_grid.ipynb #5678c088
@@ -142,8 +149,11 @@ def _start(lm: ScoringModel, cfg: SinglePromptConfig, start: Start, pair: PairSp
     for epoch in range(start.epochs):
         done = (lambda goal=start.until: mean_p() >= goal) if start.until else (lambda: False)
         steps += sft_epoch(lm.model, examples, optimizer, start.batch, start.seed + epoch, done)
-    if start.until and mean_p() < start.until:
-        raise AuditError(f'start {start.name}, y+ {pair.chosen}: mean p is {mean_p():.3f} after {steps} steps, not '
+    if not math.isfinite(reached := mean_p()):
+        raise AuditError(f'start {start.name}: its SFT destroyed the model, log-probabilities are not finite; '
+                         'lower its learning_rate')
+    if start.until and reached < start.until:
+        raise AuditError(f'start {start.name}, y+ {pair.chosen}: mean p is {reached:.3f} after {steps} steps, not '
                          f'{start.until}; more epochs or a larger learning_rate')
     return steps
 
@@ -151,8 +161,11 @@ def run_grid(
     cfg: SinglePromptConfig,
     lm: ScoringModel | None = None, # loaded from `cfg.model` in fp32 when not given
 ) -> list[dict]:                    # all runs, as `load_runs`
-    "Run what is missing of a grid. Raises `AuditError` for words that are no token and for a folder of another grid."
+    """Run what is missing of a grid. Raises `AuditError` for words that are no token, a folder of another grid, a start
+    that its SFT destroys or does not reach, and `untie` where nothing is tied."""
     lm = lm or load_model(cfg.model, dtype='float32', device=cfg.device)
+    if any(r.untie for r in cfg.recipes):
+        with untied(lm.model): pass  # refused before any SFT
     for pair in cfg.pairs:
         for word in (pair.chosen, pair.rejected): single_token(lm.tokenizer, word)
     total = len(cfg.starts)*len(cfg.pairs)*len(cfg.recipes)*len(cfg.seeds)
@@ -169,7 +182,7 @@ def run_grid(
 # %% ../../nbs/training/280_grid.ipynb #9ceb64ac
 @dataclass
 class _Held:
-    "What one cell leaves to the next: the weights it started from, and an optimizer, whose memory costs more than a step"
+    "What one cell leaves to the next: its starting weights, and an optimizer, whose memory costs more than a step"
     base: list[Tensor]           # of the model as it comes
     start: tuple | None = None   # whose weights are held
     steps: int = 0               # that their SFT took
@@ -186,7 +199,8 @@ def _optimizer(lm: ScoringModel, recipe: Recipe, held: _Held) -> torch.optim.Opt
     return held.optimizer
 
 # %% ../../nbs/training/280_grid.ipynb #ad62350a
-def _cell(cfg: SinglePromptConfig, lm: ScoringModel, start: Start, pair: PairSpec, held: _Held, done: set, bar: tqdm) -> None:
+def _cell(cfg: SinglePromptConfig, lm: ScoringModel, start: Start, pair: PairSpec, held: _Held, done: set,
+          bar: tqdm) -> None:
     "All recipes and seeds of one start and pair; SFT only when a run is missing"
     wanted = [(r, s) for r in cfg.recipes for s in cfg.seeds if _key(start, pair, r, s) not in done]
     if not wanted: return
@@ -209,6 +223,7 @@ def _cell(cfg: SinglePromptConfig, lm: ScoringModel, start: Start, pair: PairSpe
                     dataclasses.asdict(pair).items()}, sft_steps=held.steps) | line
         if cfg.keep_distributions:
             name = hashlib.sha256(key.encode()).hexdigest()[:16]
-            write_files({cfg.out/'distributions'/f'{name}.safetensors': tensor_bytes({str(k): v for k, v in kept.items()})})
+            content = tensor_bytes({str(k): v for k, v in kept.items()})
+            write_files({cfg.out/'distributions'/f'{name}.safetensors': content})
         add_run(cfg.out, line)
         bar.update()
