@@ -63,8 +63,9 @@ def run_numbers(r: dict) -> dict: # flat, one row of the table of runs
     low = int(p.argmin())
     return dict(
         start=r['start'], chosen=r['pair_chosen'], rejected=r['pair_rejected'], relation=r['pair_relation'],
-        recipe=r['recipe'], seed=r['seed'], p_start=p[0], p_end=p[-1], p_lowest=p[low], lowest_at=low, drawdown=drawdown(p),
-        change=r['chosen'][-1] - r['chosen'][0], change_rejected=r['rejected'][-1] - r['rejected'][0],
+        recipe=r['recipe'], seed=r['seed'], p_start=p[0], p_end=p[-1], p_lowest=p[low], lowest_at=low,
+        drawdown=drawdown(p), change=r['chosen'][-1] - r['chosen'][0],
+        change_rejected=r['rejected'][-1] - r['rejected'][0],
         verdict=r['verdict']['kind'], to_same=r['verdict']['to_same'], to_opposite=r['verdict']['to_opposite'],
         to_other=r['verdict']['to_other'],
         cosine=r['geometry']['cosine'], inner=r['geometry']['inner'], rate=r['rates']['both'],

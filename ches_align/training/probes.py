@@ -231,7 +231,8 @@ def measure_probes(
         for batch in plan_batches([len(row) for _, _, row, _ in sides], budget):
             some = [sides[j] for j in batch]
             keep = max(n for *_, n in some) + 1
-            logits = model(**left_padded(model, [row for _, _, row, _ in some], keep), use_cache=False).logits[:, -keep:]
+            inputs = left_padded(model, [row for _, _, row, _ in some], keep)
+            logits = model(**inputs, use_cache=False).logits[:, -keep:]
             for z, (i, k, row, n) in zip(logits, some):
                 logps[k][i] = _row_logps(z[-n - 1:-1], row[-n:])
                 if fork and k == 0: forks[i] = z[at[i] - n - 1].float().log_softmax(-1).cpu()
