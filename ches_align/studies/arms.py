@@ -47,10 +47,11 @@ def arm_config(
     arm: Arm,
     out: Path,           # the trainer writes in its folder .arm_work, which is removed after the arm
 ) -> TrainConfig:
-    "The settings of one arm. Raises `ConfigError` for one that is unknown, ill typed, shared by all, or of no use here."
+    "The settings of one arm. Raises `ConfigError`: unknown, ill typed, shared by all, or of no use here."
     for key in arm.changes:
         if key in SHARED: raise ConfigError(f'arm {arm.name}: {key} is the same in all arms')
-        if key in UNUSED: raise ConfigError(f'arm {arm.name}: {key} does nothing here: an arm is measured before and after')
+        if key in UNUSED:
+            raise ConfigError(f'arm {arm.name}: {key} does nothing here: an arm is measured before and after')
     own = dict(out=str(Path(out)/'.arm_work'), seed=arm.seed)
     settings = {k: v for k, v in config_dict(common).items() if k != 'kind'} | arm.changes | own
     return build_config(settings, TrainConfig, f'arm {arm.name}')
@@ -79,7 +80,8 @@ def run_arm(
     try: trainer.train()
     except AuditError as e: said = str(e)   # weights that training destroyed are a result
     except (torch.OutOfMemoryError, MemoryError):
-        raise AuditError(f'out of memory: lower batch ({config.batch}) and raise accumulation, or lower max_length') from None
+        raise AuditError(f'out of memory: lower batch ({config.batch}) and raise accumulation, or lower '
+                         'max_length') from None
     trained, here = time.perf_counter(), processes()
     here.wait_for_everyone()
     if here.is_main_process: shutil.rmtree(Path(config.out), ignore_errors=True)

@@ -29,27 +29,31 @@ from ..training.train_config import check as check_training
 # %% ../../nbs/studies/400_subset_report.ipynb #764995a2
 def point_table(
     runs: Sequence[dict], # of `load_runs`
-) -> pd.DataFrame:        # measure, quantile, seeds, trained, low, high, held, held_low, held_high, rejected, share, destroyed
+) -> pd.DataFrame: # measure quantile seeds trained low high held held_low held_high rejected share destroyed
     "The numbers of the figure; an arm that destroyed the model is counted, and is in no mean."
     rows = []
     for r in runs:
         n = len(r['rows'])
         d, e = np.array(r['d_chosen'], float), np.array(r['d_rejected'], float)
         whole = bool(np.isfinite([*d, *e]).all())
-        found = dict(trained=d[:n].mean(), rejected=e[:n].mean(), held=d[n:].mean() if len(d) > n else np.nan, share=(d[:n] < 0).mean())
-        rows.append(dict(measure=r['measure'], quantile=r['quantile'], destroyed=not whole) | (found if whole else dict.fromkeys(found, np.nan)))
+        found = dict(trained=d[:n].mean(), rejected=e[:n].mean(), held=d[n:].mean() if len(d) > n else np.nan,
+                     share=(d[:n] < 0).mean())
+        if not whole: found = dict.fromkeys(found, np.nan)
+        rows.append(dict(measure=r['measure'], quantile=r['quantile'], destroyed=not whole) | found)
     groups = pd.DataFrame(rows).groupby(['measure', 'quantile'], sort=False)
     table, n, halves = groups.mean(), groups.trained.count(), {}
-    for c in ('trained', 'held'): halves[c] = (t.ppf(.975, (n - 1).clip(lower=1))*groups[c].std()/np.sqrt(n)).where(n > 1)
-    return table.assign(seeds=n, destroyed=groups.destroyed.sum(), low=table.trained - halves['trained'], high=table.trained + halves['trained'],
-                        held_low=table.held - halves['held'], held_high=table.held + halves['held']).reset_index()
+    for c in ('trained', 'held'):
+        halves[c] = (t.ppf(.975, (n - 1).clip(lower=1))*groups[c].std()/np.sqrt(n)).where(n > 1)
+    return table.assign(seeds=n, destroyed=groups.destroyed.sum(), low=table.trained - halves['trained'],
+                        high=table.trained + halves['trained'], held_low=table.held - halves['held'],
+                        held_high=table.held + halves['held']).reset_index()
 
 def foretelling(
     runs: Sequence[dict],   # of `load_runs`
     scores: pd.DataFrame,   # of the study
-    among: str | None = 'random', # the measure whose arms are looked into; None: all arms not chosen by the score that is asked about
+    among: str | None = 'random', # whose arms are looked into; None: all arms not chosen by the score in question
     measures: Sequence[str] = ('ches', 'ln_ches', 'head_ches', 'neg_edit_distance', 'last_hidden_inner', 'length'),
-) -> pd.DataFrame:          # measure, pairs, rho, with_length_held, arms, error (of the latter: standard error over arms)
+) -> pd.DataFrame:          # measure, pairs, rho, with_length_held, its standard error over arms (`error`), arms
     "Spearman of each score with the change of ln pi(y+) over the pairs of an arm, averaged over arms."
     known, rows = scores.set_index('row_id'), []
     for r in (r for r in runs if among in (None, r['measure'])):
@@ -69,10 +73,11 @@ def plot_points(
     table: pd.DataFrame, # from `point_table`
     title: str = '',
 ) -> Any:                # a Matplotlib figure
-    "Change of ln pi(y+) against the quantile, a line a measure; random subsets dashed, with their interval where there is one."
+    "Change of ln pi(y+) against the quantile, a line a measure; random subsets dashed, in their interval."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(8, 3.6), dpi=100, layout='constrained')
-    for ax, column, name in zip(fig.subplots(1, 2, sharey=True), ('trained', 'held'), ('trained pairs', 'held-out pairs')):
+    names = ('trained', 'trained pairs'), ('held', 'held-out pairs')
+    for ax, (column, name) in zip(fig.subplots(1, 2, sharey=True), names):
         colors = cycle(('#0072B2', '#009E73', '#56B4E9', '#D55E00', '#CC79A7', '#E69F00', 'k'))
         low, high = ('low', 'high') if column == 'trained' else ('held_low', 'held_high')
         for measure, part in table.groupby('measure', sort=False):
@@ -80,7 +85,8 @@ def plot_points(
                 ax.axhline(part[column].mean(), color='0.5', lw=1, ls='--', label='random')
                 if part[low].notna().all(): ax.axhspan(part[low].min(), part[high].max(), color='0.6', alpha=.25, lw=0)
                 continue
-            ax.errorbar(part['quantile'], part[column], (part[high] - part[low])/2, color=next(colors), marker='.', capsize=2, lw=1, label=measure)
+            ax.errorbar(part['quantile'], part[column], (part[high] - part[low])/2, color=next(colors), marker='.',
+                        capsize=2, lw=1, label=measure)
         ax.axhline(0, color='k', lw=.6)
         ax.set(xlabel='quantile of the score', ylabel='mean change of ln π(y+), nats', title=name)
     fig.axes[1].legend(frameon=False, fontsize=8)
@@ -128,5 +134,6 @@ def check_subsets(
     parameters = measure_architecture(read_architecture(study.architecture or study.model), 1, 8).parameters
     work = 2*length*parameters*(study.size*(2 + 6*steps/an_epoch + 2) + 2*study.held_out)
     hours = work/tflops/1e12/3600
-    return (f'{said}\n{arms} arms of {study.size} pairs, {steps:g} steps each on one device; at {tflops:g} TFLOP/s and {length} tokens of prompt and response '
-            f'at most {60*hours:.1f} minutes an arm, {arms*hours:.1f} hours in all, without fit and scoring')
+    return (f'{said}\n{arms} arms of {study.size} pairs, {steps:g} steps each on one device; at {tflops:g} TFLOP/s and '
+            f'{length} tokens of prompt and response at most {60*hours:.1f} minutes an arm, {arms*hours:.1f} '
+            'hours in all, without fit and scoring')

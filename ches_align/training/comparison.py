@@ -55,6 +55,8 @@ def compare(
     "What changed between two measurements, with a verdict. Raises `AuditError` when the pairs are not the same."
     if (before.row_ids, before.row_hashes) != (after.row_ids, after.row_hashes):
         raise AuditError('the two measurements are of different pairs: measure the same probes in the same order')
+    if not torch.equal(before.tokens, after.tokens):
+        raise AuditError('the two measurements cut the responses at different lengths: measure with one max_length')
     change, forks, rows = after.sums - before.sums, _fork_numbers(before, after), []
     for k, (d, n) in enumerate(zip(change.tolist(), after.tokens.tolist())):
         row = dict(row_id=after.row_ids[k], d_chosen=d[0], d_rejected=d[1], d_margin=d[0] - d[1],

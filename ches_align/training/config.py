@@ -51,7 +51,7 @@ def unknown_name(
 # %% ../../nbs/training/200_config.ipynb #a4fed0f3
 class _Mapping(dict):
     "A mapping that knows the line of each key"
-    lines: dict[str, int]
+    lines: dict[str, int | str] # or the override that it comes from
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}
@@ -153,7 +153,9 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
 def _at(where: str, mapping: dict, key: str) -> str:
     "Where a key stands: file and line, then the dotted name"
     place, dot, above = where.partition(', key ')
-    if line := getattr(mapping, 'lines', {}).get(key): place = f"{place.split(', line ')[0]}, line {line}"
+    line = getattr(mapping, 'lines', {}).get(key)
+    if isinstance(line, str): place = line  # an override speaks in place of the file
+    elif line and not place.startswith('--set'): place = f"{place.split(', line ')[0]}, line {line}"
     return f"{place}, key {above + '.' if dot else ''}{key}"
 
 def _build(mapping: dict, cls: type, where: str) -> Any:
@@ -176,18 +178,19 @@ def _dotted(where: str, key: str) -> str:
     return f'{above}.{key}' if above else key
 
 # %% ../../nbs/training/200_config.ipynb #08181e76
-def _override(mapping: dict, text: str) -> None:
+def _override(mapping: _Mapping, text: str) -> None:
     "Put one `a.b=value` into a mapping; missing or null mappings on the way are made"
     name, sep, value = text.partition('=')
     *above, last = keys = name.strip().split('.')
     where = f'--set {text}'
     if not sep or not all(keys): _say(where, 'must read like key=value or group.key=value')
     for key in above:
-        if mapping.get(key) is None: mapping[key] = _Mapping()
+        if mapping.get(key) is None:
+            mapping[key], mapping.lines[key] = _Mapping(), where
+            mapping[key].lines = {}
         mapping = mapping[key]
         if not isinstance(mapping, dict): _say(where, f'{key} is not a group of keys')
-    mapping[last] = _read_yaml(value, where)
-    if hasattr(mapping, 'lines'): mapping.lines.pop(last, None)  # the value no longer comes from the file
+    mapping[last], mapping.lines[last] = _read_yaml(value, where), where
 
 def build_config(
     mapping: dict[str, Any], # plain values, nested ones included

@@ -153,7 +153,7 @@ def is_refusal(
 # %% ../../nbs/training/210_displacement.ipynb #9289bfa1
 class TextVerdict(NamedTuple):
     "Whether a response was displaced, judged by the model's own answers."
-    kind: str   # none, benign, catastrophic or unclear
+    kind: str   # none, benign (the answer is on the side of y+, no more is said), catastrophic or unclear
     reason: str # in words
     fell: float # nats that ln pi(y+) lost
 
@@ -169,7 +169,9 @@ def text_verdict(
     if not fell > tolerance: return TextVerdict('none', f'ln pi(y+) changed by {-fell:+.2f} nats', fell)
     then, now, wanted = map(is_refusal, (before, after, chosen))
     kind = 'benign' if now == wanted else 'catastrophic' if then == wanted else 'unclear'
-    own = [('refused' if t else 'complied') for t in (then, now)]
+    if not after.strip(): kind = 'unclear'  # silence is on neither side
+    own = [('was empty' if not text.strip() else 'refused' if t else 'complied')
+           for text, t in zip((before, after), (then, now))]
     return TextVerdict(kind, f'ln pi(y+) fell by {fell:.2f} nats; y+ {"refuses" if wanted else "complies"}; '
                              f'the own answer {own[0]} before, {own[1]} now', fell)
 

@@ -66,19 +66,27 @@ class SinglePromptConfig:
     def __post_init__(self):
         self.out = Path(self.out).expanduser()
         for pair in self.pairs:
-            if pair.chosen == pair.rejected: raise ConfigError(f'pair {pair.chosen!r}: chosen and rejected are the same')
-            if pair.behaviour not in (None, *FAMILIES): raise ConfigError(unknown_name('behaviour', pair.behaviour, FAMILIES))
+            if pair.chosen == pair.rejected:
+                raise ConfigError(f'pair {pair.chosen!r}: chosen and rejected are the same')
+            if pair.behaviour not in (None, *FAMILIES):
+                raise ConfigError(unknown_name('behaviour', pair.behaviour, FAMILIES))
         for recipe in self.recipes:
             check_loss(recipe.loss, recipe.loss_args)
-            if recipe.optimizer not in OPTIMIZERS: raise ConfigError(unknown_name('optimizer', recipe.optimizer, OPTIMIZERS))
+            if recipe.optimizer not in OPTIMIZERS:
+                raise ConfigError(unknown_name('optimizer', recipe.optimizer, OPTIMIZERS))
             if not (0 < recipe.learning_rate < math.inf and recipe.steps > 0):
                 raise ConfigError(f'recipe {recipe.name}: learning_rate and steps must be positive')
         for start in self.starts:
             if start.sft == 'chosen' and not (start.until and 0 < start.until < 1):
                 raise ConfigError(f'start {start.name}: SFT on the chosen token needs `until`, a probability')
-            if start.sft != 'chosen' and start.until: raise ConfigError(f"start {start.name}: `until` goes with sft: chosen")
+            if start.sft != 'chosen' and start.until:
+                raise ConfigError(f"start {start.name}: `until` goes with sft: chosen")
         for what, items in (('start', self.starts), ('recipe', self.recipes)):
             names = [x.name for x in items]
             if len(set(names)) < len(names): raise ConfigError(f'two {what}s are called {max(names, key=names.count)}')
-        if not (self.pairs and self.starts and self.recipes and self.seeds): raise ConfigError('nothing to run: an empty list')
+        if not (self.pairs and self.starts and self.recipes and self.seeds):
+            raise ConfigError('nothing to run: an empty list')
         if len(set(self.seeds)) < len(self.seeds): raise ConfigError('a seed is given twice: it would count twice')
+        words = [f'{p.chosen} over {p.rejected}' for p in self.pairs]  # a run is named by them, not by the behaviour
+        if len(set(words)) < len(words):
+            raise ConfigError(f'two pairs are {max(words, key=words.count)}: give them files of their own')

@@ -27,8 +27,11 @@ from .single_prompt import single_token
 def check_grid(
     cfg: SinglePromptConfig,
 ) -> str: # lines of text
-    "What a grid would take, without loading weights. Raises `AuditError` for an architecture or a word that cannot be."
-    sizes = measure_architecture(read_architecture(cfg.architecture or cfg.model), rows=1, length=64)
+    "What a grid would take, without weights. Raises `AuditError` for an architecture, word or `untie` that cannot be."
+    made = read_architecture(cfg.architecture or cfg.model)
+    if any(r.untie for r in cfg.recipes) and not made.get_text_config().tie_word_embeddings:
+        raise AuditError(f'untie: the embeddings of {cfg.model} are not tied; leave `untie` out')
+    sizes = measure_architecture(made, rows=1, length=64)
     table = memory_table(sizes, 1, 64)
     runs = len(cfg.starts)*len(cfg.pairs)*len(cfg.recipes)*len(cfg.seeds)
     steps = len(cfg.starts)*len(cfg.pairs)*len(cfg.seeds)*sum(r.steps for r in cfg.recipes)
@@ -59,16 +62,22 @@ def run_numbers(r: dict) -> dict: # flat, one row of the table of runs
     p, last = np.exp(r['chosen']), max(r['marks'], key=int, default=None)
     low = int(p.argmin())
     return dict(
-        start=r['start'], chosen=r['pair_chosen'], rejected=r['pair_rejected'], relation=r['pair_relation'], recipe=r['recipe'],
-        seed=r['seed'], p_start=p[0], p_end=p[-1], p_lowest=p[low], lowest_at=low, drawdown=drawdown(p),
-        change=r['chosen'][-1] - r['chosen'][0], change_rejected=r['rejected'][-1] - r['rejected'][0],
+        start=r['start'], chosen=r['pair_chosen'], rejected=r['pair_rejected'], relation=r['pair_relation'],
+        recipe=r['recipe'], seed=r['seed'], p_start=p[0], p_end=p[-1], p_lowest=p[low], lowest_at=low,
+        drawdown=drawdown(p), change=r['chosen'][-1] - r['chosen'][0],
+        change_rejected=r['rejected'][-1] - r['rejected'][0],
         verdict=r['verdict']['kind'], to_same=r['verdict']['to_same'], to_opposite=r['verdict']['to_opposite'],
+        to_other=r['verdict']['to_other'],
         cosine=r['geometry']['cosine'], inner=r['geometry']['inner'], rate=r['rates']['both'],
         features_rate=r['rates']['features'], spearman=r['marks'][last]['spearman'] if last else math.nan,
         overlap=r['marks'][last]['overlap'] if last else math.nan, steps=len(r['chosen']) - 1, stopped=r['stopped'],
         loss_rose=r['loss_rose'], seconds=r['seconds'])
 
 # %% ../../nbs/training/290_grid_report.ipynb #3946b438
+def _spaced(piece: str) -> str:
+    "A tokenizer's piece as files write it: a leading space, whatever the tokenizer's mark for it, is _"
+    return '_' + piece[1:] if piece[:1] in ('Ġ', '▁', ' ') else piece
+
 def cell_risers(
     runs: Sequence[dict],           # of one cell
     often: float = 0.5,             # share of the runs
@@ -78,7 +87,8 @@ def cell_risers(
     count: dict[str, int] = {}
     for r in runs:
         last = max(r['marks'], key=int, default=None)
-        rose = [t for t, *_ in r['marks'][last]['risers'] if t != r['pair_chosen']][:top] if last else []
+        own = _spaced(r['pair_chosen'])
+        rose = [t for t, *_ in r['marks'][last]['risers'] if _spaced(t) != own][:top] if last else []
         for token in rose: count[token] = count.get(token, 0) + 1
     return [t for t, n in sorted(count.items(), key=lambda x: -x[1]) if n >= often*len(runs)]
 
@@ -92,10 +102,12 @@ def summary_table(
         mine = [runs[i] for i in part.index]
         kinds = part.verdict.value_counts()
         rows.append(dict(zip(('start', 'chosen', 'rejected', 'recipe'), key)) | dict(
-            runs=len(part), fell=int((part.change < 0).sum()), **{k: int(kinds.get(k, 0)) for k in ('benign', 'catastrophic', 'unclear')},
-            drawdown=part.drawdown.mean(), p_start=part.p_start.mean(), p_lowest=part.p_lowest.mean(), p_end=part.p_end.mean(),
-            cosine=part.cosine.mean(), features_rate=part.features_rate.mean(), spearman=part.spearman.mean(),
-            overlap=part.overlap.mean(), diverged=int((part.stopped == 'diverged').sum()), risers=' '.join(cell_risers(mine))))
+            runs=len(part), fell=int((part.change < 0).sum()),
+            **{k: int(kinds.get(k, 0)) for k in ('benign', 'catastrophic', 'unclear')},
+            drawdown=part.drawdown.mean(), p_start=part.p_start.mean(), p_lowest=part.p_lowest.mean(),
+            p_end=part.p_end.mean(), cosine=part.cosine.mean(), features_rate=part.features_rate.mean(),
+            spearman=part.spearman.mean(), overlap=part.overlap.mean(),
+            diverged=int((part.stopped == 'diverged').sum()), risers=' '.join(cell_risers(mine))))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/training/290_grid_report.ipynb #3b08444d
@@ -107,16 +119,19 @@ def plot_runs(
     from matplotlib.figure import Figure
     colors = dict(none='0.6', benign='#0072B2', catastrophic='#D55E00', unclear='#CC79A7')
     cells: dict[tuple, list] = {}
-    for r in runs: cells.setdefault((r['start'], r['pair_chosen'], r['pair_rejected'], r['recipe']), []).append(r)
+    for r in runs:
+        cells.setdefault((r['start'], r['pair_chosen'], r['pair_rejected'], r['recipe']), []).append(r)
     columns = min(4, len(cells))
     rows = -(-len(cells) // columns)
     fig = Figure(figsize=(3*columns, 2.2*rows + 0.4), dpi=90, layout='constrained')
     for ax, (key, mine) in zip(fig.subplots(rows, columns, squeeze=False).flat, cells.items()):
         for r in mine: ax.plot(np.exp(r['chosen']), color=colors[r['verdict']['kind']], lw=1)
         ax.set(ylim=(-0.02, 1.02), xlabel='updates', ylabel=f'p({key[1]})')
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_title(f'{key[0]}: {key[1]} over {key[2]}\n{key[3]}', fontsize=8)
     for ax in fig.axes[len(cells):]: ax.remove()
-    fig.legend(handles=[fig.axes[0].plot([], color=c, label=k)[0] for k, c in colors.items()], ncols=4, loc='outside lower center', frameon=False)
+    handles = [fig.axes[0].plot([], color=c, label=k)[0] for k, c in colors.items()]
+    fig.legend(handles=handles, ncols=4, loc='outside lower center', frameon=False)
     if title: fig.suptitle(title)
     return fig
 
@@ -143,7 +158,7 @@ def grid_record(
         last = max(r['marks'], key=int, default=None)
         marks = {m: {k: v[:5] if isinstance(v, list) else v for k, v in x.items()
                      if m == last or k in ('spearman', 'overlap', 'moved')} for m, x in r['marks'].items()}
-        return r | dict(marks=marks, chosen=[round(x, 4) for x in r['chosen']], rejected=[round(x, 4) for x in r['rejected']])
+        return r | dict(marks=marks, **{k: [round(x, 4) for x in r[k]] for k in ('chosen', 'rejected')})
     manifest, runs = read_object(Path(out)/'manifest.json'), load_runs(out)
     return manifest | dict(seconds=round(sum(r['seconds'] for r in runs)), runs=[short(r) for r in runs])
 
@@ -171,7 +186,8 @@ def hold_against(
     "Say how far a repetition is from a record."
     try: record = json.loads(Path(path).read_text())['runs']
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise AuditError(f'{path}: not a record of a grid ({type(e).__name__}); give a file of nbs/experiments/records') from None
+        raise AuditError(f'{path}: not a record of a grid ({type(e).__name__}); '
+                         'give a file of nbs/experiments/records') from None
     table = compare_runs(runs, record)
     same = int((table.verdict == table.verdict_then).sum()), int((table.fell == table.fell_then).sum())
     return (f'{len(table)} runs are in the record: p(y+) differs by at most {table.apart.max():.2g} (median '

@@ -26,7 +26,8 @@ def read_architecture(
     from transformers import CONFIG_MAPPING, AutoConfig
     if isinstance(source, dict):
         kind, rest = source.get('model_type'), {k: v for k, v in source.items() if k != 'model_type'}
-        if kind not in CONFIG_MAPPING: raise AuditError(f'architecture: model_type {kind!r} is not one of Transformers')
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            raise AuditError(f'architecture: model_type {kind!r} is not one of Transformers')
         known = CONFIG_MAPPING[kind]()
         odd = [k for k in rest if not hasattr(known, k)]
         if odd: raise AuditError(f'architecture: {kind} has no {odd[0]!r}')

@@ -38,7 +38,8 @@ def usable(
     for e in encoded: counts[e.status] = counts.get(e.status, 0) + 1
     flagged = ', '.join(f'{n} {s}' for s, n in counts.items() if s != 'ok')
     if not counts.get('ok'):
-        raise AuditError(f'{where}: no pair can be trained on ({flagged}); ches_score lists the rows')
+        raise AuditError(f'{where}: no pair can be trained on ({flagged or "there are none"}); '
+                         'ches_score lists the rows')
     if flagged: warnings.warn(f'{where}: {len(pairs) - counts["ok"]} of {len(pairs)} pairs are left out: {flagged}')
     return [e for e in encoded if e.status == 'ok'], counts
 

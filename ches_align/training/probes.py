@@ -43,8 +43,8 @@ def load_probes(
         warnings.warn(f'{len(bad)} of {len(pairs)} probe pairs are left out: rows {", ".join(bad[:10])}')
     kept = [(p, e) for p, e in zip(pairs, encoded) if e.status == 'ok']
     hashes = [p.row_hash for p, _ in kept]
-    if twice := next((p.row_id for k, (p, _) in enumerate(kept) if p.row_hash in hashes[:k]), None):
-        raise AuditError(f'probe row {twice} is there twice: give each pair once')
+    for k, (p, _) in enumerate(kept):
+        if p.row_hash in hashes[:k]: raise AuditError(f'probe row {p.row_id} is there twice: give each pair once')
     return [p for p, _ in kept], [e for _, e in kept]
 
 # %% ../../nbs/training/220_probes.ipynb #9dd6824d
@@ -53,7 +53,8 @@ def probe_overlap(
     encoded: Sequence[EncodedPair], # the same, tokenised
     train: Any,                     # training data: a data set with texts, or with TRL's token ids
 ) -> dict[str, list[int]]:          # row ids of probes: `pair` = in the training data, `prompt` = only its prompt is
-    "Which probes training sees. Token ids are compared up to the length of the probe's; unreadable data gives nothing."
+    """Which probes training sees. Token ids are compared up to the length of the probe's; data without columns gives
+    nothing. Raises `AuditError` for columns that name no responses."""
     columns = set(getattr(train, 'column_names', None) or (train[0] if isinstance(train, list) and train else ()))
     get = lambda name: train[name] if not isinstance(train, list) else [row[name] for row in train]
     if {'prompt_ids', 'chosen_ids', 'rejected_ids'} <= columns:
@@ -230,7 +231,8 @@ def measure_probes(
         for batch in plan_batches([len(row) for _, _, row, _ in sides], budget):
             some = [sides[j] for j in batch]
             keep = max(n for *_, n in some) + 1
-            logits = model(**left_padded(model, [row for _, _, row, _ in some], keep), use_cache=False).logits[:, -keep:]
+            inputs = left_padded(model, [row for _, _, row, _ in some], keep)
+            logits = model(**inputs, use_cache=False).logits[:, -keep:]
             for z, (i, k, row, n) in zip(logits, some):
                 logps[k][i] = _row_logps(z[-n - 1:-1], row[-n:])
                 if fork and k == 0: forks[i] = z[at[i] - n - 1].float().log_softmax(-1).cpu()

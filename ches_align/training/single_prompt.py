@@ -11,6 +11,7 @@ __all__ = ['OPTIMIZERS', 'MARKS', 'FAMILIES', 'Prompt', 'persona_prompts', 'pick
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,15 +33,17 @@ def persona_prompts(
     source: Any,                  # path, hub name or rows with `question` and `answer_matching_behavior`
     behaviour: str | None = None, # keep the prompts whose matching answer is this one: Yes or No
 ) -> list[Prompt]:                # in file order
-    "Read a Persona file. Raises `AuditError` for missing columns and for a behaviour that no row has."
-    out = []
+    "Read a Persona file. Raises `AuditError` for missing columns, other answers, and a behaviour that no row has."
+    name, out = source if isinstance(source, (str, Path)) else 'rows', []
     for n, row in enumerate(read_rows(source)):
         if missing := [c for c in ('question', 'answer_matching_behavior') if not isinstance(row.get(c), str)]:
-            raise AuditError(f"{source}, row {n}: no text in {', '.join(missing)}; give a Persona file "
+            raise AuditError(f"{name}, row {n}: no text in {', '.join(missing)}; give a Persona file "
                              '(question, answer_matching_behavior)')
         answer = row['answer_matching_behavior'].strip().capitalize()
+        if answer not in ('Yes', 'No'):
+            raise AuditError(f'{name}, row {n}: answer_matching_behavior is {answer[:40]!r}; it must be Yes or No')
         if behaviour in (None, answer): out.append(Prompt(n, row['question'], answer))
-    if not out: raise AuditError(f'{source}: no row whose matching answer is {behaviour!r}; use Yes, No or none')
+    if not out: raise AuditError(f'{name}: no row whose matching answer is {behaviour!r}; use Yes, No or none')
     return out
 
 def pick_prompt(
@@ -55,20 +58,22 @@ def pick_prompt(
 def prompt_ids(
     tokenizer: Any,          # of the model
     question: str,           # the user's turn
-    template: str = 'auto',  # chat: the model's template; plain: the question and one newline; auto: chat if there is one
+    template: str = 'auto',  # chat: the model's template; plain: question and newline; auto: chat if there is one
 ) -> list[int]:              # at least one
     "Tokenise a prompt as the published code does. Raises `AuditError` for an unknown template or one that is missing."
     if template not in ('auto', 'chat', 'plain'): raise AuditError(f'template {template!r}: auto, chat or plain')
-    if template == 'chat' and not tokenizer.chat_template: raise AuditError('template chat: the tokenizer has none; use plain')
+    if template == 'chat' and not tokenizer.chat_template:
+        raise AuditError('template chat: the tokenizer has none; use plain')
     if template == 'plain' or not tokenizer.chat_template: return tokenizer(question + '\n').input_ids
-    text = tokenizer.apply_chat_template([dict(role='user', content=question)], tokenize=False, add_generation_prompt=True)
+    turns = [dict(role='user', content=question)]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 def single_token(
     tokenizer: Any, # of the model
     word: str,      # as it stands in the vocabulary; a leading `_` or space stands for the tokenizer's own mark
 ) -> int:           # its id
-    "Look a one-token response up. Raises `AuditError` for a word of several tokens or one that is not in the vocabulary."
+    "Look a one-token response up. Raises `AuditError` for several tokens or a word that is not in the vocabulary."
     vocabulary = tokenizer.get_vocab()
     spaced = word[:1] in ('_', ' ') and len(word) > 1
     for form in ([m + word[1:] for m in ('Ġ', '▁', ' ')] if spaced else []) + [word]:
@@ -176,9 +181,10 @@ def restore(model: nn.Module, weights: Sequence[Tensor]) -> None:
 
 @contextmanager
 def untied(model: nn.Module) -> Iterator[None]:
-    "Inside, the output layer has a copy of its own. Raises `ValueError` when it has one anyway."
+    "Inside, the output layer has a copy of its own. Raises `AuditError` when it has one anyway."
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight is not embeddings.weight: raise ValueError('the embeddings are not tied')
+    if head.weight is not embeddings.weight:
+        raise AuditError('untie: the embeddings of this model are not tied; leave `untie` out')
     head.weight = nn.Parameter(embeddings.weight.detach().clone())
     try: yield
     finally: head.weight = embeddings.weight

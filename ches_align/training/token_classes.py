@@ -69,7 +69,7 @@ def similar_classes(
     rejected: int,                 # token id of y-
     tokenizer: Any,                # of the model
     threshold: float = 0.6,        # least cosine of centred rows
-) -> TokenClasses:                 # heuristic: see the caveat above
+) -> TokenClasses:                 # a guess: opposites are near in the unembedding, too; name words where it matters
     "Classes from spelling and geometry. Two spellings of one word have no opposite. Raises `ValueError`."
     for name, i in (('chosen', chosen), ('rejected', rejected)):
         if not 0 <= i < len(W): raise ValueError(f'{name} token {i}: the vocabulary has ids 0..{len(W) - 1}')

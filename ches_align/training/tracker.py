@@ -104,6 +104,14 @@ def _read_run(tracker: DisplacementTracker, identity: dict, step: int) -> dict:
         raise AuditError(f'{tracker.out} holds the history of another run ({says}); name another or remove that one')
     return manifest if step else {}
 
+def _set_aside(tracker: DisplacementTracker) -> None:
+    "Keep the history of an earlier run of the same probes and kind of model under the first free name"
+    path, number = tracker.out/'history.parquet', 1
+    if not path.exists(): return
+    while (kept := tracker.out/f'history_{number}.parquet').exists(): number += 1
+    with writing(kept): path.rename(kept)
+    tracker.tell(f'{tracker.out} holds the history of an earlier run: it is kept as {kept.name}')
+
 def _open(tracker: DisplacementTracker, model: nn.Module, step: int, twice: Sequence[ProbeState]) -> None:
     "Baseline, noise floor and what an earlier part of the run left"
     if not all(t.isfinite().all() for t in (twice[0].sums, twice[1].sums)):
@@ -119,6 +127,7 @@ def _open(tracker: DisplacementTracker, model: nn.Module, step: int, twice: Sequ
         except (OSError, ValueError) as e: raise AuditError(f'{path}: unreadable ({str(e)[:200]})') from None
         tracker.history = history[history.step <= step].reset_index(drop=True)
     elif step: tracker.tell(f'no history in {tracker.out}: changes are counted from step {step}, not from step 0')
+    else: _set_aside(tracker)
     tracker.floor = max(tracker.tolerance, 2 * noise)
     tracker.manifest = dict(identity=identity, begun=begun, noise=noise, floor=tracker.floor,
                             tolerance=tracker.tolerance, every=tracker.every,

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
@@ -78,6 +79,9 @@ def read_data(
     if config.eval_share: train, held = hold_out(train, max(1, round(config.eval_share * len(train))), config.seed)
     if config.eval_data:
         held, _ = usable(load_pairs(config.eval_data, **reading), lm.tokenizer, limit, config.eval_data)
+        trained = {e.row_hash for e in train}
+        if both := sum(e.row_hash in trained for e in held):
+            warnings.warn(f'eval_data: {both} of {len(held)} pairs are in the training data (the same split is read)')
     if watch and isinstance(watch.probes, int):
         train, some = hold_out(train, watch.probes, config.seed + 1)
         probes = [p for p in pairs if p.row_id in {e.row_id for e in some}]

@@ -100,9 +100,10 @@ def _check_config(c: TrainConfig) -> None:
     need(not (c.eval_share and c.eval_data), 'eval_share', '0 where eval_data is given')
     need(c.max_length is None or c.max_length >= 2, 'max_length', 'at least 2 tokens')
     if c.lora and c.lora.r < 1: raise ConfigError(f'lora.r {c.lora.r}: must be at least 1')
-    for key in ('every', 'patience', 'probes') * bool(c.displacement):
+    for key, least in dict(every=1, patience=1, probes=1, tolerance=0, answers=0).items() if c.displacement else ():
         value = getattr(c.displacement, key)
-        if isinstance(value, int) and value < 1: raise ConfigError(f'displacement.{key} {value}: must be at least 1')
+        if not (isinstance(value, str) or least <= value < math.inf):
+            raise ConfigError(f'displacement.{key} {value}: must be at least {least}')
 
 def training_loss(
     config: TrainConfig, # loss, loss_args, sft, sft_convention
@@ -148,9 +149,14 @@ def lora_adapters(
 def _data_line(config: TrainConfig) -> str:
     try: pairs = load_pairs(config.data, config.split, config.columns, config.limit, chat=config.chat)
     except AuditError as e: return f'data: not read ({e})'
-    sound, step = sum(not p.problem for p in pairs), config.batch * config.accumulation
-    steps = config.max_steps or math.ceil(sound / step * config.epochs)
-    return f'data {config.data}: {sound} of {len(pairs)} pairs usable; {steps} steps of {step} pairs on one device'
+    sound, watch = sum(not p.problem for p in pairs), config.displacement
+    held = max(1, round(config.eval_share * sound)) if config.eval_share else 0
+    held += watch.probes if watch and isinstance(watch.probes, int) else 0
+    kept = f'; {sound - held} are left to train on' if held else ''
+    epoch = math.ceil(math.ceil(max(0, sound - held) / config.batch) / config.accumulation)  # as the trainer counts
+    steps = config.max_steps or f'about {math.ceil(epoch * config.epochs)}'  # no tokenizer has cut or refused a pair
+    return (f'data {config.data}: {sound} of {len(pairs)} pairs usable{kept}; {steps} steps of '
+            f'{config.batch * config.accumulation} pairs on one device')
 
 def check(
     config: TrainConfig, # not yet run
