@@ -18,7 +18,8 @@ os.environ['TQDM_DISABLE'] = os.environ['IN_TEST'] = '1'
 from run_notebooks import FLAGS, ROOT, directives, notebooks
 
 GIVE = ("import importlib as _importlib\n"
-        "globals().update({{k: v for k, v in vars(_importlib.import_module('ches_align.{0}')).items() if not k.startswith('__')}})")
+        "globals().update({{k: v for k, v in vars(_importlib.import_module('ches_align.{0}')).items() "
+        "if not k.startswith('__')}})")
 
 def run(path: Path) -> str:
     "Execute a notebook's checks against its module, measured; what went wrong, or nothing"
@@ -47,8 +48,11 @@ if __name__ == '__main__':
     args = ap.parse_args()
     def measure(*command): return subprocess.run([sys.executable, '-m', 'coverage', *command], cwd=ROOT).returncode
     measure('erase')
-    with get_context('spawn').Pool(2, maxtasksperchild=1) as pool: failed = [x for x in pool.map(run, notebooks(), 1) if x]
-    if not args.notebooks: measure('run', '--parallel-mode', '--source=ches_align', '-m', 'pytest', '-q', '--ignore=tests/test_notebooks.py')
+    with get_context('spawn').Pool(2, maxtasksperchild=1) as pool:
+        failed = [x for x in pool.map(run, notebooks(), 1) if x]
+    if not args.notebooks:
+        measure('run', '--parallel-mode', '--source=ches_align', '-m', 'pytest', '-q',
+                '--ignore=tests/test_notebooks.py')
     measure('combine', '--quiet')
     print(*failed, sep='\n')
     sys.exit(bool(failed) or measure('report', '--skip-covered', '--sort=cover', f'--fail-under={args.least}'))

@@ -65,5 +65,6 @@ if __name__ == '__main__':
         start = time.time()
         stale = run(path.resolve(), set(args.flags.split()), args.check)
         bad += bool(stale)
-        print(f'{path.resolve().relative_to(ROOT)}: {time.time()-start:.1f} s' + (f', other output in cells {stale}' if stale else ''), flush=True)
+        other = f', other output in cells {stale}' if stale else ''
+        print(f'{path.resolve().relative_to(ROOT)}: {time.time()-start:.1f} s{other}', flush=True)
     sys.exit(bool(args.check and bad))

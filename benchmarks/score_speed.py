@@ -1,15 +1,16 @@
 """Scoring speed, side by side in one run: the papers' way against ours.
 
-    python benchmarks/score_speed.py DATA [--model smollm2-135m] [--pairs 24] [--repeats 3] [--precise 500] [--grow 100000] [--compile] [--out benchmarks/records/score_speed.json]
+    python benchmarks/score_speed.py DATA [--model smollm2-135m] [--pairs 24] [--repeats 3] [--precise 500]
+        [--grow 100000] [--compile] [--out benchmarks/records/score_speed.json]
 
 The papers' way (written from its description): a process of its own with the model as Transformers loads it, one
 response at a time in fp32, the whole model with its output layer, all layers' states kept, scores from
 `hidden_states[-1]`; the edit distance by a Python recursion over 0-d tensors. Ours: `load_model` and `score_block`,
-with and without what needs the output layer, and without shared prompts. The rate of matrix products is measured beside them, in products of
-the backbone's own shapes. Arms alternate and only one computes at a time; medians are compared. The whole of the papers'
-way adds to the model part what it does besides for each pair: the vocabulary looked up three times, and the edit distance.
-Then: bf16 scores against fp32 ones, and the time and memory of all that is not the model, for growing numbers of rows with
-lengths drawn from DATA and a model of one layer.
+with and without what needs the output layer, and without shared prompts. The rate of matrix products is measured
+beside them, in products of the backbone's own shapes. Arms alternate and only one computes at a time; medians are
+compared. The whole of the papers' way adds to the model part what it does besides for each pair: the vocabulary looked
+up three times, and the edit distance. Then: bf16 scores against fp32 ones, and the time and memory of all that is not
+the model, for growing numbers of rows with lengths drawn from DATA and a model of one layer.
 """
 import argparse, json, multiprocessing, os, platform, random, statistics, subprocess, sys, tempfile, time
 from functools import partial
@@ -96,7 +97,8 @@ def compare(data, name, n_pairs, repeats, batch_tokens, compiled):
             compiling[d] = timed(lambda: (compile_backbone(lm), ours(lm, False, shares[d][0])))[0]
             arms[f'ours_{d}_compiled'] = partial(ours, lm, False, shares[d][0])
     times, scores = {k: [] for k in arms}, {k: f() for k, f in arms.items()}  # the first round warms up
-    products, rates = {d: partial(backbone_products, lm, batch_tokens or default_budget(lm)) for d, lm in models.items()}, {d: [] for d in models}
+    products = {d: partial(backbone_products, lm, batch_tokens or default_budget(lm)) for d, lm in models.items()}
+    rates = {d: [] for d in models}
     for _ in range(repeats):
         for k, f in arms.items(): times[k].append(timed(f)[0])
         for d, f in products.items():
@@ -108,18 +110,21 @@ def compare(data, name, n_pairs, repeats, batch_tokens, compiled):
     base = torch.tensor(scores['papers_fp32'], dtype=torch.float64)
     error = {k: (torch.tensor(v, dtype=torch.float64) / base - 1).abs().median().item() for k, v in scores.items()}
     rate = {d: statistics.median(r) for d, r in rates.items()}
-    weights = sum(p.numel() for n, p in models['float32'].backbone.named_parameters() if p.ndim == 2 and 'embed' not in n)
-    share = {f'{d}{u}': 2*weights*tokens*(1 - saved*(not u and shares[d][0]))/medians[f'ours_{d}{u}']/rate[d] for d in models for u in ('', '_unshared')}
+    parameters = models['float32'].backbone.named_parameters()
+    weights = sum(p.numel() for n, p in parameters if p.ndim == 2 and 'embed' not in n)
+    share = {f'{d}{u}': 2*weights*tokens*(1 - saved*(not u and shares[d][0]))/medians[f'ours_{d}{u}']/rate[d]
+             for d in models for u in ('', '_unshared')}
     tokenizer = models['float32'].tokenizer
     lookup = statistics.median(timed(tokenizer.get_vocab)[0] for _ in range(5))*3*len(pairs)
     edit = sum(timed(papers_edit, p.chosen_ids, p.rejected_ids)[0] for p in pairs)
     whole = medians['papers_fp32'] + lookup + edit
     ours = {d: medians[f'ours_{d}'] for d in models}  # edit distances and rows are in it
-    return dict(matmul_flops_per_second=rate, share_of_matmul_rate=share, pairs=len(pairs), tokens=tokens, prompt_tokens_saved=saved,
-                sharing={d: says for d, (_, says) in shares.items()}, seconds=times, median_relative_difference=error,
-                ratio={k: medians['papers_fp32'] / v for k, v in medians.items()},
+    return dict(matmul_flops_per_second=rate, share_of_matmul_rate=share, pairs=len(pairs), tokens=tokens,
+                prompt_tokens_saved=saved, sharing={d: says for d, (_, says) in shares.items()}, seconds=times,
+                median_relative_difference=error, ratio={k: medians['papers_fp32'] / v for k, v in medians.items()},
                 tokens_per_second={k: tokens / v for k, v in medians.items()},
-                compile_seconds=compiling, papers_besides=dict(vocabulary=lookup, edit_distance=edit), ratio_whole={d: whole/v for d, v in ours.items()})
+                compile_seconds=compiling, papers_besides=dict(vocabulary=lookup, edit_distance=edit),
+                ratio_whole={d: whole/v for d, v in ours.items()})
 
 def compare_edit(length=400, repeats=3):
     gen = torch.Generator().manual_seed(0)
@@ -134,49 +139,62 @@ def precision(data, name, n):
     "Spearman of bf16 with fp32 scores, and the relative error by column"
     tables = {}
     for d in ('float32', 'bfloat16'):
-        seconds, t = timed(lambda: score_dataset(data, load_model(name, dtype=d), head=False, progress=False, limit=n, seed=0))
+        def score(): return score_dataset(data, load_model(name, dtype=d), head=False, progress=False, limit=n, seed=0)
+        seconds, t = timed(score)
         tables[d] = t[t.status == 'ok']
         tables[d].attrs['seconds'] = seconds
     wide, low = tables.values()
+    def errors(c): return (low[c]/wide[c] - 1).abs()
     columns = {c: dict(spearman=float(spearmanr(wide[c], low[c]).statistic),
-                       **{f'relative_error_{q}': float((low[c]/wide[c] - 1).abs().quantile(q/100)) for q in (50, 95)}) for c in FROM_STATES}
+                       **{f'relative_error_{q}': float(errors(c).quantile(q/100)) for q in (50, 95)})
+               for c in FROM_STATES}
     made = low.attrs['manifest']
-    return dict(pairs=len(wide), columns=columns, data_hash=made['data_hash'], sharing=made['sharing'], seconds={d: t.attrs['seconds'] for d, t in tables.items()})
+    return dict(pairs=len(wide), columns=columns, data_hash=made['data_hash'], sharing=made['sharing'],
+                seconds={d: t.attrs['seconds'] for d, t in tables.items()})
 
 def _peak_mib():
     "Linux's high-water mark of this program; getrusage begins with that of the process that started it"
-    return int(next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM')).split()[1]) >> 10
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return int(next(l for l in lines if l.startswith('VmHWM')).split()[1]) >> 10
 
 def grow_child(data, rows, name):
     "One process for each number of rows: peak memory is that process's own"
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(gguf_folder(embedded_gguf(name)))  # no weights: memory is to be seen
     texts = [(p.prompt, p.chosen, p.rejected) for p in load_pairs(data) if not p.problem][:500]
-    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=len(tokenizer), max_position_embeddings=8192)
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                         vocab_size=len(tokenizer), max_position_embeddings=8192)
     torch.manual_seed(0)
     lm, gen = wrap_model(LlamaForCausalLM(config), tokenizer, 'one layer'), random.Random(0)
     def stream():
         for i in range(rows):
             prompt, chosen, rejected = gen.choice(texts)
-            yield dict(prompt=[dict(role='user', content=f'{i}'), dict(role='assistant', content='.'), *prompt], chosen=chosen, rejected=rejected)
+            first = dict(role='user', content=f'{i}'), dict(role='assistant', content='.')
+            yield dict(prompt=[*first, *prompt], chosen=chosen, rejected=rejected)
     with tempfile.TemporaryDirectory() as out:
         before = psutil.Process().memory_info().rss
-        seconds, scores = timed(lambda: score_dataset(stream(), lm, out=out, head=False, progress=False, share_prompt='no'))
+        options = dict(out=out, head=False, progress=False, share_prompt='no')
+        seconds, scores = timed(lambda: score_dataset(stream(), lm, **options))
         print(json.dumps(dict(rows=rows, seconds=seconds, tokens=scores.attrs['manifest']['tokens'],
                               rss_before_mib=before >> 20, peak_mib=_peak_mib())))
 
 def grow(data, name, most):
     counts = [n for n in (100, 1000, 10_000, 100_000) if n <= most]
-    return [json.loads(subprocess.run([sys.executable, __file__, data, '--model', name, '--grow_child', str(n)], check=True,
-                                      capture_output=True, text=True).stdout.splitlines()[-1]) for n in counts]
+    def child(n):
+        command = [sys.executable, __file__, data, '--model', name, '--grow_child', str(n)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [json.loads(child(n).splitlines()[-1]) for n in counts]
 
 def loading(name):
-    "Seconds of the first load, which converts into an empty cache, and of a later one; a process each, imports left out"
-    code = ('import time; from ches_align.audit.models import load_model; import transformers.models.auto.modeling_auto; '
+    "Seconds of the first load, which converts into an empty cache, and of a later one; a process each, without imports"
+    code = ('import time; from ches_align.audit.models import load_model; '
+            'import transformers.models.auto.modeling_auto; '
             f'start = time.perf_counter(); load_model({name!r}); print(time.perf_counter() - start)')
     with tempfile.TemporaryDirectory() as cache:
-        def once(): return float(subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True,
-                                                env=os.environ | dict(CHES_ALIGN_CACHE=cache)).stdout.split()[-1])
+        env = os.environ | dict(CHES_ALIGN_CACHE=cache)
+        def once():
+            done = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True, env=env)
+            return float(done.stdout.split()[-1])
         return dict(first=once(), later=once())
 
 def by_length(name, dtype='bfloat16'):
@@ -185,7 +203,8 @@ def by_length(name, dtype='bfloat16'):
     for n in (64, 256, 1024, 4096):
         ids = [gen.randrange(10, 40_000) for _ in range(n)]
         pair = EncodedPair(0, '', 'ok', ids[:n//2], ids[n//2:3*n//4], ids[3*n//4:])
-        seconds = statistics.median(timed(lambda: score_block(lm, [pair], head=False, share_prompt=True))[0] for _ in range(3))
+        def score(): return score_block(lm, [pair], head=False, share_prompt=True)
+        seconds = statistics.median(timed(score)[0] for _ in range(3))
         made.append(dict(tokens=n, seconds=seconds))
     return made
 
@@ -206,16 +225,18 @@ if __name__ == '__main__':
     if args.grow_child: grow_child(args.data, args.grow_child, args.model); sys.exit()
     start = time.time()
     record = dict(
-        config=dict(data=args.name or Path(args.data).parent.name, model=args.model, pairs=args.pairs, repeats=args.repeats,
-                    batch_tokens=args.batch_tokens, precise=args.precise, grow=args.grow, compile=args.compile, seed=0),
+        config=dict(data=args.name or Path(args.data).parent.name, model=args.model, pairs=args.pairs,
+                    repeats=args.repeats, batch_tokens=args.batch_tokens, precise=args.precise, grow=args.grow,
+                    compile=args.compile, seed=0),
         hardware=f'{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads',
         versions=dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version()),
         model=load_model(args.model).provenance,
-        scoring=compare(args.data, args.model, args.pairs, args.repeats, args.batch_tokens, args.compile), edit_distance=compare_edit(),
-        load_seconds=loading(args.model), by_length=by_length(args.model))
+        scoring=compare(args.data, args.model, args.pairs, args.repeats, args.batch_tokens, args.compile),
+        edit_distance=compare_edit(), load_seconds=loading(args.model), by_length=by_length(args.model))
     if args.precise: record['precision'] = precision(args.data, args.model, args.precise)
     if args.grow: record['growth'] = grow(args.data, args.model, args.grow)
     record['wall_seconds'] = time.time() - start
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(record, indent=1) + '\n')
-    print(json.dumps({k: record['scoring'][k] for k in ('ratio', 'ratio_whole', 'share_of_matmul_rate')}, indent=1), record.get('precision'), record.get('growth'))
+    told = {k: record['scoring'][k] for k in ('ratio', 'ratio_whole', 'share_of_matmul_rate')}
+    print(json.dumps(told, indent=1), record.get('precision'), record.get('growth'))

@@ -2,8 +2,8 @@
 
     python benchmarks/workers.py DATA [--pairs 48] [--processes 2] [--repeats 2] [--out benchmarks/records/workers.json]
 
-Seconds are those of the scoring, which the manifest holds; starting processes and loading the model (once each) are not in
-them. One process with one thread makes the table that the several must give to the bit.
+Seconds are those of the scoring, which the manifest holds; starting processes and loading the model (once each) are
+not in them. One process with one thread makes the table that the several must give to the bit.
 """
 import argparse, json, os, platform, statistics, subprocess, sys, tempfile
 from pathlib import Path
@@ -17,7 +17,8 @@ from ches_align.audit.scoring import load_scores
 def score(args, out, processes, threads):
     script = str(Path(sys.executable).with_name('ches_score'))
     begin = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)] if processes > 1 else []
-    command = [sys.executable, *begin, script, args.data, '--out', str(out), '--limit', str(args.pairs), '--seed', '0', '--dtype', args.dtype]
+    command = [sys.executable, *begin, script, args.data, '--out', str(out), '--limit', str(args.pairs), '--seed', '0',
+               '--dtype', args.dtype]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
     return load_scores(out)
 
@@ -41,9 +42,13 @@ if __name__ == '__main__':
         alone = score(args, Path(folder)/'alone', 1, 1)
     pd.testing.assert_frame_equal(alone, tables['several'], check_exact=True)
     medians, made = {k: statistics.median(v) for k, v in seconds.items()}, tables['several'].attrs['manifest']
-    record = dict(config=dict(data=args.name or Path(args.data).name, pairs=args.pairs, processes=args.processes, repeats=args.repeats, dtype=args.dtype, seed=0), seconds=seconds,
-                  ratio=medians['one']/medians['several'], same_to_the_bit=True, data_hash=made['data_hash'], counts=made['counts'], share_prompt=made['share_prompt'],
-                  hardware=f'{platform.machine()}, {os.cpu_count()} CPUs', versions=dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version()))
+    record = dict(
+        config=dict(data=args.name or Path(args.data).name, pairs=args.pairs, processes=args.processes,
+                    repeats=args.repeats, dtype=args.dtype, seed=0),
+        seconds=seconds, ratio=medians['one']/medians['several'], same_to_the_bit=True,
+        data_hash=made['data_hash'], counts=made['counts'], share_prompt=made['share_prompt'],
+        hardware=f'{platform.machine()}, {os.cpu_count()} CPUs',
+        versions=dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version()))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(record, indent=1) + '\n')
     print({k: round(v, 1) for k, v in medians.items()}, f"ratio {record['ratio']:.2f}")

@@ -24,7 +24,7 @@ def one_line(
 ) -> Iterator[None]:
     "End a command with one line on stderr and exit code 1 for what a user can mend; our own mistakes keep theirs."
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
-    # a batch system's SIGTERM ends a command as Ctrl-C does; under a launcher it kills at once, since others may be waited for
+    # a batch system's SIGTERM ends a command like Ctrl-C; under a launcher it kills at once: others may be waited for
     alone = 'WORLD_SIZE' not in os.environ and threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if alone else None
     try: yield
@@ -84,9 +84,10 @@ def ches_score(
         _quiet()
         options = dict(adapter=adapter, revision=revision, quantize=quantize, trust_remote_code=trust_remote_code)
         scores = score_dataset(
-            data, model, out, max_length, convention, not no_head, batch_tokens, dtype, device, options, share_prompt, compile,
-            split=split, columns=columns, limit=limit, seed=seed, chat=chat)
-        if processes().is_main_process: print(_summary(scores), scores.attrs['manifest']['sharing'], f'scores: {out}/scores', sep='\n')
+            data, model, out, max_length, convention, not no_head, batch_tokens, dtype, device, options, share_prompt,
+            compile, split=split, columns=columns, limit=limit, seed=seed, chat=chat)
+        if processes().is_main_process:
+            print(_summary(scores), scores.attrs['manifest']['sharing'], f'scores: {out}/scores', sep='\n')
         leave()
 
 # %% ../nbs/600_cli.ipynb #3267a82e
@@ -99,7 +100,8 @@ def _scored_pairs(scores, data: str | None, **given):
     if not (data or made.get('data')): raise AuditError('the scores do not say of which data they are: give --data')
     pairs = PairSource(data or made['data'], **loading)
     try: next(iter(pairs))
-    except AuditError as e: raise AuditError(str(e) if data else f'{e} (so the manifest names the data; give --data)') from None
+    except AuditError as e:
+        raise AuditError(str(e) if data else f'{e} (so the manifest names the data; give --data)') from None
     return pairs
 
 def _choose(table, pairs, rule: dict, control: str | None, weights: bool):
@@ -110,7 +112,8 @@ def _choose(table, pairs, rule: dict, control: str | None, weights: bool):
     if (column := rule['stratify']) not in (None, 'length', *table): table = merge_extra(table, pairs, column)
     if weights:
         if control or any(rule[k] for k in ('highest', 'stratify', 'keep', 'count')) or rule['threshold'] is not None:
-            raise AuditError('--weights keeps all scored rows: leave --keep, --count, --threshold, --highest, --stratify and --control out')
+            raise AuditError('--weights keeps all scored rows: leave --keep, --count, --threshold, --highest, '
+                             '--stratify and --control out')
         weighted = select_pairs(table, rule['by'], keep=1.).assign(weight=soft_weights(table, rule['by']))
         weighted.attrs['selection'] |= dict(weighted=True)
         return weighted
@@ -214,8 +217,8 @@ def ches_audit(
         from ches_align.audit.workers import leave, processes
         _quiet()
         options = dict(adapter=adapter, revision=revision, quantize=quantize, trust_remote_code=trust_remote_code)
-        scores = score_dataset(data, model, out, max_length, batch_tokens=batch_tokens, dtype=dtype, device=device, model_options=options,
-                               split=split, columns=columns, limit=limit, seed=seed, chat=chat)
+        scores = score_dataset(data, model, out, max_length, batch_tokens=batch_tokens, dtype=dtype, device=device,
+                               model_options=options, split=split, columns=columns, limit=limit, seed=seed, chat=chat)
         if processes().is_main_process:
             pairs = _scored_pairs(scores, data)
             print(_summary(scores), _worst_table(scores, pairs, 10), sep='\n\n')

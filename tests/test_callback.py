@@ -204,7 +204,8 @@ def test_wrong_inputs(tmp_path):
     (tmp_path/'one'/'history.parquet').write_text('no')
     with pytest.raises(AuditError, match='history.parquet: unreadable'): tracker(folder='one').start(small_model(), 4)
     (tmp_path/'one'/'manifest.json').write_text('{')
-    with pytest.raises(AuditError, match='manifest.json: not a JSON object'): tracker(folder='one').start(small_model(), 4)
+    with pytest.raises(AuditError, match='manifest.json: not a JSON object'):
+        tracker(folder='one').start(small_model(), 4)
     with pytest.raises(AuditError, match='different pairs|same probes'):
         other = tracker(probes()[:3]).measure(small_model())
         tracker(reference=other, folder='three').start(small_model())

@@ -15,8 +15,8 @@ from ches_align.audit.models import load_model
 from ches_align.rl.generation import generate_responses
 from ches_align.rl.sampling import Sampling
 prompts = [f'Say {i} things about the number {i}.' for i in range(12)]
-generate_responses(load_model('model', device='cpu'), prompts, Sampling(max_new_tokens=60, count=4, seed=5), sys.argv[1],
-                   batch_tokens=400, progress=False)
+generate_responses(load_model('model', device='cpu'), prompts, Sampling(max_new_tokens=60, count=4, seed=5),
+                   sys.argv[1], batch_tokens=400, progress=False)
 '''
 
 @pytest.fixture(scope='module')
@@ -26,7 +26,8 @@ def place(tmp_path_factory):
     save_tiny(where/'model')
     return where
 
-def run(place, out): return subprocess.Popen([sys.executable, '-c', SCRIPT, out], cwd=place, stderr=subprocess.PIPE, text=True)
+def run(place, out):
+    return subprocess.Popen([sys.executable, '-c', SCRIPT, out], cwd=place, stderr=subprocess.PIPE, text=True)
 
 def rows(path):
     found = [json.loads(x) for x in path.read_text().splitlines()]
@@ -35,7 +36,8 @@ def rows(path):
 def test_killed_and_run_again(place):
     process, path = run(place, 'killed'), place/'killed'/'responses.jsonl'
     deadline = time.time() + 120
-    while not (path.exists() and path.stat().st_size) and process.poll() is None and time.time() < deadline: time.sleep(.02)
+    while not (path.exists() and path.stat().st_size) and process.poll() is None and time.time() < deadline:
+        time.sleep(.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     have, _ = rows(path)

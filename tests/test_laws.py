@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from ches_align.rl.spread import prompt_spread, zero_group_chance
-from ches_align.theory.ches import CONVENTIONS, Head, head_ches, head_ches_of, neg_edit_distance, pair_scores, predicting_mask
+from ches_align.theory.ches import (
+    CONVENTIONS, Head, head_ches, head_ches_of, neg_edit_distance, pair_scores, predicting_mask)
 from ches_align.theory.reward_std import finetuning_times, reward_std_bounds
 from ches_align.theory.softmax import random_policy
 
@@ -89,14 +90,16 @@ def test_padding_does_not_matter(made, junk, more, left):
     parts, wide = batch(made), []
     for h, m in (parts[:2], parts[2:]):
         pad = torch.full((len(h), more, h.shape[2]), junk, dtype=h.dtype)
-        wide += [torch.cat([pad, h] if left else [h, pad], 1), torch.nn.functional.pad(m, (more, 0) if left else (0, more))]
-    for a, b in zip(pair_scores(*parts), pair_scores(*wide)): assert close(a, b, size(torch.cat([parts[0], parts[2]], 1)))
+        wide += [torch.cat([pad, h] if left else [h, pad], 1),
+                 torch.nn.functional.pad(m, (more, 0) if left else (0, more))]
+    for a, b in zip(pair_scores(*parts), pair_scores(*wide)):
+        assert close(a, b, size(torch.cat([parts[0], parts[2]], 1)))
 
 @law(rows, st.sampled_from(CONVENTIONS))
 def test_length_normalised_is_ches_of_means(made, convention):
     "Of one pair with equal lengths: divided by the square of the length"
     made = [(s, p, c, c) for s, p, c, _ in made]
-    found = pair_scores(*batch(made[:1], left=True), convention)  # the published module's own reading needs padding on the left
+    found = pair_scores(*batch(made[:1], left=True), convention)  # the published module wants padding on the left
     n = made[0][2] + (convention == 'official_script')
     assert close(found.ln_ches*n*n, found.ches, size(batch(made[:1])[0])*4)
 
@@ -105,7 +108,8 @@ def test_head_scores_do_not_depend_on_blocks_or_company(seed, n, m, vocab, block
     head = Head(draw(seed, vocab, 4), softcap=2. if capped else None)
     def pair(k):
         gen = torch.Generator().manual_seed(k)
-        return draw(k, n, 4), torch.randint(vocab, (n,), generator=gen), draw(k + 1, m, 4), torch.randint(vocab, (m,), generator=gen)
+        def ids(count): return torch.randint(vocab, (count,), generator=gen)
+        return draw(k, n, 4), ids(n), draw(k + 1, m, 4), ids(m)
     pairs = [pair(seed + 10*k) for k in range(3)]
     alone, together = [head_ches(head, *p) for p in pairs], head_ches_of(head, pairs, block)
     for a, b in zip(alone, together):
@@ -127,7 +131,8 @@ def test_spread_ignores_the_mean_and_scales(rewards, shift, c):
     "Interval and verdict with it; quarters, moved and scaled by powers of two, are exact"
     r, ends = np.array(rewards)/4, np.array([-5., 5.])
     found = prompt_spread(r, tuple(ends), .3)
-    moved, scaled = prompt_spread(r + shift, tuple(ends + shift), .3), prompt_spread(c*r, tuple(sorted(c*ends)), .3*abs(c))
+    moved = prompt_spread(r + shift, tuple(ends + shift), .3)
+    scaled = prompt_spread(c*r, tuple(sorted(c*ends)), .3*abs(c))
     for name in ('std', 'low', 'high'):
         x, y, z = (getattr(t, name) for t in (found, moved, scaled))
         assert np.isclose(y, x, atol=1e-9, equal_nan=True) and np.isclose(z, abs(c)*x, atol=1e-9, equal_nan=True)
@@ -138,7 +143,9 @@ def test_the_chance_of_equal_groups_is_their_share(rewards, group, shift):
     "Of all groups that can be drawn; fp64 logarithms of factorials are good to 1e-12"
     found, r = zero_group_chance(np.array(rewards, float), group), np.array(rewards)
     if len(r) < group: assert math.isnan(found)
-    else: assert np.isclose(found, np.mean([len(set(g)) == 1 for g in itertools.combinations(rewards, group)]), atol=1e-9)
+    else:
+        counted = np.mean([len(set(g)) == 1 for g in itertools.combinations(rewards, group)])
+        assert np.isclose(found, counted, atol=1e-9)
     assert np.isclose(found, zero_group_chance(r[::-1] + float(shift), group), atol=1e-12, equal_nan=True)
 
 @law(seeds, st.integers(1, 3), st.integers(2, 3), st.floats(-.5, .5), scale)
@@ -147,10 +154,12 @@ def test_reward_std_ignores_the_mean_and_scales(seed, length, vocab, shift, c):
     policy, r = random_policy(vocab, length, seed=seed), draw(seed + 1, vocab**length).tanh()/2
     found, moved = reward_std_bounds(policy, r), reward_std_bounds(policy, r + shift)
     scaled = reward_std_bounds(policy, c*r, (-abs(c), abs(c)))
-    assert np.allclose(moved.mean, found.mean + shift, atol=1e-9) and np.allclose(scaled.mean, c*found.mean, atol=1e-9*(1 + abs(c)))
+    assert np.allclose(moved.mean, found.mean + shift, atol=1e-9)
+    assert np.allclose(scaled.mean, c*found.mean, atol=1e-9*(1 + abs(c)))
     for name in ('grad_norm', 'std', 'paper', 'optimal', 'gamma_linear', 'trace', 'fisher'):
         x, y, z = (getattr(t, name) for t in (found, moved, scaled))
-        assert np.isclose(y, x, rtol=1e-7, atol=1e-9) and np.isclose(z, abs(c)*x, rtol=1e-7, atol=1e-9), name  # std**(2/3) magnifies rounding
+        near = functools.partial(np.isclose, rtol=1e-7, atol=1e-9)  # std**(2/3) magnifies rounding
+        assert near(y, x) and near(z, abs(c)*x), name
         assert found.grad_norm <= x + 1e-9 or name == 'std'
 
 @law(st.floats(1e-6, .5))

@@ -1,4 +1,4 @@
-"What is built is what is here: wheel and sdist hold every module and file that the package reads, and its commands exist."
+"What is built is what is here: wheel and sdist hold all modules and files that the package reads; its commands exist."
 import subprocess, sys, tarfile, zipfile
 from configparser import ConfigParser
 from importlib import import_module
@@ -10,8 +10,8 @@ from project import ROOT, settings
 def built(tmp_path_factory):
     "A copy of what git tracks, built without network and without isolation; folder of the two archives"
     place = tmp_path_factory.mktemp('build')
-    listed = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, check=True).stdout.decode().split('\0')
-    for name in filter(None, listed):
+    listed = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    for name in filter(None, listed.split('\0')):
         if name.startswith(('nbs/', 'benchmarks/', 'tests/')) or not (ROOT/name).is_file(): continue
         (place/name).parent.mkdir(parents=True, exist_ok=True)
         (place/name).write_bytes((ROOT/name).read_bytes())
@@ -22,7 +22,8 @@ def built(tmp_path_factory):
 
 def wanted():
     "Modules and data files of the package"
-    return {p.relative_to(ROOT).as_posix() for p in (ROOT/'ches_align').rglob('*') if p.is_file() and p.suffix != '.pyc'}
+    found = (p for p in (ROOT/'ches_align').rglob('*') if p.is_file() and p.suffix != '.pyc')
+    return {p.relative_to(ROOT).as_posix() for p in found}
 
 def test_wheel(built):
     (wheel,) = built.glob('*.whl')
@@ -40,6 +41,8 @@ def test_wheel(built):
 
 def test_sdist(built):
     (archive,) = built.glob('*.tar.gz')
-    with tarfile.open(archive) as t: names = {n.split('/', 1)[1] for n in t.getnames() if '/' in n and t.getmember(n).isfile()}
-    assert wanted() <= names and {'settings.ini', 'constraints.txt', 'README.md', 'LICENSE', 'CHANGELOG.md', 'setup.py'} <= names
+    with tarfile.open(archive) as t:
+        names = {n.split('/', 1)[1] for n in t.getnames() if '/' in n and t.getmember(n).isfile()}
+    beside = {'settings.ini', 'constraints.txt', 'README.md', 'LICENSE', 'CHANGELOG.md', 'setup.py'}
+    assert wanted() <= names and beside <= names
     assert not [n for n in names if n.startswith(('nbs/', 'tests/', '.ci/'))]

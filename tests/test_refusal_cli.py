@@ -106,9 +106,11 @@ def test_the_study_has_the_published_values():
     from ches_align.studies.refusal_plan import RefusalStudy
     from ches_align.training.config import load_config
     c = load_config(ROOT/'configs'/'sorry_bench'/'gemma_2b_it.yaml', dict(refusal=RefusalStudy))
-    assert (c.keep, c.test, c.pair_temperature, c.rate_temperature, c.max_new_tokens, c.by, c.judge, c.gold) == (.05, .15, 1., .7, 512, 'ln_ches', 'sorry', 'hub')
+    assert (c.keep, c.test, c.pair_temperature, c.rate_temperature, c.max_new_tokens) == (.05, .15, 1., .7, 512)
+    assert (c.by, c.judge, c.gold) == ('ln_ches', 'sorry', 'hub')
     assert {k: c.train[k] for k in ('loss', 'optimizer', 'learning_rate', 'batch', 'accumulation', 'epochs')} == dict(
-        loss='dpo', optimizer='rmsprop', learning_rate=5e-6, batch=4, accumulation=8, epochs=1) and c.changes == dict(gold=dict(learning_rate=1e-6))
+        loss='dpo', optimizer='rmsprop', learning_rate=5e-6, batch=4, accumulation=8, epochs=1)
+    assert c.changes == dict(gold=dict(learning_rate=1e-6))
 
 @pytest.mark.parametrize('path', ARMS, ids=lambda p: p.stem)
 def test_published_values(path):

@@ -10,9 +10,12 @@ from conftest import save_tiny
 def place(tmp_path_factory):
     where = tmp_path_factory.mktemp('rl')
     save_tiny(where/'model')
-    (where/'tasks.jsonl').write_text(''.join(json.dumps(dict(prompt=f'Say {w}', answer=w)) + '\n' for w in ('one', 'two', 'six', 'ten', 'low', 'red')))
-    study = dict(kind='rl', model='model', tasks='tasks.jsonl', reward='contains', test=.34, samples=4, sampling=dict(max_new_tokens=3), chat=False, save_steps=10,
-                 sft=dict(learning_rate=3e-2, epochs=50, batch=4), rft=dict(learning_rate=1e-3, steps=3, prompts=4, group=2),
+    rows = [dict(prompt=f'Say {w}', answer=w) for w in ('one', 'two', 'six', 'ten', 'low', 'red')]
+    (where/'tasks.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    study = dict(kind='rl', model='model', tasks='tasks.jsonl', reward='contains', test=.34, samples=4,
+                 sampling=dict(max_new_tokens=3), chat=False, save_steps=10,
+                 sft=dict(learning_rate=3e-2, epochs=50, batch=4),
+                 rft=dict(learning_rate=1e-3, steps=3, prompts=4, group=2),
                  arms=dict(rft=dict(rft={}), sft_rft=dict(sft={}, rft={}), partial=dict(sft=dict(labels=.5, steps=.4))))
     (where/'study.yaml').write_text(yaml.safe_dump(study))
     return where
@@ -20,21 +23,28 @@ def place(tmp_path_factory):
 def test_killed_and_run_again(place):
     "Finished arms stay, the cut one goes on; lines, table and picture are those of a run in one go"
     done = run(place, 'ches_train', 'study.yaml', '--set', 'out=whole')
-    assert done.returncode == 0 and '1 seeds of 3 arms' in done.stdout and 'table: whole/table.csv' in done.stdout, done.stderr
-    killed(place, place/'killed'/'.arm_work'/'sft_rft_0'/'sft.safetensors', 'ches_train', 'study.yaml', '--set', 'out=killed')
+    assert done.returncode == 0, done.stderr
+    assert '1 seeds of 3 arms' in done.stdout and 'table: whole/table.csv' in done.stdout, done.stdout
+    begun = place/'killed'/'.arm_work'/'sft_rft_0'/'sft.safetensors'
+    killed(place, begun, 'ches_train', 'study.yaml', '--set', 'out=killed')
     assert 1 <= len(lines(place/'killed'/'runs.jsonl')) < 4 and not (place/'killed'/'table.csv').exists()
     assert run(place, 'ches_train', 'study.yaml', '--set', 'out=killed').returncode == 0
     assert lines(place/'killed'/'runs.jsonl') == lines(place/'whole'/'runs.jsonl')
-    assert (place/'killed'/'table.csv').read_text() == (place/'whole'/'table.csv').read_text() and (place/'killed'/'stages.png').exists()
+    assert (place/'killed'/'table.csv').read_text() == (place/'whole'/'table.csv').read_text()
+    assert (place/'killed'/'stages.png').exists()
     after, = (r['after_sft']['rewards'] for r in lines(place/'whole'/'runs.jsonl') if r['arm'] == 'sft_rft')
     assert (learnt := sum(map(sum, after[:4]))/16) > .9, (learnt, 'finetuning on the answers gives the answers')
-    assert 'arm rft was run with other settings' in run(place, 'ches_train', 'study.yaml', '--set', 'out=whole', 'arms.rft.rft.steps=9').stderr
-    assert 'holds runs of another study' in run(place, 'ches_train', 'study.yaml', '--set', 'out=whole', 'samples=5').stderr
+    for change, says in (('arms.rft.rft.steps=9', 'arm rft was run with other settings'),
+                         ('samples=5', 'holds runs of another study')):
+        assert says in run(place, 'ches_train', 'study.yaml', '--set', 'out=whole', change).stderr
 
 @pytest.mark.parametrize('changes, said', [
-    (['tasks=nowhere.jsonl'], 'no such file'), (['tasks=grue/squad'], 'one of narrative_qa'), (['reward=bleurt'], 'one of exact_match'), (['model=nowhere'], 'nowhere'),
-    (['arms={a: {ppo: {}}}'], 'sft, rft or both'), (['rft.lr=1'], "unknown key 'lr'"), (['rft.clip=null', 'rft.epochs=2'], 'on-policy'), (['test=1.5'], 'test 1.5'),
-    (['reward=format'], 'format needs an expression'), (['high=-1', 'low=-2'], 'leave the range -2 to -1')], ids=lambda v: v[0] if isinstance(v, list) else '')
+    (['tasks=nowhere.jsonl'], 'no such file'), (['tasks=grue/squad'], 'one of narrative_qa'),
+    (['reward=bleurt'], 'one of exact_match'), (['model=nowhere'], 'nowhere'),
+    (['arms={a: {ppo: {}}}'], 'sft, rft or both'), (['rft.lr=1'], "unknown key 'lr'"),
+    (['rft.clip=null', 'rft.epochs=2'], 'on-policy'), (['test=1.5'], 'test 1.5'),
+    (['reward=format'], 'format needs an expression'), (['high=-1', 'low=-2'], 'leave the range -2 to -1')],
+    ids=lambda v: v[0] if isinstance(v, list) else '')
 def test_what_cannot_work(place, tmp_path, changes, said, monkeypatch):
     "One line and exit code 1"
     from ches_align.cli_train import ches_train
@@ -50,14 +60,20 @@ def test_a_data_set_of_grue_with_an_encoder_decoder(place):
     from ches_align.studies.rl_study import run_rl
     tokenizer = AutoTokenizer.from_pretrained(place/'model')
     torch.manual_seed(0)
-    T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, dropout_rate=0.,
-                                        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)).save_pretrained(place/'t5')
+    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                      decoder_start_token_id=0, dropout_rate=0., pad_token_id=tokenizer.pad_token_id,
+                      eos_token_id=tokenizer.eos_token_id)
+    T5ForConditionalGeneration(config).save_pretrained(place/'t5')
     tokenizer.save_pretrained(place/'t5')
-    rows = [dict(translation=dict(en=f'A sentence with the number {i}, and more words after it', de=f'Satz {i}')) for i in range(6)]
+    rows = [dict(translation=dict(en=f'A sentence with the number {i}, and more words after it', de=f'Satz {i}'))
+            for i in range(6)]
     (place/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
-    study = RLStudy(model=str(place/'t5'), tasks=f"grue/iwslt={place/'rows.jsonl'}", reward='exact_match', out=str(place/'grue'), limit=4, prompt_tokens=8, samples=2, chat=False,
+    study = RLStudy(model=str(place/'t5'), tasks=f"grue/iwslt={place/'rows.jsonl'}", reward='exact_match',
+                    out=str(place/'grue'), limit=4, prompt_tokens=8, samples=2, chat=False,
                     sampling=dict(max_new_tokens=4, top_k=10), sft=dict(learning_rate=1e-2, batch=2, epochs=2),
-                    rft=dict(steps=2, prompts=4, minibatch=2, epochs=2, kl=.01, kl_target=1., entropy=.01), arms=dict(both=dict(sft={}, rft={})))
+                    rft=dict(steps=2, prompts=4, minibatch=2, epochs=2, kl=.01, kl_target=1., entropy=.01),
+                    arms=dict(both=dict(sft={}, rft={})))
     start, both = run_rl(study, progress=False)
-    assert len(start['prompts']) == 4 and len(both['sft']) == 4 and len(both['rft']) == 2 and both['rft'][0]['kl'] == .01
+    assert len(start['prompts']) == 4 and len(both['sft']) == 4 and len(both['rft']) == 2
+    assert both['rft'][0]['kl'] == .01
     assert [len(r) for r in both['after']['rewards']] == [2]*4 and both['after']['failed'] == 0

@@ -1,4 +1,4 @@
-"Prompts computed once: pairs of one prompt in any order give the table that responses apart give, in one process or two."
+"Prompts computed once: pairs of one prompt in any order give the table of responses apart, in one process or two."
 import json
 
 import pandas as pd
@@ -26,16 +26,20 @@ def place(tmp_path_factory):
 def test_the_same_scores(place):
     shared, apart = load_scores(place/'yes'), load_scores(place/'no')
     made = [t.attrs['manifest'] for t in (shared, apart)]
-    assert [m['share_prompt'] for m in made] == [True, False] and 'prompts shared' in made[0]['sharing'] and 'as asked' in made[1]['sharing']
+    assert [m['share_prompt'] for m in made] == [True, False]
+    assert 'prompts shared' in made[0]['sharing'] and 'as asked' in made[1]['sharing']
     assert len(shared) == 54 and list(shared) == list(COLUMNS)
-    pd.testing.assert_frame_equal(shared, apart, check_exact=False, rtol=1e-3, atol=1e-3)  # fp32, other kernels; CHES cancels
+    # fp32, other kernels; CHES cancels
+    pd.testing.assert_frame_equal(shared, apart, check_exact=False, rtol=1e-3, atol=1e-3)
 
 def test_two_processes_share_to_the_bit(place):
     done = run_two(place, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'two', '--share_prompt', 'yes')
     assert done.returncode == 0, done.stderr
     pd.testing.assert_frame_equal(load_scores(place/'two'), load_scores(place/'yes'), check_exact=True)
 
-@pytest.mark.parametrize('args, said', [(['--share_prompt', 'maybe', '--out', 'x'], 'one of auto, yes, no'), (['--share_prompt', 'no', '--out', 'yes'], 'share_prompt was True, is False')], ids=['wish', 'other'])
+@pytest.mark.parametrize('args, said', [
+    (['--share_prompt', 'maybe', '--out', 'x'], 'one of auto, yes, no'),
+    (['--share_prompt', 'no', '--out', 'yes'], 'share_prompt was True, is False')], ids=['wish', 'other'])
 def test_refused(place, args, said):
     done = run(place, 'ches_score', 'pairs.jsonl', '--model', 'model', *args)
     assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr

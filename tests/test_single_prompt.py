@@ -1,4 +1,4 @@
-"""`ches_train` on grids of single-prompt runs: as a user runs it, killed and run again, and with files that cannot work."""
+"""`ches_train` on grids of single-prompt runs: by a user, killed and run again, and with files that cannot work."""
 import json
 import os
 import signal
@@ -11,7 +11,8 @@ import pytest
 import yaml
 from conftest import save_tiny
 
-CONFIG = dict(kind='single_prompt', pairs=[dict(chosen='Yes', rejected='No', behaviour='No'), dict(chosen='No', rejected='no')],
+CONFIG = dict(kind='single_prompt', pairs=[dict(chosen='Yes', rejected='No', behaviour='No'),
+                                           dict(chosen='No', rejected='no')],
               recipes=[dict(name='a', learning_rate=1e-4, steps=40)], seeds=[1, 2, 3])
 
 @pytest.fixture(scope='module')
@@ -38,7 +39,8 @@ def test_every_shipped_file_is_read(path):
     assert cfg.kind in path.read_text()
 
 def save(where, name, **changes):
-    (where/name).write_text(yaml.safe_dump(CONFIG | dict(model=str(where/'model'), data=str(where/'persona.jsonl')) | changes))
+    files = dict(model=str(where/'model'), data=str(where/'persona.jsonl'))
+    (where/name).write_text(yaml.safe_dump(CONFIG | files | changes))
     return name
 
 def command(*args): return [sys.executable, str(Path(sys.executable).with_name('ches_train')), *args]
@@ -79,7 +81,8 @@ def test_check_loads_no_weights(place):
     weights.rename(place/'away')
     try: done = ches_train(place, 'grid.yaml', '--check')
     finally: (place/'away').rename(weights)
-    assert done.returncode == 0 and '6 runs, at most 240 updates' in done.stdout and 'Yes = ' in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert '6 runs, at most 240 updates' in done.stdout and 'Yes = ' in done.stdout, done.stdout
 
 @pytest.mark.parametrize('changes, args, said', [
     (dict(pairs=[dict(chosen='Yes', rejected='Yes')]), {}, "pair 'Yes': chosen and rejected are the same"),

@@ -30,7 +30,8 @@ def test_killed_and_run_again(place):
     "The finished arms stay, the others follow; the table is that of a run in one go"
     done = ches_train(place, '--set', 'out=whole')
     assert done.returncode == 0 and '3 arms; table: whole' in done.stdout, done.stderr
-    process = subprocess.Popen(command('--set', 'out=killed'), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
+    process = subprocess.Popen(command('--set', 'out=killed'), cwd=place, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=ENV)
     path, end = place/'killed'/'runs.jsonl', time.time() + 120
     while not path.exists() and time.time() < end: time.sleep(.05)
     process.send_signal(signal.SIGKILL)
@@ -45,7 +46,8 @@ def test_two_processes(place):
     "With the same pairs a step, two processes train an arm to the weights of one: the changes agree"
     asked = ches_train(place, '--set', 'out=two', 'train.accumulation=1')
     assert asked.returncode == 0, asked.stderr
-    launch = ['accelerate.commands.launch', '--config_file', str(Path(__file__).parents[1]/'configs/accelerate/ddp_2gpu.yaml')]
+    config = Path(__file__).parents[1]/'configs/accelerate/ddp_2gpu.yaml'
+    launch = ['accelerate.commands.launch', '--config_file', str(config)]
     both = [sys.executable, '-m', *launch, *command()[1:], '--set', 'out=pair', 'train.batch=1', 'train.accumulation=1']
     told = subprocess.run(both, cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
     assert told.returncode != 0 and 'score first, in one process' in told.stderr

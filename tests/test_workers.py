@@ -1,9 +1,9 @@
-"Scoring and reward audits by two processes as a launcher starts them: one table, to the bit; what is cut off goes on; what cannot work ends all."
+"Scoring and reward audits by two processes: one table, to the bit; what is cut off goes on; what cannot work ends all."
 import json, os, signal, subprocess, time
 
 import pandas as pd
 import pytest
-from commands import ENV, command_two, run, run_two
+from commands import command_two, run, run_two, started
 from conftest import save_tiny
 
 from ches_align.audit.data import load_pairs
@@ -29,10 +29,11 @@ def test_two_processes_one_table(place):
 def test_a_killed_process_loses_its_open_shard(place):
     "The launcher ends the other; finished shards are not made again"
     out = place/'cut'
-    process = subprocess.Popen(command_two('ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'cut'), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
+    process = started(place, command_two('ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'cut'))
     end, workers = time.time() + 200, []
     while process.poll() is None and time.time() < end:
-        workers = [int(p) for p in subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()]
+        children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout
+        workers = [int(p) for p in children.split()]
         if len(workers) > 1 and len(list(out.glob('scores/*.parquet'))) > 2: break
         time.sleep(.005)
     os.kill(workers[-1], signal.SIGKILL)
@@ -43,17 +44,22 @@ def test_a_killed_process_loses_its_open_shard(place):
     assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
     pd.testing.assert_frame_equal(load_scores(out), load_scores(place/'one'), check_exact=True)
 
-@pytest.mark.parametrize('args, said', [(['--limit', '5', '--out', 'one'], 'holds the scores of another run'), (['--out', '/proc/no'], 'cannot be written')], ids=['other', 'folder'])
+@pytest.mark.parametrize('args, said', [
+    (['--limit', '5', '--out', 'one'], 'holds the scores of another run'),
+    (['--out', '/proc/no'], 'cannot be written')], ids=['other', 'folder'])
 def test_what_cannot_work_ends_both(place, args, said):
     done = run_two(place, 'ches_score', 'pairs.jsonl', '--model', 'model', *args)
-    assert done.returncode != 0 and done.stderr.count(f'ches_score: {said}' if said.startswith('/') else said) == 2, done.stderr
+    assert done.returncode != 0, done.stderr
+    assert done.stderr.count(f'ches_score: {said}' if said.startswith('/') else said) == 2, done.stderr
 
 def test_two_processes_audit_rewards(place):
     "Each draws what it takes from the counter; texts, rewards and table are those of one process"
     (place/'tasks.jsonl').write_text(''.join(json.dumps(dict(prompt=f'Task {i}', answer='a')) + '\n' for i in range(8)))
-    asked = ['tasks.jsonl', '--model', 'model', '--reward', 'contains', '--samples', '8', '--first', '4', '--max_new_tokens', '6', '--low', '0', '--high', '1', '--batch_tokens', '100', '--out']
+    asked = ['tasks.jsonl', '--model', 'model', '--reward', 'contains', '--samples', '8', '--first', '4',
+             '--max_new_tokens', '6', '--low', '0', '--high', '1', '--batch_tokens', '100', '--out']
     assert run(place, 'ches_reward_std', *asked, 'audit1').returncode == 0
     done = run_two(place, 'ches_reward_std', *asked, 'audit2')
     assert done.returncode == 0 and done.stdout.count('8 prompts') == 1, done.stderr
-    for name in ('table.csv', 'rows.jsonl'): assert (place/'audit1'/name).read_text() == (place/'audit2'/name).read_text()
+    for name in ('table.csv', 'rows.jsonl'):
+        assert (place/'audit1'/name).read_text() == (place/'audit2'/name).read_text()
     assert (place/'audit2'/'round0'/'responses-1.jsonl').exists()

@@ -47,7 +47,8 @@ def _advice(card: dict[str, Any], kept: int) -> list[str]:
              ] if steps['kept'] < steps['full'] else []
     if abs(after / before - 1) > .1:
         change = f"{abs(100 * (after / before - 1)):.0f}% {'longer' if after > before else 'shorter'}"
-        lines.append(f"Kept responses are {change}: compare with --stratify length and --control length (length_matched_control).")
+        lines.append(f"Kept responses are {change}: compare with --stratify length and "
+                     '--control length (length_matched_control).')
     for column, values in card['composition'].items():
         if gone := [v for v, n in values.items() if n['before'] >= 5 and not n['after']]:
             lines.append(f"Nothing is left of {column} {', '.join(gone)}: if that is not wanted, stratify by it.")

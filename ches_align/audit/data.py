@@ -145,13 +145,15 @@ def choose_layout(
         return _alpacafarm, {'instruction', 'input', 'output_1', 'output_2', 'preference'}
     if not columns and {'question', 'answer_matching_behavior', 'answer_not_matching_behavior'} <= found:
         return _persona, {'question', 'answer_matching_behavior', 'answer_not_matching_behavior'}
-    names: dict[str, Any] = {k: columns.get(k) or next((a for a in alias if a in found), None) for k, alias in ALIASES.items()}
+    names: dict[str, Any] = {
+        k: columns.get(k) or next((a for a in alias if a in found), None) for k, alias in ALIASES.items()}
     for need in ('chosen', 'rejected'):
         if names[need] is None: raise AuditError(f"{where}: no column for the {need} response; it has "
             f"{shorten(', '.join(sorted(found)), 300)}. Name it: --columns {need}=COLUMN")
     p, c, r = names['prompt'], names['chosen'], names['rejected']
     if p is None: return (lambda row: _implicit(row[c], row[r])), {c, r}
-    used = {p, c, r} | ({'system', *({'input'} if p == 'instruction' else ())} & found if not columns.get('prompt') else set())
+    besides = {'system', 'input'} if p == 'instruction' else {'system'}
+    used = {p, c, r} | (set() if columns.get('prompt') else besides & found)
     read = (lambda row: _as_messages(row[p], 'user')) if p == 'query' else (
         lambda row: _with_input(row, p)) if 'input' in used - {p} else lambda row: row[p]
     def convert(row):

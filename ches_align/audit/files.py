@@ -39,7 +39,8 @@ def read_jsonl(
     with open(path, 'rb') as f:
         for n, line in enumerate(iter(lambda: f.readline(LINE + 1), b''), 1):
             if f.tell() > end: return
-            if len(line) > LINE: raise AuditError(f'{path}, line {n}: over {LINE >> 20} MiB; one object a line is meant')
+            if len(line) > LINE:
+                raise AuditError(f'{path}, line {n}: over {LINE >> 20} MiB; one object a line is meant')
             if not line.strip(): continue
             try: row = json.loads(line.decode('utf-8-sig' if n == 1 else 'utf-8'))
             except UnicodeDecodeError as e: raise _not_utf8(f'{path}, line {n}', e) from None
@@ -77,7 +78,8 @@ BOMB = 256 << 20, 1000  # bytes that are unpacked, and times the size of the fil
 
 def _refuse_bomb(path: Path, unpacked: int) -> None:
     if unpacked > BOMB[0] and unpacked > BOMB[1]*(size := path.stat().st_size):
-        raise AuditError(f'{path}: unpacks from {size} to {unpacked} bytes or more; write it again without compression if that is meant')
+        raise AuditError(f'{path}: unpacks from {size} to {unpacked} bytes or more; '
+                         'write it again without compression if that is meant')
 
 def _batch_rows(path: Path, metadata: Any) -> int:
     "A dictionary's value may stand in every row: so few rows that all of a group in each of them is little"
@@ -107,7 +109,7 @@ def _read_arrow(path: Path) -> Iterator[dict]:
                 file = pa.ipc.open_file(source)
                 batches = map(file.get_batch, range(file.num_record_batches))
             yield from _whole(path, batches)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:  # the last: names of columns, which no check of Arrow's reads
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:  # the last: column names, which Arrow checks nowhere
         raise AuditError(f'{path}: not a readable {path.suffix[1:]} file ({e})') from None
 
 # %% ../../nbs/audit/100_files.ipynb #940c2671
@@ -132,7 +134,7 @@ def _read_saved(path: Path, split: str | None) -> Iterator[dict]:
     try:
         for part in [*path.rglob('state.json'), *path.glob('dataset_dict.json')]:
             told = json.loads(part.read_text('utf-8'))
-            for name in told['splits'] if part.name == 'dataset_dict.json' else [f['filename'] for f in told['_data_files']]:
+            for name in told['splits'] if part.stem == 'dataset_dict' else [f['filename'] for f in told['_data_files']]:
                 if Path(name).name != name: raise AuditError(f'{part}: {name!r} does not stand beside it')
         saved = load_from_disk(str(path))
         data: Any = saved if isinstance(saved, Dataset) else _pick_split(saved, split, str(path))

@@ -90,7 +90,7 @@ class ScoringModel:
     head: Head             # the output layer
     tokenizer: Any         # its tokenizer
     provenance: dict       # model, revision, weights_hash, dtype ...: what a manifest keeps
-    stored: bool = False   # the weights are those stored under `name`: no adapter on top, not quantised, not from memory
+    stored: bool = False   # the weights are those stored as `name`: no adapter on top, not quantised, not from memory
 
     @property
     def device(self) -> torch.device: return self.head.weight.device
@@ -158,7 +158,8 @@ def _adapter_base(folder: Path) -> str:
     "The base model that a LoRA folder names"
     _check_adapter(folder)
     if base := read_object(folder/'adapter_config.json').get('base_model_name_or_path'): return base
-    raise AuditError(f'{folder}: adapter_config.json names no base model; give the base as model and this folder as adapter')
+    raise AuditError(f'{folder}: adapter_config.json names no base model; '
+                     'give the base as model and this folder as adapter')
 
 # %% ../../nbs/audit/120_models.ipynb #48859bf8
 def load_model(
@@ -200,7 +201,8 @@ def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     made = PeftModel.from_pretrained(model, str(folder))
     with safe_open(str(folder/'adapter_model.safetensors'), 'pt') as f: stored = set(f.keys())
     if odd := sorted(stored ^ set(get_peft_model_state_dict(made, save_embedding_layers=False))):  # PEFT only warns
-        raise AuditError(f'{folder}: {len(odd)} tensors do not fit this model (first: {odd[0]}); is it an adapter of this base?')
+        raise AuditError(f'{folder}: {len(odd)} tensors do not fit this model (first: {odd[0]}); '
+                         'is it an adapter of this base?')
     return made
 
 # %% ../../nbs/audit/120_models.ipynb #e505dc43
@@ -218,7 +220,8 @@ def compile_backbone(
     "Compile for rows of any length; a trial pass shows that it works. Raises `AuditError`, the model as it was."
     lm.backbone.compile(dynamic=True)
     try:
-        with torch.no_grad(): lm.backbone(input_ids=torch.zeros(1, 4, dtype=torch.long, device=lm.device), use_cache=False)
+        ids = torch.zeros(1, 4, dtype=torch.long, device=lm.device)
+        with torch.no_grad(): lm.backbone(input_ids=ids, use_cache=False)
     except Exception as e:  # the compiler's, torch's and the system's own types
         lm.backbone._compiled_call_impl = None
         said = ' '.join(str(e).split())[:200] or type(e).__name__

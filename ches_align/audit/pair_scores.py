@@ -69,7 +69,7 @@ def masked_scores(
 def head_scores(
     head: Head,                         # the output layer
     pairs: Sequence[tuple[Side, Side]], # states and ids of both responses of each pair
-) -> list[Tensor]:                      # `FROM_HEAD` of each, `[3]` in fp64: log-probabilities in nats, summed over the response
+) -> list[Tensor]:                      # `FROM_HEAD` of each, `[3]` in fp64; log-probabilities are sums in nats
     "Head-gradient CHES and the log-probabilities of both responses, in one pass over the vocabulary."
     found = head_ches_of(head, [(c.states[:-1], c.ids, r.states[:-1], r.ids) for c, r in pairs])
     return [torch.stack([got.head_ches.double(), *(logps.double().sum() for logps in got[1:])]) for got in found]
@@ -89,7 +89,8 @@ def score_block(
     waiting: dict[int, tuple[Side, Side]] = {}  # for the output layer, which is read once for many pairs
     room = batch_tokens or default_budget(lm)
     def read_head():
-        for k, more in zip(waiting, head_scores(lm.head, list(waiting.values()))): values[k] = torch.cat([values[k], more])
+        for k, more in zip(waiting, head_scores(lm.head, list(waiting.values()))):
+            values[k] = torch.cat([values[k], more])
         waiting.clear()
     for k, chosen, rejected in stream_states(lm, pairs, share_prompt, batch_tokens):
         values[k] = window_scores(chosen.states, rejected.states, convention)

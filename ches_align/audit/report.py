@@ -23,7 +23,8 @@ from scipy.stats import binomtest
 
 from .data import Pair, pair_texts
 from .files import AuditError
-from .page import figure_png, histogram, length_scatter, mark_differences, md_escape, percent, short_number
+from .page import (
+    figure_png, histogram, length_scatter, mark_differences, md_escape, percent, short_number)
 from .runs import plain, write_files
 
 # %% ../../nbs/audit/160_report.ipynb #a5bdbfa0
@@ -95,7 +96,7 @@ def selector_table(
 
 # %% ../../nbs/audit/160_report.ipynb #7e44b0e3
 def _match(scores: pd.DataFrame, pairs: Iterable[Pair] | None, take: Callable[[int, Pair], Any]) -> dict[int, Any]:
-    "row_id of the scores -> what `take` keeps of its pair, found by its hash, in one pass. Raises `AuditError` when no row matches"
+    "row_id -> what `take` keeps of its pair, found by its hash, in one pass. Raises `AuditError` when no row matches"
     rows_of, found, count = {}, {}, 0
     for row, h in zip(scores.row_id.tolist(), scores.row_hash): rows_of.setdefault(h, []).append(row)
     for count, pair in enumerate(pairs or (), 1):
@@ -111,7 +112,8 @@ def _labels(pair: Pair, by: str | None = None) -> dict[str, Any]:
 
 def _groups(matched: dict[int, dict], by: str | None = None) -> tuple[str | None, dict[int, str]]:
     "A column (None: the first that holds 2 to 20 repeated strings) and its value for each row_id"
-    columns = dict.fromkeys(['kind', 'category', 'source', 'subset', *(c for labels in matched.values() for c in labels)])
+    more = (c for labels in matched.values() for c in labels)
+    columns = dict.fromkeys(['kind', 'category', 'source', 'subset', *more])
     for name in [by] if by else columns:
         found = {row: labels[name] for row, labels in matched.items() if labels.get(name) is not None}
         if by and found: return by, {row: str(v) for row, v in found.items()}
@@ -133,8 +135,8 @@ def composition(
     for group, t in table[table.index.isin(scores.row_id)].groupby('group'):
         n, k = int(t.percentile.count()), int((t.top == True).sum())
         ci = binomtest(k, n).proportion_ci(method='wilson') if n else (None, None)
-        result.append(dict(group=group, rows=len(t), scored=n, median_percentile=t.percentile.dropna().median(), in_top=k,
-                           share=k/n if n else None, low=ci[0], high=ci[1]))
+        result.append(dict(group=group, rows=len(t), scored=n, median_percentile=t.percentile.dropna().median(),
+                           in_top=k, share=k/n if n else None, low=ci[0], high=ci[1]))
     return plain(sorted(result, key=lambda g: (-(g['share'] or 0), g['group'])))
 
 # %% ../../nbs/audit/160_report.ipynb #16aa60d1
@@ -184,7 +186,8 @@ def recommendations(
             for rule in ADVICE['rules'] if _SAY.compile_expression(rule['when'])(**facts)]
 
 # %% ../../nbs/audit/160_report.ipynb #ed75ec04
-def _collect(scores: pd.DataFrame, pairs: Iterable[Pair] | None, worst: int = 10, by=None, path: str = 'SCORES') -> dict:
+def _collect(scores: pd.DataFrame, pairs: Iterable[Pair] | None, worst: int = 10, by=None,
+             path: str = 'SCORES') -> dict:
     "The content of a report before it is laid out; `worst` and `best` never share a pair"
     matched, s = _match(scores, pairs, lambda row, pair: _labels(pair, by)), summarise(scores)
     column, groups = _groups(matched, by)
@@ -213,8 +216,10 @@ def _render(report: dict, pictures: dict[str, str]) -> tuple[str, str]:
     "HTML and Markdown; the HTML is one file that loads nothing and runs nothing"
     options = dict(loader=PackageLoader('ches_align'), trim_blocks=True, lstrip_blocks=True)
     pages = []
-    for name, env in (('html', Environment(autoescape=True, **options)), ('md', Environment(finalize=md_escape, **options))):
-        env.filters |= dict(num=short_number, pct=percent, marked=mark_differences, clip=lambda t: t if len(t) <= 300 else f'{t[:300]}…')
+    kinds = dict(html=Environment(autoescape=True, **options), md=Environment(finalize=md_escape, **options))
+    for name, env in kinds.items():
+        env.filters |= dict(num=short_number, pct=percent, marked=mark_differences,
+                            clip=lambda t: t if len(t) <= 300 else f'{t[:300]}…')
         pages.append(env.get_template(f'report.{name}.j2').render(r=report, figures=pictures, method=ADVICE['method']))
     return tuple(pages)
 

@@ -34,7 +34,7 @@ def writing(
 def write_files(
     files: dict[Path, bytes | Iterable[bytes]], # path -> whole content, or its pieces in order
 ) -> None:
-    "Write several files, each whole or absent whenever the process dies; none when one cannot be written. Raises `AuditError`."
+    "Write files, each whole or absent whenever the process dies; none when one cannot be written. Raises `AuditError`."
     partial = {path: path.with_name(f'.{path.name}.{os.getpid()}.partial') for path in files}
     try:
         for path, part in partial.items():
@@ -72,7 +72,9 @@ def read_object(
     try: made = json.loads(path.read_text('utf-8'))
     except OSError as e: raise AuditError(f'{path}: cannot be read ({e.strerror or e})') from None
     except (ValueError, RecursionError) as e: made = e
-    if not isinstance(made, dict): raise AuditError(f'{path}: not a JSON object ({str(made)[:80]}); put the file back that was there, or name another folder')
+    if not isinstance(made, dict):
+        raise AuditError(f'{path}: not a JSON object ({str(made)[:80]}); '
+                         'put the file back that was there, or name another folder')
     return made
 
 # %% ../../nbs/audit/101_runs.ipynb #e3c094c4
@@ -87,7 +89,8 @@ def open_runs(
     if manifest.exists():
         then = read_object(manifest)
         if other := [_differs(k, then.get(k), v) for k, v in now.items() if then.get(k) != v]:
-            raise AuditError(f'{out} holds runs of another {" and ".join(other)}: name another folder (out), or delete it')
+            raise AuditError(f'{out} holds runs of another {" and ".join(other)}: '
+                             'name another folder (out), or delete it')
     elif runs.exists(): raise AuditError(f'{out}: {runs.name} without a manifest; name another folder (out)')
     else: write_files({manifest: json.dumps(now | plain(about), indent=1, ensure_ascii=False).encode()})
     if not runs.exists(): return []
@@ -110,7 +113,8 @@ def add_run(
     "Append to OUT/NAME.jsonl; on the disk when this returns. Raises `AuditError`."
     path, lines = Path(out)/f'{name}.jsonl', [line] if isinstance(line, dict) else line
     with writing(path), open(path, 'a', encoding='utf-8') as f:
-        f.write(''.join(json.dumps(plain(x), ensure_ascii=False) + '\n' for x in lines)); f.flush(); os.fsync(f.fileno())
+        f.write(''.join(json.dumps(plain(x), ensure_ascii=False) + '\n' for x in lines))
+        f.flush(); os.fsync(f.fileno())
 
 def load_runs(
     out: Path,          # as for `open_runs`

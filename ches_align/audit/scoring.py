@@ -160,15 +160,16 @@ def score_dataset(
         device = device or str(here.device)  # auto, which spreads one model over all GPUs, is for one process
         progress = progress and here.is_main_process
     lm = model if isinstance(model, ScoringModel) else load_model(model, dtype, device, **(model_options or {}))
-    max_length, start = max_length or lm.max_length, time.time()
+    max_length, batch_tokens, start = max_length or lm.max_length, batch_tokens or default_budget(lm), time.time()
     if compile: compile_backbone(lm)
     with token_store(pairs, lm.tokenizer, max_length, convention, progress=progress) as store:
         shares, says = choose_sharing(lm, store.sizes, share_prompt)
-        settings = dict(convention=convention, head=head, batch_tokens=batch_tokens or default_budget(lm), share_prompt=shares)
-        plan = plan_shards(store.sizes, by_prompt=shares)
-        identity = run_identity(lm, store.data_hash, len(store), settings | dict(max_length=max_length, compiled=compile, shards=_plan_hash(plan)))
+        settings = dict(convention=convention, head=head, batch_tokens=batch_tokens, share_prompt=shares)
+        plan, form = plan_shards(store.sizes, by_prompt=shares), 'text' if store.has_text else 'messages'
+        identity = run_identity(lm, store.data_hash, len(store), settings | dict(
+            max_length=max_length, compiled=compile, shards=_plan_hash(plan)))
         source = str(data) if isinstance(data, (str, Path)) else None  # from memory: nowhere to be read again
-        about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, form='text' if store.has_text else 'messages',
+        about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, form=form,
                      seed=loading.get('seed'), loading=loading, sharing=says, hardware=_hardware(lm))
         return _score_store(lm, store, plan, out, settings, identity, about, progress, start)
 

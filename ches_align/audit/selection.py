@@ -121,7 +121,8 @@ def merge_extra(
         names |= p.extra.keys()
         if column in p.extra: found[p.row_id] = p.extra[column]
     if not found:
-        raise AuditError(f"the data have no column {column!r}; they have {', '.join(sorted(names)) or 'no further ones'}")
+        others = ', '.join(sorted(names)) or 'no further ones'
+        raise AuditError(f'the data have no column {column!r}; they have {others}')
     return scores.assign(**{column: [found.get(i) for i in scores.row_id]})
 
 # %% ../../nbs/audit/150_selection.ipynb #a334b4a5

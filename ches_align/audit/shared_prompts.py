@@ -65,7 +65,7 @@ def tree_inputs(
     rows: Sequence[Row],                # of one batch
     windows: dict[str, int | None],     # kinds of layers and how far back each sees
     dtype: torch.dtype = torch.float32, # of the model
-) -> dict[str, Any]:                    # `input_ids`, `position_ids` and, where any row has several responses, `attention_mask`
+) -> dict[str, Any]:                    # `input_ids`; `position_ids`, `attention_mask` if a row has several responses
     "Ids, positions and masks (@eq-tree); padding goes to the right."
     width, apart = max(r.width for r in rows), all(len(r.responses) == 1 for r in rows)
     ids, positions, part = torch.zeros(3, len(rows), width, dtype=torch.long)
@@ -78,13 +78,15 @@ def tree_inputs(
             positions[row, at:end] = torch.arange(len(prompt), len(prompt) + len(response))
             at = end
     if apart: return dict(input_ids=ids)  # a causal model never looks at padding on the right
-    seen = torch.ones(width, width, dtype=torch.bool).tril() & ((part == 0)[:, None] | (part[:, None] == part[:, :, None]))
+    own = (part == 0)[:, None] | (part[:, None] == part[:, :, None])
+    seen = torch.ones(width, width, dtype=torch.bool).tril() & own
     back = positions[:, :, None] - positions[:, None]
     def mask(window):
         visible = seen if window is None else seen & (back < window)
         return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
     masks = {kind: mask(window) for kind, window in windows.items()}
-    return dict(input_ids=ids, position_ids=positions, attention_mask=masks if len(masks) > 1 else next(iter(masks.values())))
+    return dict(input_ids=ids, position_ids=positions,
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())))
 
 # %% ../../nbs/audit/132_shared_prompts.ipynb #c2cdae96
 def _ahead(make: Callable, batches: Sequence, device: torch.device, threads: bool) -> Iterator[tuple[Any, dict]]:
@@ -93,7 +95,8 @@ def _ahead(make: Callable, batches: Sequence, device: torch.device, threads: boo
     if not threads:
         for batch in batches: yield batch, moved(make(batch))
         return
-    def ready(batch): return recursively_apply(torch.Tensor.pin_memory, make(batch)) if device.type == 'cuda' else make(batch)
+    def ready(batch):
+        return recursively_apply(torch.Tensor.pin_memory, make(batch)) if device.type == 'cuda' else make(batch)
     with ThreadPoolExecutor(1) as pool:
         soon = deque(pool.submit(ready, b) for b in batches[:2])
         for k, batch in enumerate(batches):
@@ -126,7 +129,8 @@ def stream_states(
             n, ends = len(rows[i].prompt), np.cumsum([len(rows[i].prompt), *map(len, rows[i].responses)]).tolist()
             for k, side, which in rows[i].uses:
                 start, end = ends[which], ends[which + 1]
-                states = hidden[place, n - 1:end].clone() if start == n else torch.cat([hidden[place, n - 1:n], hidden[place, start:end]])
+                states = (hidden[place, n - 1:end].clone() if start == n
+                          else torch.cat([hidden[place, n - 1:n], hidden[place, start:end]]))
                 got = Side(states, inputs['input_ids'][place, start:end])
                 if k not in waiting: waiting[k] = got; continue
                 both = (waiting.pop(k), got) if side else (got, waiting.pop(k))
@@ -140,7 +144,8 @@ def pair_states(
     batch_tokens: int | None = None, # as for `stream_states`
 ) -> list[tuple[Tensor, Tensor]]:    # states of both responses, in the order of the pairs
     "All states at once, for those who keep them."
-    both = {k: (chosen.states, rejected.states) for k, chosen, rejected in stream_states(lm, pairs, share_prompt, batch_tokens)}
+    read = stream_states(lm, pairs, share_prompt, batch_tokens)
+    both = {k: (chosen.states, rejected.states) for k, chosen, rejected in read}
     return [both[k] for k in range(len(pairs))]
 
 def largest_difference(
@@ -157,13 +162,14 @@ def can_share_prompt(
 ) -> str:             # '' when tree rows give this model's states, else why not
     "Only attention layers, and two trial pairs of one prompt with the same states packed and apart."
     windows = _windows(lm)
-    if other := sorted(set(windows) - {'full_attention', 'sliding_attention'}): return f'the model has layers of the kind {other[0]}'
+    if other := sorted(set(windows) - {'full_attention', 'sliding_attention'}):
+        return f'the model has layers of the kind {other[0]}'
     prompt = 9 + max((w for w in windows.values() if w and w < longest), default=0)
     some = torch.linspace(3, len(lm.head.weight) - 1, prompt + 15).long().tolist()
     x, a, b, c = some[:prompt], some[prompt:prompt + 6], some[prompt + 6:prompt + 11], some[prompt + 11:]
     trial = [EncodedPair(0, '', 'ok', x, a, b), EncodedPair(1, '', 'ok', x, b, c)]
     try: packed, apart = (pair_states(lm, trial, share, prompt + 15) for share in (True, False))
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as e: # an architecture without masks or positions
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as e:  # it takes no masks or positions
         return f'the model takes no mask of its own ({type(e).__name__})'
     rounding = 1e-3 if dtype_is_wide(lm) else 5e-2  # a wrong mask errs by far more
     worst = largest_difference(packed, apart)
@@ -195,7 +201,8 @@ def sizes_of(
     pairs: Sequence[EncodedPair], # in any state
 ) -> Sizes:
     "The lengths of pairs in memory."
-    columns = zip(*((p.status == 'ok', len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids), prompt_key(p.prompt_ids)) for p in pairs))
+    columns = zip(*((p.status == 'ok', len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids),
+                     prompt_key(p.prompt_ids)) for p in pairs))
     return Sizes(*(np.array(c, dtype=t) for c, t in zip(columns, (bool, np.int64, np.int64, np.int64, np.int64))))
 
 def share_saved(

@@ -24,11 +24,12 @@ from .shared_prompts import Sizes, sizes_of
 
 # %% ../../nbs/audit/133_token_store.ipynb #85331335
 SCHEMA = pa.schema(dict(
-    row_id=pa.int64(), row_hash=pa.string(), status=pa.string(), prompt_ids=pa.list_(pa.int32()), chosen_ids=pa.list_(pa.int32()),
-    rejected_ids=pa.list_(pa.int32()), chosen_truncated=pa.bool_(), rejected_truncated=pa.bool_()))
+    row_id=pa.int64(), row_hash=pa.string(), status=pa.string(), prompt_ids=pa.list_(pa.int32()),
+    chosen_ids=pa.list_(pa.int32()), rejected_ids=pa.list_(pa.int32()),
+    chosen_truncated=pa.bool_(), rejected_truncated=pa.bool_()))
 
 class TokenStore:
-    "Encoded pairs on disk. `sizes` has their lengths, `data_hash` their ids and contents, `has_text` whether any prompt is plain text."
+    "Encoded pairs on disk: `sizes` in tokens, `data_hash` of ids and contents, `has_text` if any prompt is plain text."
     def __init__(self,
         path: Path,          # an Arrow file of `SCHEMA` in blocks of equal size
         sizes: Sequence[Sizes], # of each block
@@ -64,7 +65,7 @@ def token_store(
     block: int = 512,              # pairs tokenised in one call
     progress: bool = False,        # a bar with the rate, on a terminal
 ) -> Iterator[TokenStore]:
-    "Tokenise a stream into a temporary file, which goes when the context ends. Raises `AuditError` for bad settings or a full disk."
+    "Tokenise a stream into a file that goes with the context. Raises `AuditError` for bad settings or a full disk."
     digest, has_text, sizes = hashlib.sha256(), False, []
     pairs = iter(tqdm(pairs, unit='pair', desc='tokenising', disable=None if progress else True))
     with tempfile.TemporaryDirectory(prefix='ches_align_', ignore_cleanup_errors=True) as folder:

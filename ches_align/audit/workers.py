@@ -48,7 +48,8 @@ def together() -> None:
     "Wait for the other processes. Raises `AuditError` when one has gone."
     try: processes().wait_for_everyone()
     except RuntimeError as e:
-        raise AuditError(f"another process has gone ({' '.join(str(e).split())[:120]}); what was finished is kept, the same command continues") from None
+        raise AuditError(f"another process has gone ({' '.join(str(e).split())[:120]}); "
+                         'what was finished is kept, the same command continues') from None
 
 def leave() -> None:
     "End together, at the end of a program: who leaves early may abort the others."
@@ -95,7 +96,8 @@ def same_everywhere(
     every = each_tells(told)
     for rank, other in enumerate(every):
         if odd := [k for k in every[0] if other.get(k) != every[0][k]]:
-            raise AuditError(f'process {rank} has another {odd[0]} than process 0: {str(other.get(odd[0]))[:80]} against {str(every[0][odd[0]])[:80]}')
+            raise AuditError(f'process {rank} has another {odd[0]} than process 0: '
+                             f'{str(other.get(odd[0]))[:80]} against {str(every[0][odd[0]])[:80]}')
 
 @contextmanager
 def errors_of_all() -> Iterator[None]:
