@@ -15,6 +15,9 @@ from project import EXPORT, ROOT, cells, notebooks, python, scratch, settings, t
 def default_exp(path: Path) -> str | None:
     return next((c.marks['default_exp'] for c in cells(path) if 'default_exp' in c.marks), None)
 
+def title(path: Path) -> str:
+    return next((c.source.splitlines()[0].removeprefix('# ') for c in cells(path) if c.source.startswith('# ')), '')
+
 def number(path: Path) -> int | None: return int(m[1]) if (m := re.match(r'(\d+)_', path.name)) else None
 
 def imported(tree: ast.AST, modules: set[str], lib: str) -> list[str]:
@@ -47,6 +50,9 @@ def numbering(root: Path) -> list[str]:
     faults += [f'{b}: number {n} is taken by {a}' for n, (a, *more) in numbers.items() for b in more]
     faults += [f'{b.relative_to(root)}: exports to {name} as {a.relative_to(root)} does'
                for name, (a, *more) in homes.items() for b in more]
+    front = (root/'README.md').read_text('utf-8') if (root/'README.md').exists() else None
+    faults += [f'{p.relative_to(root)}: its title is not in README.md; run nbs/index.ipynb, then make readme'
+               for p in notebooks(root) if front is not None and number(p) and title(p) not in front]
     rank = {name: number(paths[0]) for name, paths in homes.items()}
     for path in notebooks(root):
         for i, cell in enumerate(cells(path)):
