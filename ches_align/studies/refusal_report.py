@@ -112,7 +112,7 @@ def plot_rates(
         ax.axvline(0, color='k', lw=.6)
         ax.set_yticks(y, labels)
         start = table[f'{part}_rate'][table.arm == 'start'].iloc[0]
-        ax.set(xlabel=f'points above the start\'s {start:.0%}', title=f'change of the refusal rate, {part} prompts')
+        ax.set(xlabel=f'refusal rate, points above the start\'s {start:.0%}', title=f'{part} prompts')
         ax.grid(axis='x', alpha=.3)
     if title: fig.suptitle(title)
     return fig
@@ -151,7 +151,8 @@ def check_refusals(
     said = [l for l in check_training(config).split('\n') if not l.startswith('data')]
     many = 'all prompts' if study.count is None else f'{study.count} prompts'
     seeds, arms = len(study.seeds), len(study.arms)
-    said.append(f'{seeds} seed{"s"*(seeds > 1)} of {arms} arms; each seed draws 2 responses to {many}, and 1 at the start '
-                f'and after each arm: {seeds*(3 + arms)} responses a prompt of at most {study.max_new_tokens} tokens')
+    said.append(f'{seeds} seed{"s"*(seeds > 1)} of {arms} arms; each seed draws 2 responses to {many}, and 1 at the '
+                f'start and after each arm: {seeds*(3 + arms)} responses a prompt of at most '
+                f'{study.max_new_tokens} tokens')
     if study.teach: said.append(f'taught first: {study.teach.count} other prompts, {study.teach.share:.0%} refusals')
     return '\n'.join(said + [f'{a}: {ARMS[a]}' for a in study.arms if a in ARMS])
