@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..audit.data import load_pairs
-from ..audit.files import AuditError
+from ..audit.files import AuditError, read_rows
 from ..audit.hidden_states import EncodedPair, encode_pairs
 from ..audit.models import ScoringModel, weights_hash
 from ..audit.runs import load_runs, only_writer, open_runs, plain
@@ -206,8 +206,11 @@ def _identity(study: RefusalStudy, lm: ScoringModel, prompts: list, judge: Any, 
 def _about(study: RefusalStudy) -> dict:
     machine = f'{os.cpu_count()} CPUs, {torch.get_num_threads()} threads'
     if torch.cuda.is_available(): machine = torch.cuda.get_device_name()
-    return dict(model=Path(study.model).name, prompts=Path(study.prompts).name, hardware=machine,
-                versions={p: version(p) for p in ('ches_align', 'torch', 'transformers', 'trl')})
+    told = dict(model=Path(study.model).name, prompts=Path(study.prompts).name, hardware=machine)
+    if study.teach:  # prompts without an answer of the kind drawn are left out, so the share is counted
+        refuses = [r['refuses'] for r in read_rows(Path(study.out).expanduser()/'start'/'rows.jsonl')]
+        told['taught'] = dict(answers=len(refuses), refusals=sum(refuses))
+    return told | dict(versions={p: version(p) for p in ('ches_align', 'torch', 'transformers', 'trl')})
 
 # %% ../../nbs/studies/402_refusal.ipynb #6f5a736c
 PARTS = {'train': 't', 'test': 'h', '': '-'}
