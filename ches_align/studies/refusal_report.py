@@ -112,7 +112,7 @@ def plot_rates(
         ax.axvline(0, color='k', lw=.6)
         ax.set_yticks(y, labels)
         start = table[f'{part}_rate'][table.arm == 'start'].iloc[0]
-        ax.set(xlabel=f'refusal rate, points above the start\'s {start:.0%}', title=f'{part} prompts')
+        ax.set(xlabel=f'points above the start\'s {start:.0%}', title=f'change on {part} prompts')
         ax.grid(axis='x', alpha=.3)
     if title: fig.suptitle(title)
     return fig
