@@ -20,7 +20,7 @@ def place(tmp_path_factory):
 def test_killed_and_run_again(place):
     "Finished arms stay, the cut one goes on; lines, table and picture are those of a run in one go"
     done = run(place, 'ches_train', 'study.yaml', '--set', 'out=whole')
-    assert done.returncode == 0 and '1 seeds of 3 arms' in done.stdout and 'table: whole/table.csv' in done.stdout, done.stderr
+    assert done.returncode == 0 and '1 seed of 3 arms' in done.stdout and 'table: whole/table.csv' in done.stdout, done.stderr
     killed(place, place/'killed'/'.arm_work'/'sft_rft_0'/'sft.safetensors', 'ches_train', 'study.yaml', '--set', 'out=killed')
     assert 1 <= len(lines(place/'killed'/'runs.jsonl')) < 4 and not (place/'killed'/'table.csv').exists()
     assert run(place, 'ches_train', 'study.yaml', '--set', 'out=killed').returncode == 0

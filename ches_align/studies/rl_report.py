@@ -29,8 +29,8 @@ def reward_matrix(
 
 def start_halves(
     runs: Sequence[dict], # of `load_runs`
-) -> tuple[Float[np.ndarray, "prompts half"], Float[np.ndarray, "prompts half"], int]: # two sets of samples; prompts trained on, which come first
-    "The rewards of the start, in two. Raises `AuditError` when it is not there."
+) -> tuple[Float[np.ndarray, "prompts half"], Float[np.ndarray, "prompts half"], int]: # two sets; prompts trained on
+    "The rewards of the start, in two; prompts trained on come first. Raises `AuditError` when it is not there."
     start = [r for r in runs if r['key'] == 'start']
     if not start: raise AuditError('the study has no start yet')
     r = reward_matrix(start[0]['after'])
@@ -59,8 +59,8 @@ def spread_correlations(
     absolute: bool = True,  # of |change|, or of the change itself
     draws: int = 2000,      # bootstrap samples of the prompts
     seed: int = 0,          # of the draws
-) -> dict[str, float]:      # pearson, low, high; spearman, its low and high; same_samples: pearson with all samples for both; prompts, seeds
-    "What the spread before says of the change (@eq-spread-change)."
+) -> dict[str, float]:      # pearson, low, high; spearman, its low and high; same_samples; prompts, seeds
+    "What the spread before says of the change (@eq-spread-change); `same_samples`: Pearson's, all samples for both."
     (a, b, n), after = start_halves(runs), stage_means(runs, arm, stage)
     std, before, mean = np.nanstd(a[:n], 1, ddof=1), np.nanmean(b[:n], 1), after[:, :n].mean(0)
     whole = np.concatenate([a[:n], b[:n]], 1)
@@ -100,7 +100,7 @@ def stage_table(
     threshold: float = .1,   # share of the range
     draws: int = 2000,       # bootstrap samples of the prompts
     held: bool = False,      # of the held-out prompts, not of those trained on
-) -> pd.DataFrame:           # arm, stage, seeds; mean, change, low, high, seed_low, seed_high; p10, zero, flat, surely_flat
+) -> pd.DataFrame: # arm, stage, seeds; mean, change, low, high, seed_low, seed_high; p10, zero, flat, surely_flat
     "Start and every stage of every arm: mean, its change with an interval over prompts, range of seeds, spread."
     a, b, n = start_halves(runs)
     mine = slice(n, None) if held else slice(0, n)
@@ -125,8 +125,8 @@ def _change_row(
     "The mean after, and its change"
     change, seeds = means.mean(0) - before, means.mean(1) - before.mean()
     low, high = np.nanquantile(change[some].mean(1), [.025, .975])
-    return dict(seeds=len(means), mean=float(means.mean()), change=float(change.mean()), low=float(low), high=float(high),
-                seed_low=float(seeds.min()), seed_high=float(seeds.max()))
+    return dict(seeds=len(means), mean=float(means.mean()), change=float(change.mean()), low=float(low),
+                high=float(high), seed_low=float(seeds.min()), seed_high=float(seeds.max()))
 
 # %% ../../nbs/studies/406_rl_report.ipynb #5f27fa25
 def plot_stages(

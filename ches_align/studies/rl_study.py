@@ -55,8 +55,8 @@ def _check_range(found: list[float], study: RLStudy, error: str) -> None:
     if not found: raise AuditError(f'{study.reward}: no response got a reward ({error})')
     slack = 1e-9*(study.high - study.low)  # a score of 1 may come out as 1.0000000000000004
     if min(found) < study.low - slack or max(found) > study.high + slack:
-        raise AuditError(f'{study.reward}: rewards from {min(found):g} to {max(found):g} leave the range {study.low:g} to '
-                         f'{study.high:g}: set low and high')
+        raise AuditError(f'{study.reward}: rewards from {min(found):g} to {max(found):g} leave the range '
+                         f'{study.low:g} to {study.high:g}: set low and high')
 
 # %% ../../nbs/studies/405_rl_study.ipynb #82da0abf
 def _fresh(study: RLStudy) -> ScoringModel:
@@ -112,7 +112,8 @@ def run_rl(
         if 'start' not in done:
             began, tasks = time.perf_counter(), [*train, *held]
             found = measure_rewards(lm, study, tasks, reward, 0, 2*study.samples, out/'.arm_work'/'start')
-            about = dict(prompts=[prompt_hash(t['prompt']) for t in tasks], kinds=[str(t.get('kind', '')) for t in tasks])
+            about = dict(prompts=[prompt_hash(t['prompt']) for t in tasks],
+                         kinds=[str(t.get('kind', '')) for t in tasks])
             finish('start', began, arm='start', seed=None, settings={}, after=found, **about, trained=len(train))
         del lm
         for seed, arm in ((s, a) for s in study.seeds for a in arms):
