@@ -113,6 +113,12 @@ def _encode(path: Path, first: int, lm: ScoringModel, longest: int | None, flagg
     ok = {e.row_id + first: dataclasses.replace(e, row_id=e.row_id + first) for e in encoded if e.status == 'ok'}
     return pairs, ok, {p.row_id + first: p.extra['kind'] for p in pairs if p.row_id + first in ok}
 
+def _pair_rows(study: RefusalStudy, lm: ScoringModel, prompts: Sequence, seed: int, out: Path, progress: bool) -> list:
+    "Two responses to each prompt"
+    drawn = Sampling(temperature=study.pair_temperature, max_new_tokens=study.max_new_tokens, count=2, seed=seed)
+    rows = generate_responses(lm, [p['prompt'] for p in prompts], drawn, out/'responses', progress=progress)
+    return [dict(id=prompts[r['prompt_index']]['id']) | r for r in rows]
+
 def open_refusal_bench(
     study: RefusalStudy,
     lm: ScoringModel,        # the start
@@ -125,9 +131,7 @@ def open_refusal_bench(
 ) -> RefusalBench:
     "Generate, judge, pair, split and score for one seed; what is there is not made again. Raises `AuditError`."
     out = Path(study.out).expanduser()/f'seed{seed}'
-    drawn = Sampling(temperature=study.pair_temperature, max_new_tokens=study.max_new_tokens, count=2, seed=seed)
-    rows = generate_responses(lm, [p['prompt'] for p in prompts], drawn, out/'responses', progress=progress)
-    rows = judge_responses([dict(id=prompts[r['prompt_index']]['id']) | r for r in rows], judge, out/'judged')
+    rows = judge_responses(_pair_rows(study, lm, prompts, seed, out, progress), judge, out/'judged')
     pairs = make_preferences(rows, scorer, study.split_seed, gold)
     write_preferences(pairs, out/'pairs', study.test, study.split_seed, dict(seed_of_responses=seed))
     flagged: dict[str, int] = {}
@@ -193,6 +197,7 @@ def run_refusals(
         bar.close()
     return load_runs(out)
 
+# %% ../../nbs/studies/402_refusal.ipynb #refusal-study-identity
 def _identity(study: RefusalStudy, lm: ScoringModel, prompts: list, judge: Any, gold: dict, scorer: Any) -> dict:
     "Files and models by what is in them; a study without gold file or reward model has None there"
     free = ('out', 'model', 'prompts', 'architecture', 'template', 'reward_model', 'gold', 'seeds', 'arms')

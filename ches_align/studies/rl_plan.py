@@ -73,17 +73,9 @@ class RLStudy:
     save_steps: int = 20        # a killed phase goes on from its last multiple
     architecture: dict[str, Any] | None = None # a Transformers config, to check a model that cannot be reached
 
-    def __post_init__(self):
-        _check_values(self)
-        for name in self.arms:
-            if '|' in name or '/' in name: raise ConfigError(f'arm {name!r}: no | or / in a name')
-            self.phases(name, 0)
+    def __post_init__(self): _check_values(self)
 
-    def phases(
-        self,
-        arm: str,
-        seed: int,
-    ) -> tuple[Supervised | None, RLConfig | None]:
+    def phases(self, arm: str, seed: int) -> tuple[Supervised | None, RLConfig | None]:
         "What an arm does. Raises `ConfigError` for phases or settings that are not there."
         return _phases(self, arm, seed)
 
@@ -103,6 +95,9 @@ def _check_values(s: RLStudy) -> None:
                      (s.cut in ('left', 'right'), f'cut {s.cut!r}: left or right'),
                      (s.save_steps >= 1, f'save_steps {s.save_steps}: at least 1')):
         if not ok: raise ConfigError(said)
+    for name in s.arms:
+        if '|' in name or '/' in name: raise ConfigError(f'arm {name!r}: no | or / in a name')
+        s.phases(name, 0)
 
 def _phases(s: RLStudy, arm: str, seed: int) -> tuple[Supervised | None, RLConfig | None]:
     given = s.arms[arm]

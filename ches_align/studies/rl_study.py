@@ -103,28 +103,32 @@ def run_rl(
         arms, done = study.arms, {l['key'] for l in lines}
         if other := [l['arm'] for l in lines if l['arm'] in arms and l['settings'] != plain(arms[l['arm']])]:
             raise AuditError(f'{out}: arm {other[0]} was run with other settings: give the new one another name')
+        work = lambda key: out/'.arm_work'/key.replace('|', '_')
         total, hide = 1 + len(study.seeds)*len(arms), None if progress else True
         bar = tqdm(total=total, initial=len(done), unit='arm', disable=hide)
         def finish(key, began, **line):
             add_run(out, dict(key=key, **line, seconds=round(time.perf_counter() - began, 1)))
-            shutil.rmtree(out/'.arm_work'/key.replace('|', '_'), ignore_errors=True)
+            shutil.rmtree(work(key), ignore_errors=True)
             bar.update()
         if 'start' not in done:
-            began, tasks = time.perf_counter(), [*train, *held]
-            found = measure_rewards(lm, study, tasks, reward, 0, 2*study.samples, out/'.arm_work'/'start')
-            about = dict(prompts=[prompt_hash(t['prompt']) for t in tasks],
-                         kinds=[str(t.get('kind', '')) for t in tasks])
-            finish('start', began, arm='start', seed=None, settings={}, after=found, **about, trained=len(train))
+            began = time.perf_counter()
+            finish('start', began, **_start_line(lm, study, [*train, *held], reward, out), trained=len(train))
         del lm
         for seed, arm in ((s, a) for s in study.seeds for a in arms):
             if (key := f'{arm}|{seed}') in done: continue
             began = time.perf_counter()
-            line = run_rl_arm(study, arm, seed, train, held, reward, out/'.arm_work'/key.replace('|', '_'), progress)
+            line = run_rl_arm(study, arm, seed, train, held, reward, work(key), progress)
             finish(key, began, arm=arm, seed=seed, settings=arms[arm], **line)
         bar.close()
     return load_runs(out)
 
 # %% ../../nbs/studies/405_rl_study.ipynb #93ce777f
+def _start_line(lm: ScoringModel, study: RLStudy, tasks: list[dict], reward: Reward, out: Path) -> dict:
+    "All prompts before any training, with twice the samples"
+    found = measure_rewards(lm, study, tasks, reward, 0, 2*study.samples, out/'.arm_work'/'start')
+    return dict(arm='start', seed=None, settings={}, after=found, prompts=[prompt_hash(t['prompt']) for t in tasks],
+                kinds=[str(t.get('kind', '')) for t in tasks])
+
 def _identity(study: RLStudy, lm: ScoringModel, tasks: list[dict]) -> dict:
     free = ('out', 'model', 'tasks', 'split', 'architecture', 'seeds', 'arms', 'batch_tokens', 'save_steps')
     kept = {k: v for k, v in asdict(study).items() if k not in free}
