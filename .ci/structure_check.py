@@ -56,6 +56,9 @@ def numbering(root: Path) -> list[str]:
     rank = {name: number(paths[0]) for name, paths in homes.items()}
     for path in notebooks(root):
         for i, cell in enumerate(cells(path)):
+            long = [line for line in cell.source.splitlines() if len(line) > 120 and not line.startswith('#|')]
+            if long and cell.cell_type == 'code':
+                faults.append(f'{path.relative_to(root)}: cell {i}: a line over 120 characters: {long[0].strip()[:60]}')
             if not EXPORT & set(cell.marks): continue
             where = f'{path.relative_to(root)}: cell {i}'
             try: tree = ast.parse(cell.source)

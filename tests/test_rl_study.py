@@ -24,7 +24,7 @@ def test_killed_and_run_again(place):
     "Finished arms stay, the cut one goes on; lines, table and picture are those of a run in one go"
     done = run(place, 'ches_train', 'study.yaml', '--set', 'out=whole')
     assert done.returncode == 0, done.stderr
-    assert '1 seeds of 3 arms' in done.stdout and 'table: whole/table.csv' in done.stdout, done.stdout
+    assert '1 seed of 3 arms' in done.stdout and 'table: whole/table.csv' in done.stdout, done.stdout
     begun = place/'killed'/'.arm_work'/'sft_rft_0'/'sft.safetensors'
     killed(place, begun, 'ches_train', 'study.yaml', '--set', 'out=killed')
     assert 1 <= len(lines(place/'killed'/'runs.jsonl')) < 4 and not (place/'killed'/'table.csv').exists()

@@ -110,7 +110,8 @@ class ChatJudge:
         self.sampling, self.name = Sampling(temperature=0, max_new_tokens=max_new_tokens), self.lm.name
         digest = hashlib.sha256(template.encode()).hexdigest()[:16]
         kept = {k: v for k, v in self.lm.provenance.items() if k not in ('model', 'revision')}
-        self.identity = dict(judge='chat', template=digest, chat=chat, max_new_tokens=max_new_tokens, parse=parse.__qualname__, **kept)
+        self.identity = dict(judge='chat', template=digest, chat=chat, max_new_tokens=max_new_tokens,
+                             parse=parse.__qualname__, **kept)
 
     def ask(self, row: dict) -> str: # the question put to the judge
         fill = dict(zip([m[0] for m in self.fields if m], (_as_text(row['prompt']), row['response'])))

@@ -8,6 +8,7 @@ __all__ = ['SORRY_BENCH', 'SORRY_HUMAN', 'KINDS', 'load_prompts', 'load_gold', '
 
 # %% ../../nbs/refusal/360_preferences.ipynb #3708c873
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
@@ -39,6 +40,20 @@ def _unique(rows: Iterable[dict], limit: int | None, seed: int | None) -> list[d
     return [found[i] for i in keep]
 
 # %% ../../nbs/refusal/360_preferences.ipynb #ff6e2dff
+def _asked(row: dict, number: int) -> dict[str, Any] | None:
+    "Id, prompt and category of a row; None: there is no prompt in it"
+    name, prompt, category = str(row.get('id', number)), row.get('prompt'), row.get('topic')
+    if 'turns' in row:
+        turns, category = row['turns'], row.get('category')
+        name = f"question {row['question_id']}" if 'question_id' in row else str(number)
+        prompt = turns[0] if isinstance(turns, list) and turns else None
+    elif 'prompt' not in row:
+        turns = parse_dialogue(row['chosen']) if isinstance(row.get('chosen'), str) else row.get('chosen')
+        name, category = str(number), None
+        prompt = turns[0].get('content') if isinstance(turns, list) and turns and isinstance(turns[0], dict) else None
+    empty = not prompt.strip() if isinstance(prompt, str) else not prompt
+    return None if empty else dict(id=name, prompt=prompt, category=category)
+
 def load_prompts(
     source: Any = 'sample',      # 'sample', `SORRY_BENCH`, a path, a hub name or rows
     style: str | None = 'base',  # of SORRY-Bench's prompts; None: all
@@ -46,40 +61,37 @@ def load_prompts(
     limit: int | None = None,    # at most so many
     seed: int | None = None,     # draw them with this seed; None: the first
 ) -> list[dict[str, Any]]:       # id, prompt, category; each prompt once
-    "Prompts of SORRY-Bench, HH-RLHF dialogues or a file with a `prompt` column. Raises `AuditError`."
+    "Prompts of SORRY-Bench, HH-RLHF dialogues or a `prompt` column. Raises `AuditError` with the row that has none."
     if source == 'sample':
         from importlib.resources import files
         source = Path(str(files('ches_align')/'samples'/'prompts.jsonl'))
-    rows, found = _read_gated(source, split), []
-    for i, r in enumerate(rows):
-        if 'turns' in r:
-            if style and r.get('prompt_style') != style: continue
-            number = f"question {r['question_id']}" if 'question_id' in r else str(i)
-            found.append(dict(id=number, prompt=(r['turns'] or [''])[0], category=r.get('category')))
-        elif 'prompt' in r: found.append(dict(id=str(r.get('id', i)), prompt=r['prompt'], category=r.get('topic')))
-        elif turns := parse_dialogue(r['chosen']) if isinstance(r.get('chosen'), str) else r.get('chosen'):
-            found.append(dict(id=str(i), prompt=turns[0]['content'], category=None))
-    found = [r for r in found if r['prompt'] and (not isinstance(r['prompt'], str) or r['prompt'].strip())]
-    if not found:
+    rows = [(i, _asked(r, i)) for i, r in enumerate(_read_gated(source, split))
+            if not (style and 'turns' in r and r.get('prompt_style') != style)]
+    if not any(p for _, p in rows):
         raise AuditError(f'{str(source)[:80]}: no prompts; needs turns (of style {style}), prompt, or dialogues')
-    return _unique(found, limit, seed)
+    if lost := [i for i, p in rows if not p]:
+        where = f'{str(source)[:80]}, row {lost[0] + 1}'
+        raise AuditError(f'{where}: no prompt, as in {len(lost)} of {len(rows)} rows; take them out')
+    return _unique((p for _, p in rows if p), limit, seed)
 
 # %% ../../nbs/refusal/360_preferences.ipynb #1ee1041f
 def load_gold(
-    source: Any = 'hub',       # a file with prompt, gold_refusal, gold_non_refusal; human judgements; 'hub': SORRY-Bench's
+    source: Any = 'hub',       # rows with prompt, gold_refusal, gold_non_refusal; judgements; 'hub': SORRY-Bench's
     seed: int = 128,           # draws among several judged responses
     split: str | None = None,  # which split, where there are several
 ) -> dict[str, tuple[str, str]]: # prompt hash or question id -> (refusal, compliance)
-    "Gold pairs; a prompt that lacks one side is left out. Raises `AuditError`."
+    "Gold pairs; a prompt that lacks one side, or a judgement without a score, is left out. Raises `AuditError`."
     sides: dict[str, tuple[list, list]] = {}
-    parts = [(SORRY_HUMAN, 'train'), (SORRY_HUMAN, 'test')] if source in ('hub', SORRY_HUMAN) and not split else [(source, split)]
+    parts = [(source, split)]
+    if source in ('hub', SORRY_HUMAN) and not split: parts = [(SORRY_HUMAN, part) for part in ('train', 'test')]
     for i, r in enumerate(r for part in parts for r in _read_gated(*part)):
         try:
             if 'gold_refusal' in r:
                 both = r['gold_refusal'], r['gold_non_refusal']
                 sides[prompt_hash(r['prompt'])] = tuple([t] if t else [] for t in both)
-            else: sides.setdefault(f"question {r['question_id']}", ([], []))[float(r['human_score']) >= .5].append(
-                r['choices'][0]['turns'][0])
+                continue
+            key, score, text = f"question {r['question_id']}", float(r['human_score']), r['choices'][0]['turns'][0]
+            if math.isfinite(score): sides.setdefault(key, ([], []))[score >= .5].append(text)  # NaN is no refusal
         except (KeyError, TypeError, ValueError, IndexError) as e:
             raise AuditError(f'{str(source)[:80]}, row {i}: neither prompt, gold_refusal, gold_non_refusal nor '
                              f'question_id, human_score, choices ({type(e).__name__}: {e})') from None
@@ -124,7 +136,7 @@ def make_preferences(
     seed: int = 0,                 # of the coin
     gold: dict | None = None,      # from `load_gold`
 ) -> list[dict[str, Any]]:         # a TRL row a prompt, in order: prompt, chosen, rejected, id, kind, use ...
-    "One preference pair a prompt; of more than two responses the first two. Raises `AuditError` for unjudged rows."
+    "One preference pair a prompt; of more than two responses the first two. Raises `AuditError`."
     groups: dict[str, dict[int, dict]] = {}
     for i, r in enumerate(rows):
         if lost := {'prompt', 'response', 'refused'} - set(r):
@@ -137,7 +149,9 @@ def make_preferences(
     if not groups: raise AuditError('no judged responses')
     twos = [[mine[k] for k in sorted(mine)[:2]] for mine in groups.values()]
     ties = [r for two in twos if len(two) == 2 and two[0]['refused'] == two[1]['refused'] is not None for r in two]
-    scored = dict(zip(map(id, ties), scorer(ties))) if scorer and ties else {}
+    made = scorer(ties) if scorer and ties else []
+    if len(made) != len(ties)*bool(scorer): raise AuditError(f'scorer: {len(made)} rewards for {len(ties)} responses')
+    scored = dict(zip(map(id, ties), made))
     return [_make_pair(two, [scored.get(id(r), (None, '')) for r in two], seed, gold or {}) for two in twos]
 
 # %% ../../nbs/refusal/360_preferences.ipynb #4071cc12
@@ -163,11 +177,10 @@ def write_preferences(
     if not usable: raise AuditError('no usable pair: every one is undecided or has the same response twice')
     held = split_prompts([p['prompt_hash'] for p in usable], test, seed)
     files: dict[str, list] = {name: [] for name in ('train', 'test', 'left_out', 'gold_train', 'gold_test')}
-    files['left_out'] = [p for p in pairs if not p['use']]
-    for p in usable:
-        part = 'test' if p['prompt_hash'] in held else 'train'
+    for p in pairs:
+        part = 'left_out' if not p['use'] else 'test' if p['prompt_hash'] in held else 'train'
         files[part].append(p)
-        if p['gold_refusal'] is None: continue
+        if part == 'left_out' or p['gold_refusal'] is None: continue
         sides = [[dict(role='assistant', content=p[k])] for k in ('gold_refusal', 'gold_non_refusal')]
         files[f'gold_{part}'].append(p | dict(chosen=sides[0], rejected=sides[1], kind='gold', ordered_by='gold',
                                               chosen_refused=True, rejected_refused=False, note=''))

@@ -49,7 +49,8 @@ class RewardScorer:
             raise AuditError('reward model: give its tokenizer, and form auto, chat or pair')
         self.model, self.tokenizer, self.budget = model.to(device).eval(), tokenizer, batch_tokens
         self.form = form if form != 'auto' else 'chat' if tokenizer.chat_template else 'pair'
-        if tokenizer.pad_token_id is None: raise AuditError('reward model: its tokenizer has no pad token; set one that it was trained with')
+        if tokenizer.pad_token_id is None:
+            raise AuditError('reward model: its tokenizer has no pad token; set one that it was trained with')
         model.config.pad_token_id = tokenizer.pad_token_id  # by which the model finds a row's last token
         self.room = min(getattr(model.config, 'max_position_embeddings', None) or math.inf, tokenizer.model_max_length)
         self.identity = dict(reward_model=weights_hash(model), form=self.form)

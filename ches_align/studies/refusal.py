@@ -22,13 +22,14 @@ import torch
 from tqdm.auto import tqdm
 
 from ..audit.data import load_pairs
-from ..audit.files import AuditError
+from ..audit.files import AuditError, read_rows
 from ..audit.hidden_states import EncodedPair, encode_pairs
 from ..audit.models import ScoringModel, weights_hash
 from ..audit.runs import load_runs, only_writer, open_runs, plain
 from ..audit.scoring import score_dataset
 from ..refusal.judges import JUDGE_PROMPT, ChatJudge, RuleJudge, judge_responses, sorry_judge
 from ..refusal.preferences import load_gold, load_prompts, make_preferences, write_preferences
+from ..refusal.rates import value_hash
 from ..refusal.reward_model import RewardScorer
 from ..refusal.teaching import REFUSALS, first_replies, teaching_rows, write_teaching
 from ..rl.generation import generate_responses
@@ -50,10 +51,13 @@ def study_prompts(
     found = load_prompts(study.prompts, split=study.split)
     if study.longest_prompt: found = [p for p in found if len(str(p['prompt'])) <= study.longest_prompt]
     random.Random(study.prompt_seed).shuffle(found)
-    taught, count = study.teach.count if study.teach else 0, study.count or len(found) - (study.teach.count if study.teach else 0)
+    taught = study.teach.count if study.teach else 0
+    count = study.count or len(found) - taught
     if count < 1 or len(found) < count + taught:
-        raise AuditError(f'{study.prompts}: {len(found)} prompts, the study needs {max(count, 1)} and the teaching {taught}')
-    asked = [p | dict(prompt=[dict(role='user', content=p['prompt'])] if isinstance(p['prompt'], str) else p['prompt']) for p in found]
+        needs = f'the study needs {max(count, 1)} and the teaching {taught}'
+        raise AuditError(f'{study.prompts}: {len(found)} prompts, {needs}')
+    spoken = lambda p: [dict(role='user', content=p)] if isinstance(p, str) else p
+    asked = [p | dict(prompt=spoken(p['prompt'])) for p in found]
     return asked[:count], asked[count:count + taught]
 
 def taught_start(study: RefusalStudy, prompts: Sequence[dict], replies: dict[str, str]) -> str:
@@ -62,11 +66,12 @@ def taught_start(study: RefusalStudy, prompts: Sequence[dict], replies: dict[str
     if not t: return study.model
     rows = teaching_rows([p['prompt'][-1]['content'] for p in prompts], replies, t.share, t.seed)
     write_teaching(rows, out/'rows.jsonl')
-    made = TrainConfig(model=study.model, data=str(out/'rows.jsonl'), out=str(out/'run'), loss='sft_mean', batch=t.batch,
-                       accumulation=1, learning_rate=t.learning_rate, epochs=t.epochs, max_length=study.max_length, seed=t.seed,
-                       bf16=study.train.get('bf16', False))
-    if not (out/'run'/'model'/'config.json').exists(): train_preferences(made, resume=(out/'run'/'manifest.json').exists())
-    return str(out/'run'/'model')
+    run = out/'run'
+    made = TrainConfig(model=study.model, data=str(out/'rows.jsonl'), out=str(run), loss='sft_mean', batch=t.batch,
+                       accumulation=1, learning_rate=t.learning_rate, epochs=t.epochs, max_length=study.max_length,
+                       seed=t.seed, bf16=study.train.get('bf16', False))
+    if not (run/'model'/'config.json').exists(): train_preferences(made, resume=(run/'manifest.json').exists())
+    return str(run/'model')
 
 # %% ../../nbs/studies/402_refusal.ipynb #b99a29f0
 HELD, GOLD = 1_000_000, 2_000_000 # first row ids of held-out and gold pairs
@@ -88,9 +93,13 @@ def _study_judge(study: RefusalStudy, device: str) -> Callable:
 
 def _gold_pairs(study: RefusalStudy, prompts: Sequence[dict], replies: dict[str, str]) -> dict[str, tuple[str, str]]:
     "Of the file; or a written refusal, and what the assistant of the dialogue replied where that is none"
-    if study.gold: return load_gold(study.gold, study.split_seed)
-    named = [(prompt_hash(p['prompt'][-1]['content']), prompt_hash(p['prompt'])) for p in prompts]
-    return {whole: (random.Random(row_seed(study.split_seed, text, -4)).choice(REFUSALS), replies[text]) for text, whole in named
+    named = [(prompt_hash(p['prompt'][-1]['content']), prompt_hash(p['prompt']), len(p['prompt'])) for p in prompts]
+    if study.gold:
+        found = load_gold(study.gold, study.split_seed)
+        # a file may ask in plain text what is a message here
+        return found | {whole: found[text] for text, whole, turns in named if turns == 1 and text in found}
+    draw = lambda text: random.Random(row_seed(study.split_seed, text, -4)).choice(REFUSALS)
+    return {whole: (draw(text), replies[text]) for text, whole, _ in named
             if text in replies and not is_refusal(replies[text])}
 
 # %% ../../nbs/studies/402_refusal.ipynb #69dd8a41
@@ -104,22 +113,26 @@ def _encode(path: Path, first: int, lm: ScoringModel, longest: int | None, flagg
     ok = {e.row_id + first: dataclasses.replace(e, row_id=e.row_id + first) for e in encoded if e.status == 'ok'}
     return pairs, ok, {p.row_id + first: p.extra['kind'] for p in pairs if p.row_id + first in ok}
 
+def _pair_rows(study: RefusalStudy, lm: ScoringModel, prompts: Sequence, seed: int, out: Path, progress: bool) -> list:
+    "Two responses to each prompt"
+    drawn = Sampling(temperature=study.pair_temperature, max_new_tokens=study.max_new_tokens, count=2, seed=seed)
+    rows = generate_responses(lm, [p['prompt'] for p in prompts], drawn, out/'responses', progress=progress)
+    return [dict(id=prompts[r['prompt_index']]['id']) | r for r in rows]
+
 def open_refusal_bench(
     study: RefusalStudy,
     lm: ScoringModel,        # the start
     prompts: Sequence[dict], # of the study
-    replies: dict[str, str], # for gold pairs
+    gold: dict,              # prompt hash or id -> (refusal, compliance)
     judge: Callable,
+    scorer: Callable | None, # breaks ties; None: a coin
     seed: int,
     progress: bool = True,
 ) -> RefusalBench:
     "Generate, judge, pair, split and score for one seed; what is there is not made again. Raises `AuditError`."
     out = Path(study.out).expanduser()/f'seed{seed}'
-    drawn = Sampling(temperature=study.pair_temperature, max_new_tokens=study.max_new_tokens, count=2, seed=seed)
-    rows = generate_responses(lm, [p['prompt'] for p in prompts], drawn, out/'responses', progress=progress)
-    rows = judge_responses([dict(id=prompts[r['prompt_index']]['id']) | r for r in rows], judge, out/'judged')
-    scorer = RewardScorer(study.reward_model, device=lm.device.type) if study.reward_model else None
-    pairs = make_preferences(rows, scorer, study.split_seed, _gold_pairs(study, prompts, replies) if study.gold or study.teach else None)
+    rows = judge_responses(_pair_rows(study, lm, prompts, seed, out, progress), judge, out/'judged')
+    pairs = make_preferences(rows, scorer, study.split_seed, gold)
     write_preferences(pairs, out/'pairs', study.test, study.split_seed, dict(seed_of_responses=seed))
     flagged: dict[str, int] = {}
     longest = study.max_length or lm.max_length
@@ -127,10 +140,11 @@ def open_refusal_bench(
             for name, first in (('train', 0), ('test', HELD), ('gold_train', GOLD))}
     parts = {prompt_hash(p.prompt): name for name in ('train', 'test') for p in read[name][0]}
     marked = [p | dict(part=parts.get(prompt_hash(p['prompt']), '')) for p in prompts]
-    if not (read['train'][1] and read['test'][1]): raise AuditError(f'seed {seed}: no usable pair to train on, or none held out ({flagged})')
+    if not (read['train'][1] and read['test'][1]):
+        raise AuditError(f'seed {seed}: no usable pair to train on, or none held out ({flagged})')
     scores = score_dataset(read['train'][0], lm, out/'scores', longest, progress=progress)
-    return RefusalBench(lm, marked, {k: v for _, ok, _ in read.values() for k, v in ok.items()},
-                        scores[scores.status == 'ok'].assign(kind=lambda s: s.row_id.map(read['train'][2])).reset_index(drop=True), flagged)
+    scores = scores[scores.status == 'ok'].assign(kind=lambda s: s.row_id.map(read['train'][2])).reset_index(drop=True)
+    return RefusalBench(lm, marked, {k: v for _, ok, _ in read.values() for k, v in ok.items()}, scores, flagged)
 
 # %% ../../nbs/studies/402_refusal.ipynb #61772f98
 def measure_refusal(
@@ -163,37 +177,56 @@ def run_refusals(
     progress: bool = True, # bars, on a terminal
 ) -> list[dict]:           # all lines, as `load_runs`
     "Run what is missing of a study. Raises `AuditError`."
-    if processes().num_processes > 1: raise AuditError('a study of refusals runs in one process; configs/sorry_bench has the commands for several')
+    if processes().num_processes > 1:
+        raise AuditError('a study of refusals runs in one process; configs/sorry_bench has the commands for several')
     out = Path(study.out).expanduser()
     with only_writer(out):
         prompts, taught = study_prompts(study)
         replies = first_replies(study.prompts, study.split) if study.teach else {}
         lm = load_trainable(dataclasses.replace(study.common, model=taught_start(study, taught, replies)))
-        judge = _study_judge(study, str(lm.device))
-        done = {r['key'] for r in open_runs(out, _identity(study, lm, prompts, judge), _about(study))}
-        bar = tqdm(total=len(study.seeds)*(1 + len(study.arms)), initial=len(done), unit='arm', disable=None if progress else True)
+        judge, gold = _study_judge(study, str(lm.device)), _gold_pairs(study, prompts, replies)
+        scorer = RewardScorer(study.reward_model, device=lm.device.type) if study.reward_model else None
+        identity = _identity(study, lm, prompts, judge, gold, scorer)
+        done = {r['key'] for r in open_runs(out, identity, _about(study))}
+        total, hide = len(study.seeds)*(1 + len(study.arms)), None if progress else True
+        bar = tqdm(total=total, initial=len(done), unit='arm', disable=hide)
         for seed in study.seeds:
             if done >= {f'{a}|{seed}' for a in ('start', *study.arms)}: continue
-            bench = open_refusal_bench(study, lm, prompts, replies, judge, seed, progress)
+            bench = open_refusal_bench(study, lm, prompts, gold, judge, scorer, seed, progress)
             _run_seed(study, bench, judge, seed, done, bar)
         bar.close()
     return load_runs(out)
 
-def _identity(study: RefusalStudy, lm: ScoringModel, prompts: Sequence[dict], judge: Callable) -> dict:
+# %% ../../nbs/studies/402_refusal.ipynb #refusal-study-identity
+def _identity(study: RefusalStudy, lm: ScoringModel, prompts: list, judge: Any, gold: dict, scorer: Any) -> dict:
+    "Files and models by what is in them; a study without gold file or reward model has None there"
     free = ('out', 'model', 'prompts', 'architecture', 'template', 'reward_model', 'gold', 'seeds', 'arms')
     kept = {k: v for k, v in config_dict(study).items() if k not in free}
     digest = hashlib.sha256(' '.join(prompt_hash(p['prompt']) for p in prompts).encode()).hexdigest()[:16]
     return plain(dict(study=kept, weights_hash=weights_hash(lm.model), tokenizer_hash=lm.provenance['tokenizer_hash'],
-                      dtype=lm.provenance['dtype'], prompts_hash=digest, judge=judge.identity))
+                      dtype=lm.provenance['dtype'], prompts_hash=digest, judge=judge.identity,
+                      gold_hash=value_hash(gold) if study.gold else None,
+                      reward_model=scorer.identity if scorer else None))
 
 def _about(study: RefusalStudy) -> dict:
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} CPUs, {torch.get_num_threads()} threads'
-    return dict(model=Path(study.model).name, prompts=Path(study.prompts).name, hardware=machine,
-                versions={p: version(p) for p in ('ches_align', 'torch', 'transformers', 'trl')})
+    machine = f'{os.cpu_count()} CPUs, {torch.get_num_threads()} threads'
+    if torch.cuda.is_available(): machine = torch.cuda.get_device_name()
+    told = dict(model=Path(study.model).name, prompts=Path(study.prompts).name, hardware=machine)
+    if study.teach:  # prompts without an answer of the kind drawn are left out, so the share is counted
+        refuses = [r['refuses'] for r in read_rows(Path(study.out).expanduser()/'start'/'rows.jsonl')]
+        told['taught'] = dict(answers=len(refuses), refusals=sum(refuses))
+    return told | dict(versions={p: version(p) for p in ('ches_align', 'torch', 'transformers', 'trl')})
 
 # %% ../../nbs/studies/402_refusal.ipynb #6f5a736c
 PARTS = {'train': 't', 'test': 'h', '': '-'}
-SCORED = ('row_id', 'ches', 'ln_ches', 'head_ches', 'chosen_tokens', 'rejected_tokens', 'chosen_logps', 'rejected_logps')
+SCORED = ('row_id', 'ches', 'ln_ches', 'head_ches', 'chosen_tokens', 'rejected_tokens', 'chosen_logps',
+          'rejected_logps')
+
+def _start_line(bench: RefusalBench, gold: int) -> dict:
+    "Pairs and their scores, and what each prompt is for"
+    told = {c: [round(v, 5) for v in bench.scores[c].tolist()] for c in SCORED}
+    return dict(pairs=told | dict(kind=bench.scores.kind.tolist()), flagged=bench.flagged, gold=gold,
+                parts=''.join(PARTS[p['part']] for p in bench.prompts), seconds=0)
 
 def _run_seed(study: RefusalStudy, bench: RefusalBench, judge: Callable, seed: int, done: set[str], bar: Any) -> None:
     "The start and the arms of one seed that are missing, each a line"
@@ -205,11 +238,8 @@ def _run_seed(study: RefusalStudy, bench: RefusalBench, judge: Callable, seed: i
         shutil.rmtree(folder, ignore_errors=True)  # an arm that was cut off
         return folder
     if f'start|{seed}' not in done:
-        told = {c: [round(v, 5) for v in bench.scores[c].tolist()] for c in SCORED}
-        line = dict(pairs=told | dict(kind=bench.scores.kind.tolist()), flagged=bench.flagged, gold=len(gold),
-                    parts=''.join(PARTS[p['part']] for p in bench.prompts), seconds=0)
         refused = measure_refusal(bench.lm.model, bench, study, judge, seed, texts('start'), False)
-        finish_arm(out, Arm('start', [], seed), line, refused=refused)
+        finish_arm(out, Arm('start', [], seed), _start_line(bench, len(gold)), refused=refused)
         bar.update()
     common = dataclasses.replace(study.common, model=str(bench.lm.name))
     for arm in plan_refusal_arms(study, bench.scores, gold, seed):
@@ -219,6 +249,7 @@ def _run_seed(study: RefusalStudy, bench: RefusalBench, judge: Callable, seed: i
         config = arm_config(common, arm, out)
         before = response_logps(bench.lm.model, measured)
         line, model = run_arm(config, [bench.encoded[r] for r in arm.rows], measured, before)
-        refused = measure_refusal(model, bench, study, judge, seed, texts(arm.name), False) if not line['stopped'] else ''
+        refused = ''
+        if not line['stopped']: refused = measure_refusal(model, bench, study, judge, seed, texts(arm.name), False)
         finish_arm(out, arm, line, refused=refused, own=own, held=held)
         bar.update()

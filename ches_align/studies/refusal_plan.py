@@ -23,9 +23,11 @@ from ..training.train_config import TrainConfig
 # %% ../../nbs/studies/401_refusal_plan.ipynb #83d9c0da
 ARMS = {'dpo': 'all pairs', 'dpo_sft': 'all pairs, DPO plus the SFT term', 'gold': 'gold pairs of the same prompts',
         'filtered': 'lowest ln-CHES, one pass, as published', 'dpo_short': 'all pairs, in as many steps as filtered',
-        'filtered_matched': 'lowest ln-CHES, in as many steps as dpo', 'random_matched': 'as many random pairs, as many steps',
-        'length_matched': 'as many pairs of the same lengths, as many steps', 'high_matched': 'highest ln-CHES, as many steps',
-        'two_refusals': 'pairs of two refusals alone, as many steps', 'one_of_each': 'pairs of a refusal and a compliance alone, as many steps'}
+        'filtered_matched': 'lowest ln-CHES, in as many steps as dpo',
+        'random_matched': 'as many random pairs, as many steps',
+        'length_matched': 'as many pairs of the same lengths, as many steps',
+        'high_matched': 'highest ln-CHES, as many steps', 'two_refusals': 'pairs of two refusals alone, as many steps',
+        'one_of_each': 'pairs of a refusal and a compliance alone, as many steps'}
 
 def lowest_share(arm: str) -> float | None:
     "What the arm `lowest@0.3` keeps: the 30% of lowest score, in as many steps as dpo; None for another name"
@@ -74,23 +76,28 @@ class RefusalStudy:
     train: dict[str, Any] = field(default_factory=dict) # settings of `TrainConfig`: loss, learning_rate, batch ...
     architecture: dict[str, Any] | None = None # a Transformers config, to check a model that cannot be reached
 
-    def __post_init__(self):
-        if odd := [a for a in self.arms if a not in ARMS and not lowest_share(a)]:
-            raise ConfigError(f"arm {odd[0]!r}: one of {', '.join(ARMS)}, lowest@SHARE")
-        for name in ('arms', 'seeds'):
-            if not (given := getattr(self, name)) or len(set(given)) < len(given): raise ConfigError(f'{name}: at least one, each once')
-        if odd := [a for a in self.changes if a not in self.arms]: raise ConfigError(f'changes: no arm {odd[0]!r} in this study')
-        for name in ('keep', 'test'):
-            if not 0 < getattr(self, name) < 1: raise ConfigError(f'{name} {getattr(self, name)}: in (0, 1)')
-        if self.probes < 1: raise ConfigError(f'probes {self.probes}: at least 1')
-        if self.judge == 'sorry' and not self.template: raise ConfigError('judge sorry needs a template')
-        if 'gold' in self.arms and not (self.gold or self.teach): raise ConfigError('arm gold needs a file: gold')
-        if 'learning_rate' not in self.train: raise ConfigError('train.learning_rate is missing: it decides the outcome')
-        for a in self.arms: arm_config(self.common, Arm(a, [], 0, self.train | self.changes.get(a, {})), Path(self.out))
+    def __post_init__(self): _check_study(self)
 
     @property
     def common(self) -> TrainConfig: # what the arms share
-        return TrainConfig(model=self.model, data='pairs/train.jsonl', max_length=self.max_length, architecture=self.architecture)
+        return TrainConfig(model=self.model, data='pairs/train.jsonl', max_length=self.max_length,
+                           architecture=self.architecture)
+
+# %% ../../nbs/studies/401_refusal_plan.ipynb #refusal-study-check
+def _check_study(s: RefusalStudy) -> None:
+    "Refuse what cannot be meant. Raises `ConfigError`."
+    if odd := [a for a in s.arms if a not in ARMS and not lowest_share(a)]:
+        raise ConfigError(f"arm {odd[0]!r}: one of {', '.join(ARMS)}, lowest@SHARE")
+    for name, given in dict(arms=s.arms, seeds=s.seeds).items():
+        if not given or len(set(given)) < len(given): raise ConfigError(f'{name}: at least one, each once')
+    if odd := [a for a in s.changes if a not in s.arms]: raise ConfigError(f'changes: no arm {odd[0]!r} in this study')
+    for name, share in dict(keep=s.keep, test=s.test).items():
+        if not 0 < share < 1: raise ConfigError(f'{name} {share}: in (0, 1)')
+    if s.probes < 1: raise ConfigError(f'probes {s.probes}: at least 1')
+    if s.judge == 'sorry' and not s.template: raise ConfigError('judge sorry needs a template')
+    if 'gold' in s.arms and not (s.gold or s.teach): raise ConfigError('arm gold needs a file: gold')
+    if 'learning_rate' not in s.train: raise ConfigError('train.learning_rate is missing: it decides the outcome')
+    for a in s.arms: arm_config(s.common, Arm(a, [], 0, s.train | s.changes.get(a, {})), Path(s.out))
 
 # %% ../../nbs/studies/401_refusal_plan.ipynb #a734ceef
 def plan_refusal_arms(
@@ -101,22 +108,24 @@ def plan_refusal_arms(
 ) -> list[Arm]:
     "The arms of one seed, with rows and steps. Raises `AuditError` where there are too few pairs."
     settings = arm_config(study.common, Arm('train', [], seed, study.train), Path(study.out))
-    step, rows = settings.batch*settings.accumulation, scores.row_id.tolist()
-    count = max(1, round(study.keep*len(rows)))
-    if len(rows) <= count: raise AuditError(f'{len(rows)} scored pairs: too few to keep {study.keep} of them')
-    steps = lambda n: math.ceil(settings.epochs*optimiser_steps(n, step))
-    low = select_pairs(scores, study.by, count=count)
+    count = max(1, round(study.keep*len(scores)))
+    if len(scores) <= count: raise AuditError(f'{len(scores)} scored pairs: too few to keep {study.keep} of them')
+    steps = lambda n: math.ceil(settings.epochs*optimiser_steps(n, settings.batch*settings.accumulation))
+    full, short = dict(max_steps=settings.max_steps or steps(len(scores))), dict(max_steps=steps(count))
+    own = dict(filtered=short, dpo_short=short, dpo_sft=full | dict(sft=study.sft, sft_convention='sum'))
+    rows = _arm_rows(study, scores, count, seed) | dict(gold=[*gold])
+    if empty := [a for a in study.arms if not rows[a]]: raise AuditError(f'arm {empty[0]}: no pairs')
+    return [Arm(a, rows[a], seed, study.train | own.get(a, full) | study.changes.get(a, {})) for a in study.arms]
+
+def _arm_rows(study: RefusalStudy, scores: pd.DataFrame, count: int, seed: int) -> dict[str, list[int]]:
+    "The pairs of each arm but gold"
     kept = lambda table: table.row_id[table.selected].tolist()
-    rows_of = lambda kind: scores.row_id[scores.kind == kind].tolist()
-    filtered, full = kept(low), dict(max_steps=settings.max_steps or steps(len(rows)))
-    short = dict(max_steps=steps(count))
-    plans = dict(dpo=(rows, full), dpo_sft=(rows, full | dict(sft=study.sft, sft_convention='sum')), gold=([*gold], full),
-                 filtered=(filtered, short), dpo_short=(rows, short), filtered_matched=(filtered, full),
-                 random_matched=(kept(random_control(low, seed)), full), length_matched=(kept(length_matched_control(low, seed)), full),
-                 high_matched=(kept(select_pairs(scores, study.by, count=count, highest=True)), full))
-    for kind in ('two refusals', 'one of each'): plans[kind.replace(' ', '_')] = (rows_of(kind), full)
-    for a in study.arms:
-        if share := lowest_share(a): plans[a] = kept(select_pairs(scores, study.by, keep=share)), full
-    empty = [a for a in study.arms if not plans[a][0]]
-    if empty: raise AuditError(f'arm {empty[0]}: no pairs')
-    return [Arm(a, plans[a][0], seed, study.train | plans[a][1] | study.changes.get(a, {})) for a in study.arms]
+    low, every = select_pairs(scores, study.by, count=count), scores.row_id.tolist()
+    rows = {a: every for a in ('dpo', 'dpo_sft', 'dpo_short')}
+    rows |= {a: kept(low) for a in ('filtered', 'filtered_matched')}
+    rows |= dict(random_matched=kept(random_control(low, seed)), length_matched=kept(length_matched_control(low, seed)),
+                 high_matched=kept(select_pairs(scores, study.by, count=count, highest=True)))
+    for kind in ('two refusals', 'one of each'):
+        rows[kind.replace(' ', '_')] = scores.row_id[scores.kind == kind].tolist()
+    shares = {a: share for a in study.arms if (share := lowest_share(a))}
+    return rows | {a: kept(select_pairs(scores, study.by, keep=share)) for a, share in shares.items()}

@@ -34,7 +34,8 @@ def refusal_counts(
     seeds = {r['seed'] for r in runs if r['arm'] == arm and r['refused']}
     if not seeds: raise AuditError(f'arm {arm}: no finished run')
     of = {(r['arm'], r['seed']): r['refused'] for r in runs}
-    signs = np.array([[s if p == PART_SIGNS[part] else '-' for s, p in zip(of[arm, seed], parts[seed])] for seed in sorted(seeds)])
+    signs = np.array([[s if p == PART_SIGNS[part] else '-' for s, p in zip(of[arm, seed], parts[seed])]
+                      for seed in sorted(seeds)])
     return np.stack([(signs == '1').sum(0), np.isin(signs, ['0', '1']).sum(0)], 1).astype(float)
 
 def contrast(
@@ -47,7 +48,8 @@ def contrast(
     both, g = np.concatenate([a, b], 1), np.random.default_rng(seed)
     weights = g.multinomial(len(both), np.full(len(both), 1/len(both)), draws)
     def difference(sums):
-        with np.errstate(invalid='ignore', divide='ignore'): return sums[..., 0]/sums[..., 1] - sums[..., 2]/sums[..., 3]
+        with np.errstate(invalid='ignore', divide='ignore'):
+            return sums[..., 0]/sums[..., 1] - sums[..., 2]/sums[..., 3]
     low, high = np.nanquantile(difference(weights @ both), [.025, .975])
     return float(difference(both.sum(0))), float(low), float(high)
 
@@ -55,18 +57,20 @@ def contrast(
 def rate_table(
     runs: Sequence[dict], # of `load_runs`
     against: str = 'start', # the arm that changes are taken from
-) -> pd.DataFrame:        # arm, pairs, steps, seeds; of train and test: rate, change, low, high; own, held, rejected (nats)
+) -> pd.DataFrame: # arm, seeds, pairs, steps, destroyed; train_ and test_ rate, change, low, high; own, held, rejected
     "One line an arm, in the order of the file."
     lines = []
     for arm in dict.fromkeys(r['arm'] for r in runs):
         mine = [r for r in runs if r['arm'] == arm]
-        line = dict(arm=arm, seeds=len(mine), pairs=np.mean([len(r['rows']) for r in mine]), steps=np.mean([r.get('steps', 0) for r in mine]),
-                    destroyed=sum(not r['refused'] for r in mine))
-        for part in PART_SIGNS if line['destroyed'] < len(mine) else ():
-            same = [r for r in runs if r['seed'] in {m['seed'] for m in mine}]  # compared on the seeds that the arm has
+        line = dict(arm=arm, seeds=len(mine), pairs=np.mean([len(r['rows']) for r in mine]),
+                    steps=np.mean([r.get('steps', 0) for r in mine]), destroyed=sum(not r['refused'] for r in mine))
+        alive = {r['seed'] for r in mine if r['refused']}  # a destroyed model has no rate to compare
+        same = [r for r in runs if r['seed'] in alive]
+        for part in PART_SIGNS if same else ():
             counts, start = refusal_counts(same, arm, part), refusal_counts(same, against, part)
             change, low, high = contrast(counts, start)
-            line |= {f'{part}_rate': counts[:, 0].sum()/counts[:, 1].sum(), f'{part}_change': change, f'{part}_low': low, f'{part}_high': high}
+            line |= {f'{part}_rate': counts[:, 0].sum()/counts[:, 1].sum(), f'{part}_change': change,
+                     f'{part}_low': low, f'{part}_high': high}
         if arm != 'start':
             d = [(np.array(r['d_chosen'], float), np.array(r['d_rejected'], float), len(r['own'])) for r in mine]
             line |= dict(own=np.mean([c[:n].mean() for c, _, n in d]), held=np.mean([c[n:].mean() for c, _, n in d]),
@@ -98,14 +102,17 @@ def plot_rates(
     from matplotlib.figure import Figure
     fig = Figure(figsize=(8, 3.4), dpi=100, layout='constrained')
     arms = table[(table.arm != 'start') & (table.destroyed < table.seeds)]
+    most = table.seeds.max()
+    labels = [f'{a} ({p:.0f} pairs, {s:.0f} steps' + (')' if n == most else f', {n} of {most} seeds)')
+              for a, p, s, n in zip(arms.arm, arms.pairs, arms.steps, arms.seeds - arms.destroyed)]
     for ax, part in zip(fig.subplots(1, 2, sharey=True), PART_SIGNS):
         y = np.arange(len(arms))[::-1]
-        change = 100*arms[f'{part}_change']
-        ax.errorbar(change, y, xerr=[change - 100*arms[f'{part}_low'], 100*arms[f'{part}_high'] - change], fmt='o', color='#0072B2', capsize=3)
+        change, low, high = (100*arms[f'{part}_{what}'] for what in ('change', 'low', 'high'))
+        ax.errorbar(change, y, xerr=[change - low, high - change], fmt='o', color='#0072B2', capsize=3)
         ax.axvline(0, color='k', lw=.6)
-        ax.set_yticks(y, [f'{a} ({p:.0f} pairs, {s:.0f} steps)' for a, p, s in zip(arms.arm, arms.pairs, arms.steps)])
+        ax.set_yticks(y, labels)
         start = table[f'{part}_rate'][table.arm == 'start'].iloc[0]
-        ax.set(xlabel=f'points above the start\'s {start:.0%}', title=f'refusal rate, {part} prompts')
+        ax.set(xlabel=f'points above the start\'s {start:.0%}', title=f'change on {part} prompts')
         ax.grid(axis='x', alpha=.3)
     if title: fig.suptitle(title)
     return fig
@@ -128,8 +135,9 @@ def refusal_record(
     "The record of a study. Raises `AuditError` for folders of different studies, or with a line in two of them."
     folders = [Path(o).expanduser() for o in outs]
     manifests = [read_object(f/'manifest.json') for f in folders]
-    told = [{k: v for k, v in m.items() if k != 'hardware'} for m in manifests]
-    if odd := [f for f, m in zip(folders, told) if m != told[0]]: raise AuditError(f'{odd[0]} holds another study than {folders[0]}')
+    told = [{k: v for k, v in m.items() if k != 'hardware' and v is not None} for m in manifests]  # None: not there
+    if odd := [f for f, m in zip(folders, told) if m != told[0]]:
+        raise AuditError(f'{odd[0]} holds another study than {folders[0]}')
     runs = [r for f in folders for r in load_runs(f)]
     if len({r['key'] for r in runs}) < len(runs): raise AuditError('a line stands in two folders')
     return plain(manifests[0] | dict(seconds=round(sum(r['seconds'] for r in runs)), runs=runs))
@@ -142,7 +150,9 @@ def check_refusals(
     config = arm_config(study.common, Arm('check', [], 0, study.train), Path(study.out))
     said = [l for l in check_training(config).split('\n') if not l.startswith('data')]
     many = 'all prompts' if study.count is None else f'{study.count} prompts'
-    said.append(f'{len(study.seeds)} seeds of {len(study.arms)} arms; each seed draws 2 responses to {many}, and 1 before and after each arm: '
-                f'{len(study.seeds)*(3 + len(study.arms))} responses a prompt of at most {study.max_new_tokens} tokens')
+    seeds, arms = len(study.seeds), len(study.arms)
+    said.append(f'{seeds} seed{"s"*(seeds > 1)} of {arms} arms; each seed draws 2 responses to {many}, and 1 at the '
+                f'start and after each arm: {seeds*(3 + arms)} responses a prompt of at most '
+                f'{study.max_new_tokens} tokens')
     if study.teach: said.append(f'taught first: {study.teach.count} other prompts, {study.teach.share:.0%} refusals')
     return '\n'.join(said + [f'{a}: {ARMS[a]}' for a in study.arms if a in ARMS])

@@ -6,6 +6,7 @@
 __all__ = ['PHASES', 'STANDARD', 'SPEEDS', 'Supervised', 'RLStudy', 'study_tasks', 'check_rl']
 
 # %% ../../nbs/studies/404_rl_plan.ipynb #3b9aa09a
+import copy
 import math
 import random
 from dataclasses import dataclass, field
@@ -33,12 +34,14 @@ class Supervised:
     steps: float = 1.           # fraction of the full run's steps, in (0, 1]
 
     def __post_init__(self):
-        for name in ('labels', 'steps'):
-            if not 0 < getattr(self, name) <= 1: raise ConfigError(f'{name} {getattr(self, name)}: a fraction in (0, 1]')
-        if not (self.learning_rate > 0 and self.epochs > 0 and self.batch >= 1): raise ConfigError('learning_rate and epochs above 0, batch at least 1')
+        for name, share in dict(labels=self.labels, steps=self.steps).items():
+            if not 0 < share <= 1: raise ConfigError(f'{name} {share}: a fraction in (0, 1]')
+        if not (self.learning_rate > 0 and self.epochs > 0 and self.batch >= 1):
+            raise ConfigError('learning_rate and epochs above 0, batch at least 1')
 
 PHASES = ('sft', 'rft')
-STANDARD = dict(rft=dict(rft={}), sft_rft=dict(sft={}, rft={}), partial_rft=dict(sft=dict(labels=.01, steps=.4), rft={}))
+STANDARD = dict(rft=dict(rft={}), sft_rft=dict(sft={}, rft={}),
+                partial_rft=dict(sft=dict(labels=.01, steps=.4), rft={}))
 
 # %% ../../nbs/studies/404_rl_plan.ipynb #ab2507e4
 @dataclass(kw_only=True)
@@ -60,46 +63,54 @@ class RLStudy:
     high: float = 1.            # highest
     threshold: float = .1       # share of that range under which a std is flat
     samples: int = 10           # responses a prompt, before and after
-    sampling: dict[str, Any] = field(default_factory=dict) # of `Sampling`, in audits and in RFT: max_new_tokens, top_k ...
+    sampling: dict[str, Any] = field(default_factory=dict) # of `Sampling`, in audits and RFT: max_new_tokens, top_k ...
     sft: dict[str, Any] = field(default_factory=dict)      # of `Supervised`
     rft: dict[str, Any] = field(default_factory=dict)      # of `RLConfig`
-    arms: dict[str, dict[str, Any]] = field(default_factory=lambda: STANDARD) # name -> phases and what differs in them
+    arms: dict[str, dict[str, Any]] = field(default_factory=lambda: copy.deepcopy(STANDARD)) # name -> what differs
     seeds: list[int] = field(default_factory=lambda: [0])
     bf16: bool = False          # forward passes under autocast, those of the audits too
     batch_tokens: int | None = None # of generation: rows times longest row
     save_steps: int = 20        # a killed phase goes on from its last multiple
     architecture: dict[str, Any] | None = None # a Transformers config, to check a model that cannot be reached
 
-    def __post_init__(self):
-        if not (self.arms and self.seeds): raise ConfigError('nothing to run: no arms, or no seeds')
-        if len(set(self.seeds)) < len(self.seeds): raise ConfigError('seeds: one is given twice')
-        for ok, said in ((self.low < self.high, f'low {self.low}, high {self.high}: low below high'), (0 < self.threshold < .5, f'threshold {self.threshold}: in (0, .5)'),
-                         (self.samples >= 2, f'samples {self.samples}: at least 2'), (0 <= self.test < 1, f'test {self.test}: in [0, 1)'),
-                         (self.cut in ('left', 'right'), f'cut {self.cut!r}: left or right'), (self.save_steps >= 1, f'save_steps {self.save_steps}: at least 1')):
-            if not ok: raise ConfigError(said)
-        for name in self.arms:
-            if '|' in name or '/' in name: raise ConfigError(f'arm {name!r}: no | or / in a name')
-            self.phases(name, 0)
+    def __post_init__(self): _check_values(self)
 
-    def phases(
-        self,
-        arm: str,
-        seed: int,
-    ) -> tuple[Supervised | None, RLConfig | None]:
+    def phases(self, arm: str, seed: int) -> tuple[Supervised | None, RLConfig | None]:
         "What an arm does. Raises `ConfigError` for phases or settings that are not there."
-        given = self.arms[arm]
-        if not isinstance(given, dict) or not given or set(given) - set(PHASES): raise ConfigError(f'arm {arm}: sft, rft or both, each a mapping of what differs')
-        if odd := [k for k in given if not isinstance(given[k], dict)]: raise ConfigError(f'arm {arm}: {odd[0]} is a mapping, {{}} where nothing differs')
-        sft = build_config(self.sft | given['sft'], Supervised, f'arm {arm}, sft') if 'sft' in given else None
-        if 'rft' not in given: return sft, None
-        own = self.rft | given['rft']
-        if clash := {'seed', 'bf16'} & set(own): raise ConfigError(f"arm {arm}: {', '.join(clash)} is the study's")
-        own |= dict(sampling=dict(max_new_tokens=24) | self.sampling | own.get('sampling', {}), seed=seed, bf16=self.bf16)
-        return sft, build_config(own, RLConfig, f'arm {arm}, rft')
+        return _phases(self, arm, seed)
 
     @property
     def drawn(self) -> Sampling: # how audits draw
         return build_config(dict(max_new_tokens=24) | self.sampling | dict(count=self.samples), Sampling, 'sampling')
+
+# %% ../../nbs/studies/404_rl_plan.ipynb #rl-study-checks
+def _check_values(s: RLStudy) -> None:
+    "Refuse values that cannot be meant. Raises `ConfigError`."
+    if not (s.arms and s.seeds): raise ConfigError('nothing to run: no arms, or no seeds')
+    if len(set(s.seeds)) < len(s.seeds): raise ConfigError('seeds: one is given twice')
+    for ok, said in ((s.low < s.high, f'low {s.low}, high {s.high}: low below high'),
+                     (0 < s.threshold < .5, f'threshold {s.threshold}: in (0, .5)'),
+                     (s.samples >= 2, f'samples {s.samples}: at least 2'),
+                     (0 <= s.test < 1, f'test {s.test}: in [0, 1)'),
+                     (s.cut in ('left', 'right'), f'cut {s.cut!r}: left or right'),
+                     (s.save_steps >= 1, f'save_steps {s.save_steps}: at least 1')):
+        if not ok: raise ConfigError(said)
+    for name in s.arms:
+        if '|' in name or '/' in name: raise ConfigError(f'arm {name!r}: no | or / in a name')
+        s.phases(name, 0)
+
+def _phases(s: RLStudy, arm: str, seed: int) -> tuple[Supervised | None, RLConfig | None]:
+    given = s.arms[arm]
+    if not isinstance(given, dict) or not given or set(given) - set(PHASES):
+        raise ConfigError(f'arm {arm}: sft, rft or both, each a mapping of what differs')
+    if odd := [k for k in given if not isinstance(given[k], dict)]:
+        raise ConfigError(f'arm {arm}: {odd[0]} is a mapping, {{}} where nothing differs')
+    sft = build_config(s.sft | given['sft'], Supervised, f'arm {arm}, sft') if 'sft' in given else None
+    if 'rft' not in given: return sft, None
+    own = s.rft | given['rft']
+    if clash := {'seed', 'bf16'} & set(own): raise ConfigError(f"arm {arm}: {', '.join(clash)} is the study's")
+    drawn = dict(max_new_tokens=24) | s.sampling | own.get('sampling', {})
+    return sft, build_config(own | dict(sampling=drawn, seed=seed, bf16=s.bf16), RLConfig, f'arm {arm}, rft')
 
 # %% ../../nbs/studies/404_rl_plan.ipynb #911b5427
 def study_tasks(
@@ -110,7 +121,8 @@ def study_tasks(
     found = load_tasks(study.tasks, study.split)
     random.Random(study.task_seed).shuffle(found)
     found = found[:study.limit]
-    if study.prompt_tokens: found = [t | dict(prompt=cut_prompt(tokenizer, t['prompt'], study.prompt_tokens, study.cut)) for t in found]
+    if most := study.prompt_tokens:
+        found = [t | dict(prompt=cut_prompt(tokenizer, t['prompt'], most, study.cut)) for t in found]
     held = round(study.test*len(found))
     if not found[held:]: raise AuditError(f'{study.tasks}: {len(found)} prompts, none left to train on')
     return found[held:], found[:held]
@@ -140,23 +152,32 @@ def check_rl(
     study: RLStudy,
 ) -> str: # lines of text
     "What a study would take, without weights. Raises `AuditError`."
-    load_reward(study.reward) if not study.reward.startswith('classifier') else None
+    if not study.reward.startswith('classifier'): load_reward(study.reward)
     name, n = _parameters(study)
     count, prompt, said = _prompt_length(study)
-    new, prompts = study.drawn.max_new_tokens, count or 0
-    audits = study.samples*prompts*(2 + len(study.seeds)*sum(len(a) for a in study.arms.values()))
-    flops, drawn, updates = 2*n*audits*(prompt + new), 0, 0
-    for arm in study.arms:
-        sft, rft = study.phases(arm, 0)
-        if sft:
-            steps = max(1, round(sft.steps*sft.epochs*prompts*(1 - study.test)/sft.batch))
-            flops, updates = flops + len(study.seeds)*6*n*steps*sft.batch*(prompt + new), updates + steps
-        if rft:
-            made = rft.steps*min(rft.prompts, prompts or rft.prompts)*rft.group
-            flops, drawn, updates = flops + len(study.seeds)*n*made*(prompt + new)*(2 + 2 + 2*bool(rft.kl) + 6*rft.epochs), drawn + made, updates + rft.epochs*math.ceil(made/rft.minibatch)
+    prompts, length, seeds = count or 0, prompt + study.drawn.max_new_tokens, len(study.seeds)
+    audits = study.samples*prompts*(2 + seeds*sum(len(a) for a in study.arms.values()))
+    drawn, updates, read = (sum(x) for x in zip(*(_arm_costs(study, a, prompts) for a in study.arms)))
+    flops = n*length*(2*audits + seeds*read)
     kl = any(rft and rft.kl for rft in (study.phases(a, 0)[1] for a in study.arms))
+    held = 'weights, gradients and moments in fp32' + (', and the reference' if kl else '')
+    done = lambda arm: ', then '.join(f'{k} {arm[k]}' if arm[k] else k for k in PHASES if k in arm)
+    hours = ', '.join(f'{flops/s/3600:.2g} h on {where}' for where, s in SPEEDS.items())
     return '\n'.join([
-        f'model {study.model}: {name}, {n/1e6:,.1f}M parameters; {(16 + 4*kl)*n/1e9:.1f} GB for weights, gradients and moments in fp32{", and the reference" if kl else ""}, activations besides', said,
-        f'{len(study.seeds)} seeds of {len(study.arms)} arms; {audits:,} responses in audits, {len(study.seeds)*drawn:,} in training, {len(study.seeds)*updates:,} updates',
-        f'{flops:.1e} operations, at least ' + ', '.join(f'{flops/s/3600:.2g} h on {where}' for where, s in SPEEDS.items()),
-        *(f"arm {a}: {', then '.join(f'{k} {study.arms[a][k]}' if study.arms[a][k] else k for k in PHASES if k in study.arms[a])}" for a in study.arms)])
+        f'model {study.model}: {name}, {n/1e6:,.1f}M parameters; {(16 + 4*kl)*n/1e9:.1f} GB for {held}, '
+        'activations besides', said,
+        f'{seeds} seed{"s"*(seeds > 1)} of {len(study.arms)} arms; {audits:,} responses in audits, {seeds*drawn:,} in '
+        f'training, {seeds*updates:,} updates', f'{flops:.1e} operations, at least {hours}',
+        *(f'arm {name}: {done(arm)}' for name, arm in study.arms.items())])
+
+def _arm_costs(study: RLStudy, arm: str, prompts: int) -> tuple[int, int, int]:
+    "Of one seed: responses drawn, updates, and operations for each parameter and token"
+    (sft, rft), drawn, updates, read = study.phases(arm, 0), 0, 0, 0
+    if sft:
+        updates = max(1, round(sft.steps*sft.epochs*prompts*(1 - study.test)/sft.batch))
+        read = 6*updates*sft.batch
+    if rft:
+        drawn = rft.steps*min(rft.prompts, prompts or rft.prompts)*rft.group
+        updates += rft.epochs*math.ceil(drawn/rft.minibatch)
+        read += drawn*(2 + 2 + 2*bool(rft.kl) + 6*rft.epochs)  # drawn, read, the reference, trained
+    return drawn, updates, read

@@ -29,8 +29,8 @@ def reward_matrix(
 
 def start_halves(
     runs: Sequence[dict], # of `load_runs`
-) -> tuple[Float[np.ndarray, "prompts half"], Float[np.ndarray, "prompts half"], int]: # two sets of samples; prompts trained on, which come first
-    "The rewards of the start, in two. Raises `AuditError` when it is not there."
+) -> tuple[Float[np.ndarray, "prompts half"], Float[np.ndarray, "prompts half"], int]: # two sets; prompts trained on
+    "The rewards of the start, in two; prompts trained on come first. Raises `AuditError` when it is not there."
     start = [r for r in runs if r['key'] == 'start']
     if not start: raise AuditError('the study has no start yet')
     r = reward_matrix(start[0]['after'])
@@ -59,8 +59,8 @@ def spread_correlations(
     absolute: bool = True,  # of |change|, or of the change itself
     draws: int = 2000,      # bootstrap samples of the prompts
     seed: int = 0,          # of the draws
-) -> dict[str, float]:      # pearson, low, high; spearman, its low and high; same_samples: pearson with all samples for both; prompts, seeds
-    "What the spread before says of the change (@eq-spread-change)."
+) -> dict[str, float]:      # pearson, low, high; spearman, its low and high; same_samples; prompts, seeds
+    "What the spread before says of the change (@eq-spread-change); `same_samples`: Pearson's, all samples for both."
     (a, b, n), after = start_halves(runs), stage_means(runs, arm, stage)
     std, before, mean = np.nanstd(a[:n], 1, ddof=1), np.nanmean(b[:n], 1), after[:, :n].mean(0)
     whole = np.concatenate([a[:n], b[:n]], 1)
@@ -68,49 +68,65 @@ def spread_correlations(
     size = np.abs if absolute else np.asarray
     x, y, g = std[ok], size(mean - before)[ok], np.random.default_rng(seed)
     some = [g.integers(0, len(x), len(x)) for _ in range(draws)]
-    made = dict(prompts=len(x), seeds=len(after), same_samples=_corr(np.nanstd(whole, 1, ddof=1)[ok], size(mean - np.nanmean(whole, 1))[ok]))
+    same = _corr(np.nanstd(whole, 1, ddof=1)[ok], size(mean - np.nanmean(whole, 1))[ok])
+    made = dict(prompts=len(x), seeds=len(after), same_samples=same)
     for name, u, v in (('pearson', x, y), ('spearman', rankdata(x), rankdata(y))):
         drawn = [_corr(u[i], v[i]) if name == 'pearson' else _corr(rankdata(u[i]), rankdata(v[i])) for i in some]
         low, high = np.nanquantile(drawn, [.025, .975])
-        made |= {name: _corr(u, v), **({'low': low, 'high': high} if name == 'pearson' else {'spearman_low': low, 'spearman_high': high})}
+        ends = ('low', 'high') if name == 'pearson' else ('spearman_low', 'spearman_high')
+        made |= {name: _corr(u, v), **dict(zip(ends, (low, high)))}
     return {k: float(v) if isinstance(v, np.floating) else v for k, v in made.items()}
 
 # %% ../../nbs/studies/406_rl_report.ipynb #a290fe6a
-def _stage_row(r: Float[np.ndarray, "seeds prompts samples"], value_range: tuple[float, float], threshold: float) -> dict:
-    "What the spread looks like, seeds averaged"
+def _stage_row(
+    r: Float[np.ndarray, "sets prompts samples"],
+    value_range: tuple[float, float],
+    threshold: float,
+) -> dict:
+    "What the spread looks like, averaged over seeds, or over the halves of the start"
     lines = []
     for one in r:
-        t = spread_table([dict(prompt_hash=str(i), reward=None if np.isnan(x) else x) for i, row in enumerate(one) for x in row], value_range, threshold, groups=())
+        rows = [dict(prompt_hash=str(i), reward=None if np.isnan(x) else x) for i, row in enumerate(one) for x in row]
+        t = spread_table(rows, value_range, threshold, groups=())
         s = spread_summary(t, draws=1)
-        lines.append(dict(p10=s['std_quantiles']['0.1'], zero=float((t['std'] == 0).mean()), flat=s['below'][0], surely_flat=s['verdicts']['flat'][0]))
+        lines.append(dict(p10=s['std_quantiles']['0.1'], zero=float((t['std'] == 0).mean()), flat=s['below'][0],
+                          surely_flat=s['verdicts']['flat'][0]))
     return pd.DataFrame(lines).mean().to_dict()
 
+# %% ../../nbs/studies/406_rl_report.ipynb #stage-table-of-arms
 def stage_table(
     runs: Sequence[dict],    # of `load_runs`
     value_range: tuple[float, float] = (0., 1.),
     threshold: float = .1,   # share of the range
     draws: int = 2000,       # bootstrap samples of the prompts
     held: bool = False,      # of the held-out prompts, not of those trained on
-) -> pd.DataFrame:           # arm, stage, seeds; mean, change, low, high, seed_low, seed_high; p10, zero, flat, surely_flat
-    "Start and every stage of every arm: mean reward, its change with an interval over prompts, lowest and highest seed, and the spread."
+) -> pd.DataFrame: # arm, stage, seeds; mean, change, low, high, seed_low, seed_high; p10, zero, flat, surely_flat
+    "Start and every stage of every arm: mean, its change with an interval over prompts, range of seeds, spread."
     a, b, n = start_halves(runs)
     mine = slice(n, None) if held else slice(0, n)
-    whole = np.concatenate([a, b], 1)[mine]
-    if not len(whole): raise AuditError('no held-out prompts: set test in the study')
-    before, g = np.nanmean(whole, 1), np.random.default_rng(0)
-    some = g.integers(0, len(whole), (draws, len(whole)))
-    lines = [dict(arm='start', stage='start', seeds=1, mean=float(before.mean()), **_stage_row(whole[None], value_range, threshold))]
+    a, b = a[mine], b[mine]
+    if not len(a): raise AuditError('no held-out prompts: set test in the study')
+    before, g = np.nanmean(np.concatenate([a, b], 1), 1), np.random.default_rng(0)
+    some = g.integers(0, len(a), (draws, len(a)))
+    start = dict(arm='start', stage='start', seeds=1, mean=float(before.mean()))
+    lines = [start | _stage_row(np.stack([a, b]), value_range, threshold)]  # each half as large as a stage's samples
     for arm in dict.fromkeys(r['arm'] for r in runs if r['arm'] != 'start'):
         for stage in ('after_sft', 'after'):
             r = np.array([reward_matrix(x[stage])[mine] for x in runs if x['arm'] == arm and x.get(stage)])
-            if not len(r): continue
-            means = np.nanmean(r, 2)
-            change = means.mean(0) - before
-            low, high = np.nanquantile(change[some].mean(1), [.025, .975])
-            seeds = means.mean(1) - before.mean()
-            lines.append(dict(arm=arm, stage=stage, seeds=len(r), mean=float(means.mean()), change=float(change.mean()), low=float(low), high=float(high),
-                              seed_low=float(seeds.min()), seed_high=float(seeds.max()), **_stage_row(r, value_range, threshold)))
+            if len(r): lines.append(dict(arm=arm, stage=stage) | _change_row(np.nanmean(r, 2), before, some)
+                                    | _stage_row(r, value_range, threshold))
     return pd.DataFrame(lines)
+
+def _change_row(
+    means: Float[np.ndarray, "seeds prompts"],  # after
+    before: Float[np.ndarray, "prompts"],
+    some: Any,                                  # prompts of each bootstrap sample
+) -> dict:
+    "The mean after, and its change"
+    change, seeds = means.mean(0) - before, means.mean(1) - before.mean()
+    low, high = np.nanquantile(change[some].mean(1), [.025, .975])
+    return dict(seeds=len(means), mean=float(means.mean()), change=float(change.mean()), low=float(low),
+                high=float(high), seed_low=float(seeds.min()), seed_high=float(seeds.max()))
 
 # %% ../../nbs/studies/406_rl_report.ipynb #5f27fa25
 def plot_stages(
@@ -119,15 +135,17 @@ def plot_stages(
 ) -> Any:                # a Matplotlib figure
     "Mean reward of the start and of each stage; bars are intervals of the change over prompts."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(7, .5 + .34*len(table)), dpi=100, layout='constrained')
+    fig = Figure(figsize=(7, .8 + .34*len(table)), dpi=100, layout='constrained')
     ax, y = fig.subplots(), np.arange(len(table))[::-1]
     start = table['mean'].iloc[0]
-    labels = ['start' if s == 'start' else f"{a}, {'after SFT' if s == 'after_sft' else 'at the end'}" for a, s in zip(table.arm, table.stage)]
-    wide = np.nan_to_num(np.stack([table.change - table.low, table.high - table.change])) if 'low' in table else np.zeros((2, len(table)))
+    said = {'start': '', 'after_sft': ', after SFT', 'after': ', at the end'}
+    labels = [a + said[s] for a, s in zip(table.arm, table.stage)]
+    wide = np.zeros((2, len(table)))
+    if 'low' in table: wide = np.nan_to_num(np.stack([table.change - table.low, table.high - table.change]))
     ax.errorbar(table['mean'], y, xerr=wide, fmt='o', color='#0072B2', capsize=3)
     ax.axvline(start, color='k', lw=.6)
     ax.set_yticks(y, labels)
-    ax.set(xlabel='mean reward', title=title)
+    ax.set(xlabel='mean reward', title=title, ylim=(-.6, len(table) - .4))  # whole dots at top and bottom
     ax.grid(axis='x', alpha=.3)
     return fig
 
@@ -139,8 +157,10 @@ def plot_spread_change(
     from matplotlib.figure import Figure
     fig = Figure(figsize=(3.2*len(shown), 2.9), dpi=100, layout='constrained')
     a, b, n = start_halves(runs)
+    std, before = np.nanstd(a[:n], 1, ddof=1), np.nanmean(b[:n], 1)
     for ax, (arm, stage, title) in zip(np.atleast_1d(fig.subplots(1, len(shown), sharey=True)), shown):
-        ax.scatter(np.nanstd(a[:n], 1, ddof=1), stage_means(runs, arm, stage)[:, :n].mean(0) - np.nanmean(b[:n], 1), s=14, alpha=.6, color='#0072B2', linewidths=0)
+        change = stage_means(runs, arm, stage)[:, :n].mean(0) - before
+        ax.scatter(std, change, s=14, alpha=.6, color='#0072B2', linewidths=0)
         ax.axhline(0, color='k', lw=.6)
         ax.set(xlabel='standard deviation before', title=title)
     fig.axes[0].set_ylabel('change of the mean reward')

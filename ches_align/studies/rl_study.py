@@ -36,19 +36,27 @@ def measure_rewards(
     seed: int,              # of the responses
     samples: int,           # a prompt
     out: Path | None = None, # folder for the texts; what is there is not drawn again
-) -> dict[str, Any]:        # rewards (a list a prompt, None: failed), failed, finished (share), distinct (texts a prompt)
+) -> dict[str, Any]:        # rewards (a list a prompt, None: failed), failed, error, finished (share), distinct (texts)
     "Draw, reward, count."
     with torch.autocast(lm.device.type, torch.bfloat16) if study.bf16 else nullcontext():
-        rows = generate_responses(lm, [t['prompt'] for t in tasks], replace(study.drawn, count=samples, seed=seed), out, study.batch_tokens, chat=study.chat, progress=False)
+        rows = generate_responses(lm, [t['prompt'] for t in tasks], replace(study.drawn, count=samples, seed=seed), out,
+                                  study.batch_tokens, chat=study.chat, progress=False)
     mine = [tasks[r['prompt_index']] for r in rows]
     columns = {c: [t.get(c) for t in mine] for c in mine[0] if c != 'prompt'}
     made = call_reward(reward, [t['prompt'] for t in mine], [r['response'] for r in rows], **columns)
-    finite = [v for v, _ in made if v is not None]
-    if not finite: raise AuditError(f'{study.reward}: no response got a reward ({made[0][1]})')
-    if min(finite) < study.low or max(finite) > study.high: raise AuditError(f'{study.reward}: rewards from {min(finite):g} to {max(finite):g} leave the range {study.low:g} to {study.high:g}: set low and high')
+    _check_range([v for v, _ in made if v is not None], study, made[0][1])
     cut = lambda x: [x[i*samples:(i + 1)*samples] for i in range(len(tasks))]
-    return dict(rewards=cut([v if v is None else round(v, 4) for v, _ in made]), failed=sum(v is None for v, _ in made), error=next((e for v, e in made if v is None), ''),
-                finished=sum(r['finished'] for r in rows)/len(rows), distinct=[len(set(t)) for t in cut([r['response'] for r in rows])])
+    return dict(rewards=cut([v if v is None else round(v, 4) for v, _ in made]), failed=sum(v is None for v, _ in made),
+                error=next((e for v, e in made if v is None), ''), finished=sum(r['finished'] for r in rows)/len(rows),
+                distinct=[len(set(t)) for t in cut([r['response'] for r in rows])])
+
+def _check_range(found: list[float], study: RLStudy, error: str) -> None:
+    "Rewards must lie in the study's range"
+    if not found: raise AuditError(f'{study.reward}: no response got a reward ({error})')
+    slack = 1e-9*(study.high - study.low)  # a score of 1 may come out as 1.0000000000000004
+    if min(found) < study.low - slack or max(found) > study.high + slack:
+        raise AuditError(f'{study.reward}: rewards from {min(found):g} to {max(found):g} leave the range '
+                         f'{study.low:g} to {study.high:g}: set low and high')
 
 # %% ../../nbs/studies/405_rl_study.ipynb #82da0abf
 def _fresh(study: RLStudy) -> ScoringModel:
@@ -67,13 +75,16 @@ def run_rl_arm(
     progress: bool = True,
 ) -> dict:             # what is found: sft (losses), after_sft, rft (a line a step), after
     "Train one arm and measure all prompts after each phase."
-    (sft, rft), lm, line, everything = study.phases(arm, seed), _fresh(study), dict(sft=[], after_sft=None, rft=[], after=None), [*train, *held]
+    (sft, rft), lm, everything = study.phases(arm, seed), _fresh(study), [*train, *held]
+    line: dict[str, Any] = dict(sft=[], after_sft=None, rft=[], after=None)
     if sft:
-        line['sft'] = [round(x, 4) for x in train_supervised(lm, train, **asdict(sft), seed=seed, progress=progress, bf16=study.bf16, chat=study.chat,
-                                                           save=work/'sft.safetensors', save_steps=study.save_steps)]
+        losses = train_supervised(lm, train, **asdict(sft), seed=seed, progress=progress, bf16=study.bf16,
+                                  chat=study.chat, save=work/'sft.safetensors', save_steps=study.save_steps)
+        line['sft'] = [round(x, 4) for x in losses]
         line['after_sft'] = measure_rewards(lm, study, everything, reward, seed + 1, study.samples, work/'after_sft')
     if rft:
-        made = train_policy(lm, train, reward, rft, None, progress, study.chat, work/'rft.safetensors', study.save_steps)
+        made = train_policy(lm, train, reward, rft, None, progress, study.chat, work/'rft.safetensors',
+                            study.save_steps)
         line['rft'] = [{k: round(v, 5) for k, v in step.items()} for step in made]
         line['after'] = measure_rewards(lm, study, everything, reward, seed + 1, study.samples, work/'after')
     return line
@@ -89,35 +100,44 @@ def run_rl(
         lm = _fresh(study)
         train, held = study_tasks(study, lm.tokenizer)
         lines = open_runs(out, _identity(study, lm, [*train, *held]), _about(study))
-        if other := [l['arm'] for l in lines if l['arm'] in study.arms and l['settings'] != plain(study.arms[l['arm']])]:
+        arms, done = study.arms, {l['key'] for l in lines}
+        if other := [l['arm'] for l in lines if l['arm'] in arms and l['settings'] != plain(arms[l['arm']])]:
             raise AuditError(f'{out}: arm {other[0]} was run with other settings: give the new one another name')
-        done = {l['key'] for l in lines}
-        bar = tqdm(total=1 + len(study.seeds)*len(study.arms), initial=len(done), unit='arm', disable=None if progress else True)
+        work = lambda key: out/'.arm_work'/key.replace('|', '_')
+        total, hide = 1 + len(study.seeds)*len(arms), None if progress else True
+        bar = tqdm(total=total, initial=len(done), unit='arm', disable=hide)
         def finish(key, began, **line):
             add_run(out, dict(key=key, **line, seconds=round(time.perf_counter() - began, 1)))
-            shutil.rmtree(out/'.arm_work'/key.replace('|', '_'), ignore_errors=True)
+            shutil.rmtree(work(key), ignore_errors=True)
             bar.update()
         if 'start' not in done:
             began = time.perf_counter()
-            found = measure_rewards(lm, study, [*train, *held], reward, 0, 2*study.samples, out/'.arm_work'/'start')
-            about = dict(prompts=[prompt_hash(t['prompt']) for t in [*train, *held]], kinds=[str(t.get('kind', '')) for t in [*train, *held]], trained=len(train))
-            finish('start', began, arm='start', seed=None, settings={}, after=found, **about)
+            finish('start', began, **_start_line(lm, study, [*train, *held], reward, out), trained=len(train))
         del lm
-        for seed, arm in ((s, a) for s in study.seeds for a in study.arms):
+        for seed, arm in ((s, a) for s in study.seeds for a in arms):
             if (key := f'{arm}|{seed}') in done: continue
             began = time.perf_counter()
-            line = run_rl_arm(study, arm, seed, train, held, reward, out/'.arm_work'/key.replace('|', '_'), progress)
-            finish(key, began, arm=arm, seed=seed, settings=study.arms[arm], **line)
+            line = run_rl_arm(study, arm, seed, train, held, reward, work(key), progress)
+            finish(key, began, arm=arm, seed=seed, settings=arms[arm], **line)
         bar.close()
     return load_runs(out)
 
 # %% ../../nbs/studies/405_rl_study.ipynb #93ce777f
+def _start_line(lm: ScoringModel, study: RLStudy, tasks: list[dict], reward: Reward, out: Path) -> dict:
+    "All prompts before any training, with twice the samples"
+    found = measure_rewards(lm, study, tasks, reward, 0, 2*study.samples, out/'.arm_work'/'start')
+    return dict(arm='start', seed=None, settings={}, after=found, prompts=[prompt_hash(t['prompt']) for t in tasks],
+                kinds=[str(t.get('kind', '')) for t in tasks])
+
 def _identity(study: RLStudy, lm: ScoringModel, tasks: list[dict]) -> dict:
     free = ('out', 'model', 'tasks', 'split', 'architecture', 'seeds', 'arms', 'batch_tokens', 'save_steps')
-    return plain(dict(study={k: v for k, v in asdict(study).items() if k not in free}, weights_hash=weights_hash(lm.model),
-                      tokenizer_hash=lm.provenance['tokenizer_hash'], tasks_hash=prompt_hash(plain(tasks))))
+    kept = {k: v for k, v in asdict(study).items() if k not in free}
+    return plain(dict(study=kept, weights_hash=weights_hash(lm.model), tokenizer_hash=lm.provenance['tokenizer_hash'],
+                      tasks_hash=prompt_hash(plain(tasks))))
 
 def _about(study: RLStudy) -> dict:
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} CPUs, {torch.get_num_threads()} threads'
-    return dict(model=Path(study.model).name, tasks=study.tasks if not Path(study.tasks).exists() else Path(study.tasks).name, hardware=machine,
+    machine = f'{os.cpu_count()} CPUs, {torch.get_num_threads()} threads'
+    if torch.cuda.is_available(): machine = torch.cuda.get_device_name()
+    tasks = Path(study.tasks).name if Path(study.tasks).exists() else study.tasks
+    return dict(model=Path(study.model).name, tasks=tasks, hardware=machine,
                 versions={p: version(p) for p in ('ches_align', 'torch', 'transformers')})
