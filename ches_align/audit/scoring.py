@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import pandas as pd
@@ -171,18 +171,26 @@ def score_dataset(
         source = str(data) if isinstance(data, (str, Path)) else None  # from memory: nowhere to be read again
         about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, form=form,
                      seed=loading.get('seed'), loading=loading, sharing=says, hardware=_hardware(lm))
-        return _score_store(lm, store, plan, out, settings, identity, about, progress, start)
+        return _score_store(lm, store, _Work(plan, settings, identity, about), out, progress, start)
 
 # %% ../../nbs/audit/140_scoring.ipynb #c94ce066
-def _score_store(lm, store, plan, out, settings, identity, about, progress, start) -> pd.DataFrame:
+class _Work(NamedTuple):
+    "What a run is to do, and what its manifest says of it"
+    plan: list[np.ndarray]   # positions of each shard
+    settings: dict[str, Any] # of `score_block`
+    identity: dict[str, Any] # what a run that goes on must share
+    about: dict[str, Any]    # what the manifest tells besides
+
+def _score_store(lm: ScoringModel, store: TokenStore, work: _Work, out: str | Path | None, progress: bool,
+                 start: float) -> pd.DataFrame:
     "Write shards and manifest, or keep the table in memory"
     here = processes()
-    same_everywhere(identity)
-    with _output(out, identity, about) as folder:
-        with errors_of_all(): rows = _score_shards(lm, store, plan, folder, settings, progress)
+    same_everywhere(work.identity)
+    with _output(out, work.identity, work.about) as folder:
+        with errors_of_all(): rows = _score_shards(lm, store, work.plan, folder, work.settings, progress)
         scores = score_table(rows) if folder is None else load_scores(folder)  # all shards are there once all have met
         tokens = (2 * scores.prompt_tokens + scores.chosen_tokens + scores.rejected_tokens)[scores.status == 'ok'].sum()
-        scores.attrs['manifest'] = identity | about | dict(
+        scores.attrs['manifest'] = work.identity | work.about | dict(
             complete=True, seconds=round(time.time() - start, 1), counts=scores.status.value_counts().to_dict(),
             tokens=int(tokens), processes=here.num_processes)
         if folder and here.is_main_process: _write_manifest(folder, scores.attrs['manifest'])
