@@ -71,7 +71,7 @@ def token_store(
     with tempfile.TemporaryDirectory(prefix='ches_align_', ignore_cleanup_errors=True) as folder:
         path = Path(folder)/'tokens.arrow'
         with writing(path): file = pa.ipc.new_file(str(path), SCHEMA)
-        with file:
+        try:
             while some := list(islice(pairs, block)):  # what cannot be read is told by who reads it
                 encoded = encode_pairs(some, tokenizer, max_length, convention, block)
                 digest.update((' ' * bool(sizes) + ' '.join(f'{p.row_id}:{p.row_hash}' for p in some)).encode())
@@ -79,6 +79,7 @@ def token_store(
                 sizes.append(sizes_of(encoded))
                 made = pa.RecordBatch.from_pylist([vars(e) for e in encoded], SCHEMA)
                 with writing(path): file.write_batch(made)
+        finally:
             with writing(path): file.close()
         store = TokenStore(path, sizes, digest.hexdigest()[:16], has_text)
         try: yield store
