@@ -1,5 +1,5 @@
 "Runs that meet markup in the texts, no network, a full disk at any write, a second run, SIGTERM. Nothing is lost."
-import errno, json, os, re, resource, signal, subprocess, sys, threading, time
+import ast, errno, json, os, re, resource, signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from html.parser import HTMLParser
 
@@ -259,11 +259,13 @@ def test_a_signal_is_heard_only_while_a_command_runs(record_property):
     tell(record_property, ['survived']*5)
 
 def test_every_command_ends_in_one_line(record_property):
-    text = ''.join(f.read_text() for f in (ROOT/'ches_align').glob('cli*.py'))
-    commands = re.findall(r'@call_parse\ndef (\w+)\((?:.|\n)*?\n\):\n    ".*"\n(.*)', text)
+    "The first statement of each is `with one_line(ITS NAME)`"
+    trees = [ast.parse(f.read_text()) for f in (ROOT/'ches_align').glob('cli*.py')]
+    commands = [f for tree in trees for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)
+                and 'call_parse' in map(ast.unparse, f.decorator_list)]
     named = re.findall(r'=ches_align\.cli\w*:(\w+)', (ROOT/'settings.ini').read_text())
-    assert sorted(c for c, _ in commands) == sorted(named)
-    assert all(first == f"    with one_line('{c}'):" for c, first in commands)
+    assert sorted(f.name for f in commands) == sorted(named)
+    for f in commands: assert ast.unparse(f.body[1]).startswith(f"with one_line('{f.name}'):"), f.name
     tell(record_property, ['survived']*len(commands))
 
 @pytest.mark.parametrize('which', [signal.SIGTERM, signal.SIGINT])  # a kill: tests/test_cli.py
