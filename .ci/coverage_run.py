@@ -1,12 +1,12 @@
 """Which lines of the exported modules do the notebooks' checks and the tests reach?
 
-    python .ci/coverage_run.py [--least 90]
+    python .ci/coverage_run.py [--least 90] [--notebooks] [--out benchmarks/records/coverage.json]
 
 A notebook defines its exported functions itself, so a plain run would measure nothing of the module. Here the exported
 cells give way to the module's own names: every check of the notebook then meets the installed module. The commands'
 processes are not measured, the functions that they call are. Needs the `coverage` package; takes as long as the tests.
 """
-import argparse, os, re, subprocess, sys
+import argparse, json, os, platform, re, subprocess, sys
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -41,10 +41,21 @@ def run(path: Path) -> str:
     finally: cov.stop(); cov.save()
     return ''
 
+def record(out: Path, notebooks_only: bool, failed: list[str]) -> None:
+    made = subprocess.run([sys.executable, '-m', 'coverage', 'json', '-q', '-o', '-'], cwd=ROOT, capture_output=True)
+    told = json.loads(made.stdout)
+    def numbers(summary): return {k: summary[k] for k in ('num_statements', 'missing_lines')}
+    modules = {name: numbers(f['summary']) for name, f in told['files'].items() if not name.endswith('_modidx.py')}
+    total = {k: sum(m[k] for m in modules.values()) for k in ('num_statements', 'missing_lines')}
+    out.write_text(json.dumps(dict(
+        config=dict(notebooks_only=notebooks_only, flags=[]), versions=dict(python=platform.python_version(),
+        coverage=told['meta']['version']), total=total, failed=failed, modules=modules), indent=1) + '\n')
+
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--least', type=float, default=0, help='fail below this share of lines, in percent')
     ap.add_argument('--notebooks', action='store_true', help='without the tests')
+    ap.add_argument('--out', help='a file for the record: statements, how many are missed, by module')
     args = ap.parse_args()
     def measure(*command): return subprocess.run([sys.executable, '-m', 'coverage', *command], cwd=ROOT).returncode
     measure('erase')
@@ -55,4 +66,5 @@ if __name__ == '__main__':
                 '--ignore=tests/test_notebooks.py')
     measure('combine', '--quiet')
     print(*failed, sep='\n')
+    if args.out: record(Path(args.out), args.notebooks, failed)
     sys.exit(bool(failed) or measure('report', '--skip-covered', '--sort=cover', f'--fail-under={args.least}'))
