@@ -47,9 +47,9 @@ checks: venv
 	$(PY) .ci/write_readme.py --check
 	$(PY) .ci/docs_check.py
 
-# two workers, a file of tests each, one thread a worker: as many as a small machine has cores
+# two workers of one thread: as many as a small machine has cores; which tests stay together: tests/conftest.py
 test: checks
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 docs-check: venv
 	$(PY) .ci/docs_check.py

@@ -3,6 +3,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 # HF_HUB_OFFLINE=0 pytest --flags hub ... overrides
 for name, value in dict(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg', TQDM_DISABLE='1').items():
     os.environ.setdefault(name, value)
@@ -22,6 +24,12 @@ def save_tiny(where: Path) -> Path:
     LlamaForCausalLM(config).save_pretrained(where)
     tokenizer.save_pretrained(where)
     return where
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "On several workers the tests of a file, which share what is slow to make, stay together; a notebook goes anywhere"
+    for item in items:
+        if item.path.stem != 'test_notebooks': item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 def pytest_addoption(parser):
     parser.addoption('--flags', default='', help="run notebook cells with these flags too: --flags 'slow trl'")

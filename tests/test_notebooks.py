@@ -30,7 +30,10 @@ def context():
     if fork: ctx.set_forkserver_preload(['nbdev.test', 'torch', 'transformers', 'matplotlib.pyplot'])
     return ctx
 
-@pytest.mark.parametrize('path', [pytest.param(p, id=p.relative_to(ROOT/'nbs').as_posix()) for p in notebooks(ROOT)])
+# the longest first, so that no worker waits for one at the end
+ORDER = sorted(notebooks(ROOT), key=lambda path: path.parent.name != 'tutorials')
+
+@pytest.mark.parametrize('path', [pytest.param(p, id=p.relative_to(ROOT/'nbs').as_posix()) for p in ORDER])
 def test_notebook(path, context, request):
     skip, force = settings(ROOT)['tst_flags'].split(), request.config.getoption('flags').split()
     with ProcessPoolExecutor(1, mp_context=context) as pool: passed, said = pool.submit(run, path, skip, force).result()
