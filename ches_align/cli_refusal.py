@@ -16,14 +16,12 @@ from typing import Any
 from fastcore.script import Param, call_parse
 
 from .audit.files import AuditError, read_rows
-from .audit.runs import plain, read_object, write_files
+from .audit.runs import json_bytes, plain, read_object, write_files
 from .cli import _quiet, one_line
 
 # %% ../nbs/610_cli_refusal.ipynb #23be2eab
 def _lines(rows: list[dict]) -> bytes:
     return ''.join(json.dumps(plain(r), ensure_ascii=False) + '\n' for r in rows).encode()
-
-def _json(value: dict) -> bytes: return (json.dumps(plain(value), indent=1, ensure_ascii=False) + '\n').encode()
 
 def _fault(row: dict, needs: tuple) -> str:
     "What keeps a row from being used"
@@ -146,7 +144,7 @@ def _judge(rows: list[dict], judge: Any, out: Path, about: dict) -> dict:
     from ches_align.refusal.rates import refusal_summary
     judged = judge_responses(rows, judge, out)
     made = refusal_summary(judged, about | dict(judge=judge.name, template=judge.identity.get('template')))
-    write_files({out/'rows.jsonl': _lines(judged), out/'refusals.json': _json(made)})
+    write_files({out/'rows.jsonl': _lines(judged), out/'refusals.json': json_bytes(made)})
     return made
 
 # %% ../nbs/610_cli_refusal.ipynb #e4494d1f
@@ -245,7 +243,7 @@ def _measure(prompts: str, model: str, out: Path, draw: dict, read: dict, load: 
     _judge_is_there(*judge)
     rows = _generate(prompts, model, out/'generated', draw, read, load, run)
     made = _judge(rows, _make_judge(*judge), out/'judged', _origin(out/'generated'))
-    write_files({out/'refusals.json': _json(made)})
+    write_files({out/'refusals.json': json_bytes(made)})
     if made['undecided_because']: print(summary_text(made), end='\n\n')
 
 # %% ../nbs/610_cli_refusal.ipynb #de229f88

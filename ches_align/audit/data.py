@@ -91,9 +91,13 @@ ALIASES = {
 def _as_messages(value: Text, role: str) -> list[dict]:
     return value if isinstance(value, list) else [dict(role=role, content=value)]
 
+def _joined(row: dict, *columns: str) -> str:
+    "A text that stands in several columns, the empty ones left out"
+    return '\n'.join(row[k] for k in columns if row.get(k))
+
 def _alpacafarm(row: dict) -> tuple[Text, Text, Text]:
     "`instruction input output_1 output_2 preference` (1: the first is preferred)"
-    prompt = '\n'.join(row[k] for k in ('instruction', 'input') if row.get(k))
+    prompt = _joined(row, 'instruction', 'input')
     first, second = (_as_messages(row[k], 'assistant') for k in ('output_1', 'output_2'))
     return [dict(role='user', content=prompt)], *((first, second) if int(row['preference']) == 1 else (second, first))
 
@@ -104,8 +108,8 @@ def _persona(row: dict) -> tuple[Text, Text, Text]:
 # %% ../../nbs/audit/110_data.ipynb #44e7a1f5
 def _with_input(row: dict, instruction: str) -> Text:
     "Alpaca's layout has a part of the prompt in a column of its own"
-    if not (row.get('input') and isinstance(row[instruction], str)): return row[instruction]
-    return '\n'.join((row[instruction], row['input']))
+    text = isinstance(row[instruction], str) and row.get('input')
+    return _joined(row, instruction, 'input') if text else row[instruction]
 
 def _with_system(row: dict, parts: tuple[Text, Text, Text]) -> tuple[Text, Text, Text]:
     "A system text makes a conversation of the row"

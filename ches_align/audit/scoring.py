@@ -7,7 +7,6 @@ __all__ = ['run_identity', 'check_identity', 'score_table', 'load_scores', 'plan
 
 # %% ../../nbs/audit/140_scoring.ipynb #4e9f0210
 import hashlib
-import json
 import math
 import os
 import platform
@@ -28,7 +27,7 @@ from .files import AuditError
 from .hidden_states import default_budget
 from .models import ScoringModel, compile_backbone, load_model, weights_hash
 from .pair_scores import COLUMNS, blank_row, score_block
-from .runs import read_object, write_files, writing
+from .runs import json_bytes, read_object, write_files, writing
 from .shared_prompts import Sizes, choose_sharing
 from .token_store import TokenStore, token_store
 from .workers import (
@@ -65,7 +64,7 @@ def score_table(
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS).sort_values('row_id', ignore_index=True)
 
 def _write_manifest(out: Path, manifest: dict) -> None:
-    write_files({out/'manifest.json': (json.dumps(manifest, indent=1, ensure_ascii=False) + '\n').encode()})
+    write_files({out/'manifest.json': json_bytes(manifest)})
 
 def load_scores(
     path: str | Path,  # a run's folder, its `scores` folder, or one Parquet file

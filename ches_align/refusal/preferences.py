@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterable, Sequence
 
 from ..audit.data import parse_dialogue
 from ..audit.files import AuditError, read_rows
-from ..audit.runs import plain, write_files
+from ..audit.runs import json_bytes, plain, write_files
 from ..rl.sampling import prompt_hash, row_seed
 
 # %% ../../nbs/refusal/360_preferences.ipynb #68268ea9
@@ -188,5 +188,5 @@ def write_preferences(
     counts = {name: len(rows) for name, rows in files.items()}
     summary = dict(**(about or {}), seed=seed, test=test, counts=counts)
     written = {Path(out).expanduser()/f'{name}.jsonl': text(rows) for name, rows in files.items()}
-    write_files(written | {Path(out).expanduser()/'split.json': (json.dumps(plain(summary), indent=1) + '\n').encode()})
+    write_files(written | {Path(out).expanduser()/'split.json': json_bytes(summary)})
     return counts

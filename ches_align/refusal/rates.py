@@ -7,13 +7,12 @@ __all__ = ['value_hash', 'refusal_summary', 'summary_text', 'compare_summaries']
 
 # %% ../../nbs/refusal/351_rates.ipynb #15cd32b4
 import hashlib
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any, Sequence
 
 from ..audit.files import AuditError
-from ..audit.runs import plain, read_object
+from ..audit.runs import json_bytes, plain, read_object
 from .judges import refusal_rate
 from ..rl.sampling import prompt_hash
 
@@ -22,8 +21,7 @@ def value_hash(
     value: Any, # whatever `plain` makes JSON of
 ) -> str:       # 16 hex digits
     "Hash of a value's content."
-    text = json.dumps(plain(dict(value=value)), indent=1, ensure_ascii=False) + '\n'
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json_bytes(dict(value=value))).hexdigest()[:16]
 
 def refusal_summary(
     judged: Sequence[dict], # from `judge_responses`

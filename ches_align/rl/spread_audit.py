@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..audit.files import AuditError
 from ..audit.models import ScoringModel
-from ..audit.runs import add_run, open_runs, plain, write_files
+from ..audit.runs import add_run, json_bytes, open_runs, plain, write_files
 from ..audit.workers import first_alone, main_writer
 from .generation import generate_responses
 from .rewards import Reward, call_reward
@@ -190,5 +190,5 @@ def write_spread(
     lines = ''.join(json.dumps(plain(r), ensure_ascii=False) + '\n' for r in rows)
     write_files({out/'table.csv': table.drop(columns='prompt').to_csv(index=False).encode(),
                  out/'rows.jsonl': lines.encode(),
-                 out/'summary.json': (json.dumps(plain(summary), indent=1, ensure_ascii=False) + '\n').encode()})
+                 out/'summary.json': json_bytes(summary)})
     return summary

@@ -25,7 +25,7 @@ from ..audit.data import pair_texts
 from ..audit.files import AuditError
 from ..audit.models import ScoringModel, wrap_model
 from ..audit.pair_scores import score_block
-from ..audit.runs import plain, read_object, write_files, writing
+from ..audit.runs import json_bytes, plain, read_object, write_files, writing
 from ..audit.scoring import load_scores
 from .comparison import COMPARED, compare
 from .displacement import Rule, draw_history, step_metrics
@@ -135,7 +135,7 @@ def _open(tracker: DisplacementTracker, model: nn.Module, step: int, twice: Sequ
                             rows=[p.row_id for p in tracker.pairs])
     with writing(tracker.out): tracker.out.mkdir(parents=True, exist_ok=True)
     tracker.baseline.save(tracker.out/'baseline.safetensors')
-    write_files({tracker.out/'manifest.json': (json.dumps(plain(tracker.manifest), indent=1) + '\n').encode()})
+    write_files({tracker.out/'manifest.json': json_bytes(tracker.manifest)})
 
 # %% ../../nbs/training/230_tracker.ipynb #181bce30
 HISTORY = ['step', 'seconds', 'chosen_logps', 'rejected_logps', *COMPARED]
@@ -290,7 +290,7 @@ def summary(self: DisplacementTracker) -> dict[str, Any]:
 def close(self: DisplacementTracker) -> str:
     "Write plot, worst pairs and summary; return one line for people"
     made, picture = self.summary(), io.BytesIO()
-    files = {self.out/'summary.json': (json.dumps(made, indent=1) + '\n').encode()}
+    files = {self.out/'summary.json': json_bytes(made)}
     with suppress(AuditError):
         self.plot().savefig(picture, format='png', dpi=110)
         files[self.out/'displacement.png'] = picture.getvalue()

@@ -29,7 +29,7 @@ from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair
 from ..audit.model_files import EMBEDDED
 from ..audit.models import ScoringModel, load_model
-from ..audit.runs import plain, read_object, write_files
+from ..audit.runs import json_bytes, plain, read_object, write_files
 from .callback import DisplacementCallback
 from .config import config_dict, load_config, needs_reference
 from ..audit.workers import processes
@@ -143,7 +143,7 @@ def _hardware() -> str:
 
 def _write(out: Path, manifest: dict) -> None:
     if processes().is_main_process:
-        write_files({out/'manifest.json': (json.dumps(manifest, indent=1, ensure_ascii=False) + '\n').encode()})
+        write_files({out/'manifest.json': json_bytes(manifest)})
 
 def _begin(config: TrainConfig, resume: bool, lm: ScoringModel, data: RunData) -> dict:
     "Open the folder, all processes hearing of a refusal; the manifest, of an earlier session if there was one"
