@@ -119,6 +119,7 @@ def _pair_rows(study: RefusalStudy, lm: ScoringModel, prompts: Sequence, seed: i
     rows = generate_responses(lm, [p['prompt'] for p in prompts], drawn, out/'responses', progress=progress)
     return [dict(id=prompts[r['prompt_index']]['id']) | r for r in rows]
 
+# %% ../../nbs/studies/402_refusal.ipynb #ce04526e
 def open_refusal_bench(
     study: RefusalStudy,
     lm: ScoringModel,        # the start

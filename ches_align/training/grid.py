@@ -157,6 +157,7 @@ def _start(lm: ScoringModel, cfg: SinglePromptConfig, start: Start, pair: PairSp
                          f'{start.until}; more epochs or a larger learning_rate')
     return steps
 
+# %% ../../nbs/training/280_grid.ipynb #9c73da5b
 def run_grid(
     cfg: SinglePromptConfig,
     lm: ScoringModel | None = None, # loaded from `cfg.model` in fp32 when not given

@@ -112,6 +112,7 @@ def _set_aside(tracker: DisplacementTracker) -> None:
     with writing(kept): path.rename(kept)
     tracker.tell(f'{tracker.out} holds the history of an earlier run: it is kept as {kept.name}')
 
+# %% ../../nbs/training/230_tracker.ipynb #2a11e2aa
 def _open(tracker: DisplacementTracker, model: nn.Module, step: int, twice: Sequence[ProbeState]) -> None:
     "Baseline, noise floor and what an earlier part of the run left"
     if not all(t.isfinite().all() for t in (twice[0].sums, twice[1].sums)):
