@@ -14,6 +14,7 @@ os.environ.setdefault('TQDM_DISABLE', '1')   # a bar's timing would differ in ev
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ['IN_TEST'] = '1'
 
+from evidence import install
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
 from fastcore.xtras import working_directory
@@ -35,7 +36,7 @@ def visible(outputs):
     return [{k: v for k, v in o.items() if k in ('data', 'text', 'output_type', 'name')} for o in outputs]
 
 def run(path, flags, check):
-    nb, shell = read_nb(path), CaptureShell(path, mpl_format='png')
+    nb, shell = read_nb(path), install(CaptureShell)(path, mpl_format='png')
     stale = []
     with working_directory(path.parent):
         for i, cell in enumerate(nb.cells):

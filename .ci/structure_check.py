@@ -5,11 +5,13 @@
 A notebook `nbs/PART/NNN_name.ipynb` exports to `PART/name.py`; its exported cells import only from smaller numbers,
 name by name. `nbdev_clean` and `nbdev_export` would change nothing, every module comes from a notebook, and ruff
 finds no undefined name: a function that reads a notebook's variable passes in the notebook and fails in its module.
+No check compares by `zip`, compares a thing with itself, or accepts any error (`evidence.py`).
 """
 import ast, json, re, subprocess, sys
 from collections import defaultdict
 from pathlib import Path
 
+from evidence import blind_checks
 from project import EXPORT, ROOT, cells, notebooks, python, scratch, settings, tell
 
 def default_exp(path: Path) -> str | None:
@@ -109,6 +111,18 @@ def lint(root: Path) -> list[str]:
         faults.append(f"{path.relative_to(root.resolve())}:{at['row']}: {found['code']} {found['message']}")
     return faults
 
-def check(root: Path) -> list[str]: return numbering(root) + unchanged(root) + lint(root)
+def blind(root: Path) -> list[str]:
+    "Checks of notebooks and tests that pass whatever the code does"
+    sources = [(f'{path.relative_to(root)}: cell {i}', cell.source) for path in notebooks(root)
+               for i, cell in enumerate(cells(path)) if cell.cell_type == 'code' and not cell.source.startswith('%')]
+    sources += [(str(path.relative_to(root)), path.read_text('utf-8')) for path in sorted((root/'tests').glob('*.py'))]
+    faults = []
+    for where, source in sources:
+        try: found = blind_checks(ast.parse(source))
+        except SyntaxError: continue  # `numbering` and the run of the notebook tell
+        faults += [f'{where}: line {line}: {why}' for line, why in found]
+    return faults
+
+def check(root: Path) -> list[str]: return numbering(root) + blind(root) + unchanged(root) + lint(root)
 
 if __name__ == '__main__': tell(check(ROOT), 'structure')

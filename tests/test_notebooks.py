@@ -1,7 +1,7 @@
 """Every notebook as a test: what `nbdev_test` does, with a traceback and a line in the result for each.
 
 Each runs in a process of its own, forked from one that has the heavy imports behind it: nothing that a notebook sets
-reaches the next one, its memory goes with it, and torch is imported once.
+reaches the next one, its memory goes with it, and torch is imported once. A check that looks at nothing fails.
 """
 import contextlib
 import io
@@ -16,7 +16,9 @@ LIMIT = 900  # seconds: a notebook takes 30 without flags; with them it may trai
 
 def run(path, skip, force):
     "Execute a notebook; what it says on stderr, with the traceback of the cell that failed"
+    from evidence import install
     from nbdev import test
+    test.CaptureShell = install(test.CaptureShell)
     if not force and hasattr(signal, 'alarm'): signal.alarm(LIMIT)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
