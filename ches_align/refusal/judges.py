@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 
@@ -23,6 +24,7 @@ from ..audit.models import ScoringModel, load_model
 from ..audit.runs import add_run, only_writer, open_runs
 from ..rl.generation import generate_responses
 from ..rl.sampling import Sampling, encode_prompts, prompt_hash
+from ..rl.source_identity import source_identity
 from ..training.displacement import DELIVERY_PATTERN, REFUSAL_PATTERNS, is_refusal
 
 # %% ../../nbs/refusal/350_judges.ipynb #7d0fb349
@@ -130,7 +132,7 @@ class ChatJudge:
         digest = hashlib.sha256(template.encode()).hexdigest()[:16]
         kept = {k: v for k, v in self.lm.provenance.items() if k not in ('model', 'revision')}
         self.identity = dict(judge='chat', template=digest, chat=chat, max_new_tokens=max_new_tokens,
-                             parse=parse.__qualname__, **kept)
+                             parse=source_identity(parse)['source'], **kept)
 
     def ask(self, row: dict) -> str: # the question put to the judge
         fill = dict(zip([m[0] for m in self.fields if m], (_as_text(row['prompt']), row['response'])))
@@ -198,10 +200,15 @@ def judge_responses(
     if not rows: raise AuditError('no responses to judge')
     name = getattr(judge, 'name', type(judge).__name__)
     whole = hashlib.sha256(json.dumps([[prompt_hash(r.get('prompt')), r.get('response')] for r in rows]).encode())
-    identity = getattr(judge, 'identity', dict(judge=name))
-    identity = identity | dict(responses_hash=whole.hexdigest()[:16], rows=len(rows))
+    identity = dict(getattr(judge, 'identity', dict(judge=name)))
+    code = source_identity(judge)
+    identity |= dict(judge_code=code['source'], responses_hash=whole.hexdigest()[:16], rows=len(rows))
+    about = dict(name=name, judge_unseen=code['unseen'])
     with only_writer(out) as folder:
-        have = {v['row']: v for v in (open_runs(folder, identity, dict(name=name), 'judged') if folder else [])}
+        have = {v['row']: v for v in (open_runs(folder, identity, about, 'judged') if folder else [])}
+        if have and code['unseen']:
+            warnings.warn(f"{out}: the verdicts there are kept, though nobody can see whether {', '.join(code['unseen'])} "
+                          'of the judge changed; name another folder if it did')
         todo = [i for i in range(len(rows)) if have.get(i, dict(judge_error='new'))['judge_error']]
         for some in (todo[k:k + batch] for k in range(0, len(todo), batch)):
             made = {i: Verdict(None, '', no_text(rows[i].get('response'))) for i in some}
