@@ -15,6 +15,7 @@ from typing import Any, Callable, Sequence
 
 from ..audit.data import Text, dialogue_text
 from ..audit.files import AuditError
+from .source_identity import callable_name, source_identity
 
 # %% ../../nbs/rl/320_rewards.ipynb #7695d807
 Reward = Callable[..., Sequence[float | None]]
