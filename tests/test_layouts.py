@@ -102,7 +102,7 @@ def test_the_order_of_rows_means_nothing(tmp_path):
     implicit = [row for name, (row, _) in LAYOUTS.items() if 'implicit' in name]
     texts = [r for r in texts if r not in implicit]  # beside others they have a column `prompt`, which is empty
     assert content(load_pairs(write(tmp_path/'a.csv', texts)))[:-1] == content(load_pairs(texts))[:-1]
-    assert content(load_pairs(Dataset.from_list(texts)))[:-1] == content(load_pairs(texts))[:-1]
+    assert content(load_pairs(Dataset.from_pandas(pd.DataFrame(texts))))[:-1] == content(load_pairs(texts))[:-1]
 
 def test_rows_without_a_layout(tmp_path):
     "Flagged where others have one, however late; refused where none has"

@@ -101,6 +101,7 @@ def _as_messages(value: Text, role: str) -> list[dict]:
 
 class _Unfit(ValueError):
     "A row that is no pair by its layout: a word for counting, and what stands where"
+    parts: tuple | None = None # the texts to show all the same
 
 def _filled(value: Any) -> bool:
     "Whether a cell holds anything; a number that is missing (NaN) does not equal itself"
@@ -130,7 +131,10 @@ def _alpacafarm(row: dict) -> tuple[Text, Text, Text]:
     "`instruction input output_1 output_2 preference` (1: the first is preferred, 2: the second)"
     prompt = [dict(role='user', content=_joined(row, 'instruction', 'input'))]
     first, second = (_as_messages(row[k], 'assistant') for k in ('output_1', 'output_2'))
-    return (prompt, first, second) if _prefers_first(row['preference']) else (prompt, second, first)
+    try: return (prompt, first, second) if _prefers_first(row['preference']) else (prompt, second, first)
+    except _Unfit as e:
+        e.parts = prompt, first, second
+        raise
 
 def _persona(row: dict) -> tuple[Text, Text, Text]:
     "Anthropic's model-written evaluations: the answer that does *not* match the behaviour is preferred"
@@ -423,7 +427,8 @@ def _row_pair(row_id: int, row: dict, layouts: _Layouts, chat: bool) -> Pair:
         try: return layout(cells)
         except _Unfit as e:
             reasons.append(e)
-            raise
+            if e.parts is None: raise
+            return e.parts
     try: layout, used = layouts(row)
     except _Unfit as e: return _flagged(row_id, row, e, chat)
     pair = make_pair(row_id, row, convert, used, chat)
