@@ -239,12 +239,16 @@ def test_what_holds_no_rows(source):
     with pytest.raises(AuditError) as told: load_pairs(source)
     assert '\n' not in str(told.value)
 
-def test_a_row_may_not_be_nested_without_end(tmp_path):
+def test_a_row_that_is_nested_without_end_is_flagged(tmp_path):
     deep = lambda n: json.loads('['*n + ']'*n)
     row = dict(prompt='q', chosen='a', rejected='b')
     assert load_pairs([row | dict(x=deep(60))])[0].extra['x'] == deep(60)
-    for source in ([row, row | dict(x=deep(600))], write(tmp_path/'deep.jsonl', [row, row | dict(x=deep(600))])):
-        with pytest.raises(AuditError, match="row 1: column 'x' is nested deeper than 100"): load_pairs(source)
+    rows = [row, row | dict(x=deep(600)), row | dict(chosen=deep(600)), row | dict(x=dict(y=deep(300)))]
+    for source in (rows, write(tmp_path/'deep.jsonl', rows)):
+        pairs = load_pairs(source)
+        assert [p.problem for p in pairs] == ['', 'too_deep', 'too_deep', 'too_deep']
+        assert pairs[1].detail == 'x is nested deeper than 100 levels' and not any('x' in p.extra for p in pairs)
+        with pytest.raises(AuditError, match="row 1: column 'x' is nested deeper than 100"): list(read_rows(source))
 
 def test_images_are_flagged_and_sounds_told():
     row = dict(prompt='q', chosen='a', rejected='b')

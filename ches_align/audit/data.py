@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 from warnings import warn
 
-from .files import AuditError, read_rows, shorten
+from .files import DEPTH, AuditError, deep_column, read_rows, shorten
 
 # %% ../../nbs/audit/110_data.ipynb #1cec9b9e
 Text = str | list[dict[str, str]]  # plain text, or messages with `role` and `content`
@@ -422,6 +422,9 @@ def _flagged(row_id: int, row: dict, reason: _Unfit, chat: bool) -> Pair:
 
 def _row_pair(row_id: int, row: dict, layouts: _Layouts, chat: bool) -> Pair:
     "One row by its own layout"
+    if (deep := deep_column(row)) is not None:
+        reason = _Unfit('too_deep', f'{deep} is nested deeper than {DEPTH} levels')
+        return _flagged(row_id, {k: v for k, v in row.items() if deep_column({k: v}) is None}, reason, chat)
     reasons: list[_Unfit] = []
     def convert(cells):
         try: return layout(cells)
@@ -460,10 +463,10 @@ def iter_pairs(
     drawn, once = None, isinstance(source, Iterator)
     if limit is not None and seed is not None:  # one pass to count, one to take
         if once: source, once = list(source), False
-        n = sum(1 for _ in read_rows(source, split))
+        n = sum(1 for _ in read_rows(source, split, any_depth=True))
         drawn = set(random.Random(seed).sample(range(n), min(limit, n)))
     layouts, told = _Layouts(parse_columns(columns), chat), set()
-    read = lambda: islice(read_rows(source, split), limit if drawn is None else None)
+    read = lambda: islice(read_rows(source, split, any_depth=True), limit if drawn is None else None)
     for i, row in enumerate(_open_rows(read, once, layouts, where)):
         if drawn is not None and i not in drawn: continue
         yield _row_pair(i, row, layouts, chat)

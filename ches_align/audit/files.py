@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOMB', 'UNPACKERS', 'LINE', 'READERS', 'FORMATS', 'SPLIT_WORDS', 'NOT_DATA', 'DEPTH', 'AuditError', 'shorten',
-           'read_jsonl', 'data_suffix', 'read_rows']
+           'read_jsonl', 'data_suffix', 'deep_column', 'read_rows']
 
 # %% ../../nbs/audit/100_files.ipynb #659a2afe
 import bz2
@@ -296,7 +296,7 @@ def _read_hub(name: str, split: str | None) -> Iterator[dict]:
 # %% ../../nbs/audit/100_files.ipynb #8f3d05b2
 DEPTH = 100  # levels of lists and dictionaries in a row
 
-def _too_deep(row: dict) -> bool:
+def _too_deep(row: Mapping) -> bool:
     level: list[Any] = [row]
     for _ in range(DEPTH):
         inner: list[Any] = []
@@ -305,14 +305,19 @@ def _too_deep(row: dict) -> bool:
         if not level: return False
     return True
 
-def _checked(rows: Iterable[Any], where: str) -> Iterator[dict]:
-    "Rows that are dictionaries of a sane depth"
+def deep_column(
+    row: Mapping[str, Any], # of a source
+) -> str | None:
+    "The first column of a row that is nested deeper than `DEPTH` levels, if one is."
+    return next((str(k) for k, v in row.items() if _too_deep({k: v})), None) if _too_deep(row) else None
+
+def _checked(rows: Iterable[Any], where: str, any_depth: bool) -> Iterator[dict]:
+    "Rows that are dictionaries, none of them nested without end"
     for n, row in enumerate(rows):
         if not isinstance(row, Mapping): raise AuditError(
             f'{where}, row {n}: {type(row).__name__}, where a dictionary of columns is needed')
         row = row if isinstance(row, dict) else dict(row)
-        if _too_deep(row):
-            name = next(str(k) for k, v in row.items() if _too_deep({k: v}))
+        if not any_depth and (name := deep_column(row)) is not None:
             raise AuditError(f'{where}, row {n}: column {shorten(name, 80)!r} is nested deeper than {DEPTH} levels; '
                              'leave it out')
         yield row
@@ -332,7 +337,7 @@ def _frame_rows(frame: Any) -> Iterator[dict]:
         yield dict(zip(names, map(_plain_cell, cells)))
 
 # %% ../../nbs/audit/100_files.ipynb #d96b48e7
-def _python_rows(source: Any, split: str | None) -> Iterator[dict]:
+def _python_rows(source: Any, split: str | None) -> Iterator[Any]:
     "Rows of an object: one data set, or several by split"
     kind = type(source).__name__
     if isinstance(source, Mapping):
@@ -343,35 +348,41 @@ def _python_rows(source: Any, split: str | None) -> Iterator[dict]:
     if split and split != str(getattr(source, 'split', None)):
         raise AuditError(f'{kind}: one data set has no splits; leave split={split!r} out')
     if 'pandas' in sys.modules and isinstance(source, sys.modules['pandas'].DataFrame):
-        return _checked(_frame_rows(source), kind)
+        return _frame_rows(source)
     if hasattr(source, 'to_batches'):  # an Arrow table, as `_whole` reads one; a data set has no such method
-        return _checked(chain.from_iterable(batch.to_pylist() for batch in source.to_batches()), kind)
-    if hasattr(source, 'to_dicts'): return _checked(source.to_dicts(), kind)  # a polars frame
+        return chain.from_iterable(batch.to_pylist() for batch in source.to_batches())
+    if hasattr(source, 'to_dicts'): return iter(source.to_dicts())  # a polars frame
     if source is None or isinstance(source, (bytes, bytearray)) or not hasattr(source, '__iter__'):
         raise AuditError(f"{kind}: no data; give 'sample', a path, a hub name, a data set or a list of dictionaries")
-    return _checked(source, kind)
+    return iter(source)
 
 # %% ../../nbs/audit/100_files.ipynb #f020b167
-def read_rows(
-    source: Any,               # 'sample', a path, a hub name, a `datasets` object, a frame or any iterable of dicts
-    split: str | None = None,  # which split, where there are several
-) -> Iterator[dict]:           # the rows as they are
-    "Read rows from wherever they are. Raises `AuditError` with file and line."
-    if not isinstance(source, (str, os.PathLike)): return _python_rows(source, split)
+def _named_rows(source: str | os.PathLike, split: str | None) -> Iterator[dict]:
+    "Rows of the sample, a file, a folder or a hub name"
     if str(source) == 'sample':
         if split: raise AuditError(f'sample: one file has no splits; leave --split {split} out')
         from importlib.resources import files
         return read_jsonl(Path(str(files('ches_align')/'samples'/'pairs.jsonl')))
     try:
         path = Path(source).expanduser()
-        if path.is_dir(): return _checked(_read_folder(path, split), str(path))
+        if path.is_dir(): return _read_folder(path, split)
         size = path.stat().st_size if path.exists() else None
     except (OSError, RuntimeError) as e:  # a name that is too long, a user that is not there, a folder that is closed
         raise AuditError(f"{shorten(str(source), 300)}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
     known = data_suffix(path)
-    if size is None and not known: return _checked(_read_hub(str(source), split), str(source))
+    if size is None and not known: return _read_hub(str(source), split)
     if not known: raise AuditError(f'{path}: unknown format; known: {FORMATS}')
     if size is None: raise AuditError(f'{path}: no such file')
     if not size: raise AuditError(f'{path}: the file is empty')
     if split: raise AuditError(f'{path}: one file has no splits; leave --split {split} out, or name the folder')
-    return _checked(_read_file(path), str(path))
+    return _read_file(path)
+
+def read_rows(
+    source: Any,               # 'sample', a path, a hub name, a `datasets` object, a frame or any iterable of dicts
+    split: str | None = None,  # which split, where there are several
+    any_depth: bool = False,   # also rows that are nested deeper than `DEPTH` levels
+) -> Iterator[dict]:           # the rows as they are
+    "Read rows from wherever they are. Raises `AuditError` with file and line."
+    named = isinstance(source, (str, os.PathLike))
+    rows = _named_rows(source, split) if named else _python_rows(source, split)
+    return _checked(rows, str(source) if named else type(source).__name__, any_depth)
