@@ -116,7 +116,8 @@ class Bench:
 def study_rows(study: SubsetStudy, tokenizer: Any, longest: int | None,
                ) -> tuple[list[Pair], dict[int, EncodedPair], dict[str, int]]:
     "Pairs, the usable ones in token ids, and why others are not"
-    pairs = load_pairs(study.data, study.split, study.columns, study.sample, study.sample_seed, chat=study.chat)
+    seed = None if study.sample is None else study.sample_seed
+    pairs = load_pairs(study.data, study.split, study.columns, study.sample, seed, chat=study.chat)
     encoded = encode_pairs(pairs, tokenizer, None if study.short else longest)
     flagged: dict[str, int] = {}
     for e in encoded:

@@ -36,7 +36,7 @@ def load_probes(
 ) -> tuple[list[Pair], list[EncodedPair]]: # the pairs that can be measured; warns of the others
     "Probe pairs, tokenised. Raises `AuditError` when none can be measured or a pair comes twice."
     given = isinstance(source, (list, tuple)) and source and isinstance(source[0], Pair)
-    pairs = list(source) if given else load_pairs(source, limit=limit, seed=seed)
+    pairs = list(source) if given else load_pairs(source, limit=limit, seed=None if limit is None else seed)
     encoded = encode_pairs(pairs, tokenizer, max_length)
     if bad := [f'{e.row_id} ({e.status})' for e in encoded if e.status != 'ok']:
         if len(bad) == len(pairs): raise AuditError(f'no probe pair can be measured: rows {", ".join(bad[:5])}')
