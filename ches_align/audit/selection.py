@@ -147,8 +147,8 @@ def merge_extra(
     scores: pd.DataFrame,  # the score table
     pairs: Iterable[Pair], # the data
     column: str,           # a column of the data's rows
-) -> pd.DataFrame:         # a copy of the scores with that column; as `data:NAME` where the scores have one of that name
-    "Bring a column of the data into the scores. Raises `AuditError` when no row of the data has it."
+) -> pd.DataFrame:         # a copy of the scores with that column
+    "Bring a column of the data in, as `data:NAME` where the scores have that name too. Raises `AuditError` when no row of the data has it."
     found, names = {}, set()
     for p in pairs:
         names |= p.extra.keys()
