@@ -73,8 +73,9 @@ def _trl_lengths(selection: pd.DataFrame, kept: pd.Series, run: dict[str, Any]) 
     rows = selection[kept]
     length = rows.prompt_tokens + rows[['chosen_tokens', 'rejected_tokens']].max(axis=1)
     cut = rows.reindex(columns=['chosen_truncated', 'rejected_truncated']).eq(True).any(axis=1)
-    return dict(max_length=TRL_LENGTH, longer=(length > TRL_LENGTH).sum(), dropped=(rows.prompt_tokens >= TRL_LENGTH).sum(),
-                longest=length.max(), cut_when_scored=cut.sum(), scored_max_length=run.get('max_length'))
+    return dict(max_length=TRL_LENGTH, longer=(length > TRL_LENGTH).sum(),
+                dropped=(rows.prompt_tokens >= TRL_LENGTH).sum(), longest=length.max(), cut_when_scored=cut.sum(),
+                scored_max_length=run.get('max_length'))
 
 def _length_advice(trl: dict[str, Any]) -> list[str]:
     "What to tell the trainer about length"
@@ -205,7 +206,7 @@ def write_selection(
     weights: bool = False,      # add the `weight` column (plain TRL passes over it)
     batch_size: int = 32,       # for the steps in the card
 ) -> dict[str, Any]:            # the card
-    "Write the kept pairs for TRL, and the drop card. Raises `AuditError`: other data, a file that is read, no room, ..."
+    "Write the kept pairs for TRL, and the drop card. Raises `AuditError`: other data, a file that is read ..."
     sources = [getattr(pairs, 'source', None), selection.attrs.get('manifest', {}).get('data'), *run_files(selection)]
     out, format = check_kept(out, sources, format)
     survey = survey_data(selection, pairs)

@@ -148,7 +148,7 @@ def merge_extra(
     pairs: Iterable[Pair], # the data
     column: str,           # a column of the data's rows
 ) -> pd.DataFrame:         # a copy of the scores with that column
-    "Bring a column of the data in, as `data:NAME` where the scores have that name too. Raises `AuditError` when no row of the data has it."
+    "Bring a column in, as `data:NAME` where the scores have that name. Raises `AuditError` when no row has it."
     found, names = {}, set()
     for p in pairs:
         names |= p.extra.keys()

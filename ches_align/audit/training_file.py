@@ -282,7 +282,7 @@ def encode_rows(
 def parquet_bytes(
     rows: list[dict[str, Any]],       # the same keys in each
 ) -> tuple[bytes, dict[str, str]]:    # a file's content; column -> how it was rewritten
-    "Rows as Parquet; a column that has no type of its own becomes JSON as text. Raises `AuditError` for what TRL reads."
+    "Rows as Parquet; a column that has no type becomes JSON as text. Raises `AuditError` for what TRL reads."
     import pyarrow as pa, pyarrow.parquet as pq
     columns, told = {}, {}
     for name in rows[0] if rows else ():
@@ -291,7 +291,8 @@ def parquet_bytes(
             columns[name] = _array(values)
             pq.write_table(pa.table({name: columns[name][:0]}), pa.BufferOutputStream())  # a struct without fields
         except (pa.ArrowException, OverflowError, TypeError, ValueError, RecursionError) as e:
-            if name in SIDES: raise AuditError(f'{name}: Parquet has no type for these messages ({str(e)[:200]})') from None
+            if name in SIDES:
+                raise AuditError(f'{name}: Parquet has no type for these messages ({str(e)[:200]})') from None
             columns[name], told[name] = pa.array(map(_json_text, values)), REWRITTEN['json']
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
