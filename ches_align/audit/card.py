@@ -82,8 +82,8 @@ def _length_advice(trl: dict[str, Any]) -> list[str]:
     lines = []
     if trl['longer']:
         lost = f", and drops {trl['dropped']} of them, whose prompt is as long" if trl['dropped'] else ''
-        lines.append(f"{trl['longer']} kept rows are longer than {trl['max_length']} tokens, where TRL cuts them unless "
-                     f"told otherwise{lost}: train with DPOConfig(max_length={trl['longest']}).")
+        lines.append(f"{trl['longer']} kept rows are longer than {trl['max_length']} tokens, where TRL cuts them "
+                     f"unless told otherwise{lost}: train with DPOConfig(max_length={trl['longest']}).")
     if trl['cut_when_scored']:
         lines.append(f"{trl['cut_when_scored']} kept rows were cut at {trl['scored_max_length'] or 'max_length'} tokens "
                      'when they were scored: train with that max_length, so that it is on what was scored.')

@@ -195,8 +195,8 @@ def score_dataset(
     if given and any(v not in (None, False) for v in loading.values()):
         raise AuditError(f"{', '.join(loading)}: pairs that are loaded already are scored as they are")
     pairs = iter(data) if given else iter_pairs(data, **loading)
-    if out is not None: first_alone(lambda: refuse_unwritable(out))
     pairs = chain([next(pairs)], pairs)  # what is wrong with the data is told before the model is loaded
+    if out is not None: first_alone(lambda: refuse_unwritable(out))
     here = processes()
     if here.num_processes > 1:
         device = device or str(here.device)  # auto, which spreads one model over all GPUs, is for one process
