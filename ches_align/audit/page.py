@@ -21,6 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rapidfuzz.distance import Levenshtein
 
+from .options import printable
+
 # %% ../../nbs/audit/151_page.ipynb #0e95b475
 def short_number(
     x: float | None, # None and NaN are nothing
@@ -40,9 +42,9 @@ def percent(
 def md_escape(
     value: Any, # what is marked safe passes
 ) -> str:       # on one line
-    "A value as literal text for Markdown and the HTML inside it."
+    "A value as literal text for Markdown and the HTML inside it; control characters are shown."
     if isinstance(value, Markup): return value
-    text = html.escape(str(value), quote=False)
+    text = html.escape(printable(value, keep='\n\r\t'), quote=False)
     return re.sub(r'\s+', ' ', re.sub(r'([\\`*_{}\[\]#|~!$])', r'\\\1', text))
 
 def mark_differences(

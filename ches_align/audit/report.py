@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SELECTORS', 'TOP', 'NEAR', 'ADVICE', 'selector_values', 'flagged_rows', 'summarise', 'selector_table', 'composition',
-           'worst_pairs', 'best_pairs', 'recommendations', 'audit_report']
+           'worst_pairs', 'best_pairs', 'recommendations', 'check_report_targets', 'audit_report']
 
 # %% ../../nbs/audit/160_report.ipynb #b4d42fd9
 import json
@@ -19,13 +19,13 @@ import numpy as np
 import pandas as pd
 import yaml
 from jinja2 import Environment, PackageLoader
-from scipy.stats import binomtest
 
 from .data import Pair, pair_texts
 from .files import AuditError
 from .page import (
     figure_png, histogram, length_scatter, mark_differences, md_escape, percent, short_number)
-from .runs import plain, write_files
+from .options import path_of, printable, whole
+from .runs import plain, refuse_sources, refuse_strangers, write_files
 
 # %% ../../nbs/audit/160_report.ipynb #a5bdbfa0
 SELECTORS = ('ln_ches', 'ches', 'head_ches', 'last_hidden_inner', 'neg_edit_distance', 'length', 'logp_gap')
@@ -42,9 +42,12 @@ def selector_values(
     values = values.replace([np.inf, -np.inf], np.nan).astype(float)
     return values[[c for c in values if c == 'ln_ches' or values[c].notna().any()]]
 
-def _in_top(values):
-    "True in the highest fifth of each column, rounded up; ties broken by position"
-    return values.rank(method='first') > len(values) - math.ceil(TOP * len(values))
+def _in_top(values: pd.Series) -> pd.Series:
+    "Chance of each row to be in the highest fifth, rounded up: 1, 0, or between them where a tie has to be broken"
+    size = min(math.ceil(TOP * len(values)), values.count())
+    below = values.rank(method='min') - 1             # rows that lie lower
+    tied = values.groupby(values).transform('size')   # rows of the same value
+    return ((below + tied - (values.count() - size)) / tied).clip(0, 1).fillna(0.)
 
 # %% ../../nbs/audit/160_report.ipynb #aa1c88f3
 ADVICE = yaml.safe_load(files('ches_align').joinpath('templates/advice.yml').read_text('utf-8'))
@@ -81,14 +84,19 @@ def summarise(
         manifest=manifest))
 
 # %% ../../nbs/audit/160_report.ipynb #98346c06
+def _overlap(chance: pd.DataFrame, size: int) -> pd.DataFrame:
+    "Expected share of the highest `size` rows of one column that another has too; a column has all of its own"
+    shared = pd.DataFrame(chance.T @ chance / max(size, 1))
+    own = np.eye(len(shared), dtype=bool) & bool(size)
+    return shared.mask(own, chance.sum() / max(size, 1), axis=0)
+
 def selector_table(
     scores: pd.DataFrame, # from `load_scores`
 ) -> dict:                # top, rows, agreement (one entry a selector), spearman and both overlaps as {a: {b: value}}
     "Rank correlation and overlap of the selectors; `agreement` is empty for fewer than three scored rows."
     values = selector_values(scores)
     m, rho = math.ceil(TOP * len(values)), values.corr('spearman', min_periods=3)
-    def overlap(marked): return pd.DataFrame(marked.T.astype(float) @ marked.astype(float) / max(m, 1))
-    high, low = overlap(_in_top(values)), overlap(_in_top(-values))
+    high, low = (_overlap(end.apply(_in_top), m) for end in (values, -values))
     rows = [dict(selector=c, top_overlap=high.ln_ches[c], bottom_overlap=low.ln_ches[c], rho_ln_ches=rho.ln_ches[c],
                  rho_length=rho.length[c]) for c in values] if len(values) >= 3 else []
     return plain(dict(top=TOP, rows=m, agreement=rows, spearman=rho.to_dict(), top_overlap=high.to_dict(),
@@ -123,6 +131,12 @@ def _groups(matched: dict[int, dict], by: str | None = None) -> tuple[str | None
     return None, {}
 
 # %% ../../nbs/audit/160_report.ipynb #a2b3dbb2
+def _wilson(k: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    "Wilson's interval for k of n; k need not be whole, where a tie was broken at random"
+    middle = (k + z*z/2) / (n + z*z)
+    half = z / (n + z*z) * math.sqrt(k*(n - k)/n + z*z/4)
+    return max(0., middle - half), min(1., middle + half)
+
 def composition(
     scores: pd.DataFrame,   # from `load_scores`
     groups: dict[int, str], # row_id -> group
@@ -133,23 +147,24 @@ def composition(
     table['percentile'], table['top'] = 100 * ln_ches.rank(pct=True), _in_top(ln_ches)
     result = []
     for group, t in table[table.index.isin(scores.row_id)].groupby('group'):
-        n, k = int(t.percentile.count()), int((t.top == True).sum())
-        ci = binomtest(k, n).proportion_ci(method='wilson') if n else (None, None)
+        n, k = int(t.percentile.count()), round(float(t.top.sum()), 9)
+        low, high = _wilson(k, n) if n else (None, None)
         result.append(dict(group=group, rows=len(t), scored=n, median_percentile=t.percentile.dropna().median(),
-                           in_top=k, share=k/n if n else None, low=ci[0], high=ci[1]))
+                           in_top=int(k) if k.is_integer() else k, share=k/n if n else None, low=low, high=high))
     return plain(sorted(result, key=lambda g: (-(g['share'] or 0), g['group'])))
 
 # %% ../../nbs/audit/160_report.ipynb #16aa60d1
 def worst_pairs(
     scores: pd.DataFrame,            # from `load_scores`
     pairs: Iterable[Pair] | None = None, # from `load_pairs`; None = no texts
-    n: int = 10,                     # how many
+    n: int = 10,                     # how many; 0 or more
     highest: bool = True,            # False: from the other end
 ) -> list[dict]:                     # scores, percentile and `texts` (prompt, chosen, rejected) or None
     "The pairs with the highest ln-CHES: most displacement foretold first."
-    ok = scores[scores.status == 'ok'].copy()
+    ok, n = scores[scores.status == 'ok'].copy(), whole('worst', n, 0)
     ok['percentile'] = 100 * ok.ln_ches.rank(pct=True)
-    ok = ok.sort_values('ln_ches', ascending=not highest, kind='stable').head(n)
+    ok = ok.sort_values(['ln_ches', 'row_id'], ascending=[False, True])  # the two ends share no pair, ties or not
+    ok = ok.head(n) if highest else ok[::-1].head(n)
     columns = ['row_id', 'row_hash', 'percentile', *SELECTORS[:5],
                'prompt_tokens', 'chosen_tokens', 'rejected_tokens', 'chosen_logps', 'rejected_logps']
     wanted = set(ok.row_id)
@@ -172,7 +187,7 @@ _SAY.filters |= dict(num=short_number, pct=percent)
 def _command(data: str | None, path: str) -> str:
     "What keeps the lower half by ln-CHES, on one line and quoted for a shell"
     parts = ['ches_filter', path, '--data', data or 'DATA', '--by', 'ln_ches', '--keep', '0.5', '--out', 'kept.jsonl']
-    return re.sub(r'\s+', ' ', shlex.join(parts))
+    return printable(re.sub(r'\s+', ' ', shlex.join(parts)))
 
 def recommendations(
     summary: dict, # `summarise`'s numbers with the other parts that `_collect` adds
@@ -224,6 +239,16 @@ def _render(report: dict, pictures: dict[str, str]) -> tuple[str, str]:
     return tuple(pages)
 
 # %% ../../nbs/audit/160_report.ipynb #e8603d24
+def check_report_targets(
+    out: str | Path,        # folder of the report
+    sources: Iterable[Any], # what is read
+) -> None:
+    "Ask before any work whether the report may be written there. Raises `AuditError`."
+    folder = Path(path_of('out', out) or '').expanduser()
+    targets = [folder/f'report.{name}' for name in ('html', 'md', 'json')]
+    refuse_sources(targets, sources)
+    refuse_strangers(targets, folder/'report.json', ['verdict', 'selectors'])
+
 def audit_report(
     scores: pd.DataFrame,            # from `load_scores`; the manifest in `.attrs['manifest']`
     pairs: Iterable[Pair] | None = None, # the data that was scored, from `load_pairs`; None = no texts, no composition
@@ -232,14 +257,17 @@ def audit_report(
     worst: int = 10,                 # pairs to show at either end
     by: str | None = None,           # column of the data for the composition; None = the first that suits
 ) -> dict:                           # what report.json holds: every number, no texts
-    "One page on what the scores mean. Raises `AuditError` for pairs of other data or a folder that cannot be written."
+    "One page on what the scores mean. Raises `AuditError`: pairs of other data, a file that is read or another's, ..."
+    whole('worst', worst, 0)
+    if out is not None: check_report_targets(out, [getattr(pairs, 'source', None)])
     report = _collect(scores, pairs, worst, by, scores.attrs.get('path', 'SCORES'))
     data = report['manifest'].get('data')
     report['title'] = title or f"Preference audit{f': {Path(str(data)).name}' if data else ''}"
     numbers = plain(report | {side: [{k: v for k, v in p.items() if k != 'texts'} for p in report[side]]
                               for side in ('worst', 'best')})
     if out is not None:
+        folder = Path(out).expanduser()
         page, text = _render(report, _figures(scores, report))
         pages = dict(html=page, md=text, json=json.dumps(numbers, indent=1, allow_nan=False))
-        write_files({Path(out)/f'report.{name}': page.encode('utf-8', 'replace') for name, page in pages.items()})
+        write_files({folder/f'report.{name}': page.encode('utf-8', 'replace') for name, page in pages.items()})
     return numbers
