@@ -44,7 +44,8 @@ def _compared(out: Path, against: str) -> str:
     made = compare_spread(before, after)
     mean, std = (f"{made[f'{k}_before']:.3g} to {made[f'{k}_after']:.3g}" for k in ('mean', 'std'))
     return (f"against {against}, {made['prompts']} prompts: mean {mean}, median standard deviation {std}; "
-            f"{len(made['newly_none'])} with no spread seen any more; rank correlation of the spread before with the change of the mean "
+            f"{len(made['newly_none'])} with no spread seen any more; "
+            "rank correlation of the spread before with the change of the mean "
             f"{made['rho']:.2f} (p = {made['p']:.2g})")
 
 # %% ../nbs/620_cli_spread.ipynb #878b28bc

@@ -75,6 +75,12 @@ def count_looks(first: int, most: int) -> int:
     "Rounds from `first` samples to `most`, doubling"
     return 1 + max(0, math.ceil(math.log2(most/first)))
 
+def _check_plan(first: int, most: int, group: int, threshold: float) -> None:
+    if not 2 <= first <= most:
+        raise AuditError(f'first {first}, most {most}: at least 2 responses, and not more than most')
+    if group < 2: raise AuditError(f'group of {group}: at least 2')
+    if not threshold > 0: raise AuditError(f'threshold {threshold}: above 0')
+
 def _open(table: pd.DataFrame) -> pd.Series:
     "Prompts whose interval is not yet on one side of the threshold; also where no spread was seen"
     return (table.verdict != 'spread') & ~(table.high < table.attrs['threshold']) & (table.n > 1)
@@ -98,9 +104,7 @@ def audit_spread(
     **generation: Any,             # for `generate_responses`: batch_tokens, engine, chat
 ) -> tuple[pd.DataFrame, list[dict]]: # `spread_table`, and a row a response
     "Audit prompts under a model. With `out`, continue what is there. Raises `AuditError`."
-    if not 2 <= first <= most:
-        raise AuditError(f'first {first}, most {most}: at least 2 responses, and not more than most')
-    if group < 2 or not threshold > 0: raise AuditError(f'group {group}: at least 2; threshold {threshold}: above 0')
+    _check_plan(first, most, group, threshold)
     tasks = list(tasks)
     with main_writer(out) as folder:
         identity = dict(sampling=asdict(replace(sampling, count=1)), first=first, most=most, threshold=threshold,
@@ -160,7 +164,8 @@ def spread_advice(
         if n := int(mask.sum()): said.append(f'{n} of {total} {words}')
     if table.attrs['range'] == 'seen':
         low, high = table.attrs['value_range']
-        said.append(f'No range of the reward was declared: all of this holds for rewards from {low:g} to {high:g} only.')
+        said.append('No range of the reward was declared: '
+                    f'all of this holds for rewards from {low:g} to {high:g} only.')
     if len(costs):
         shares = ', '.join(f'{u:.0%} of groups of {g}' for g, u in zip(costs.group, costs.useful))
         said.append(f'Groups with a gradient: {shares}.')
@@ -172,6 +177,7 @@ def spread_advice(
                     'a whole-batch standard deviation counts it as spread.')
     return said
 
+# %% ../../nbs/rl/332_spread_audit.ipynb #fae9e154
 def _not_seen(table: pd.DataFrame) -> list[str]:
     "Prompts that showed no spread: what cannot be excluded, and what helps"
     none = table[table.verdict == 'no spread seen']

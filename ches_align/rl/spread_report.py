@@ -44,6 +44,7 @@ def _said(summary: dict) -> str:
             f"from {short_number(summary['samples'])} rewards; "
             f"{percent(summary['below'][0])} are under the threshold {model_said(summary)}.{only}")
 
+# %% ../../nbs/rl/335_spread_report.ipynb #93c75159
 def _clip(text: str) -> str: return text if len(text) <= 300 else f'{text[:300]}…'
 
 def _arch(ax, table, value_range, threshold):

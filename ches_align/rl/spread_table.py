@@ -42,6 +42,7 @@ def _range(rows: Sequence[dict], value_range: tuple[float, float] | None) -> tup
         raise AuditError(f'rewards from {low:g} to {high:g} leave the range {a:g} to {b:g}')
     return a, b
 
+# %% ../../nbs/rl/331_spread_table.ipynb #e60403ec
 def spread_table(
     rows: Sequence[dict],   # a response each: prompt or prompt_hash, reward (None: failed), response if known
     value_range: tuple[float, float] | None = None, # that the reward can have; None: seen in the rows
@@ -185,6 +186,7 @@ def spread_summary(
                 between_share=between/(within + between) if within + between else None)
     return made | _below(ok, a, b, table.attrs['threshold'], seed)
 
+# %% ../../nbs/rl/331_spread_table.ipynb #386dbd5b
 def _unseen(table: pd.DataFrame) -> dict[str, Any]:
     "What prompts without spread seen leave open, and the chance of a gradient over all prompts"
     none = table.rarer_than[table.verdict == 'no spread seen']
@@ -220,7 +222,7 @@ def model_said(
 def compare_spread(
     before: pd.DataFrame,  # from `spread_table`
     after: pd.DataFrame,   # of the same prompts, later
-) -> dict[str, Any]:       # prompts, rho (Spearman, std before and |change of mean|), p, medians, newly_none (hashes of no spread seen)
+) -> dict[str, Any]:       # prompts, rho (Spearman, std before and |change of mean|), p, medians, newly_none (hashes)
     "What a training did to means and spreads; after Razin et al. (2024), Table 1, with ranks."
     both = before.merge(after, on='prompt_hash', suffixes=('', '_after')).dropna(subset=['std', 'std_after'])
     if len(both) < 3: raise AuditError(f'{len(both)} prompts are in both tables: a correlation needs 3')
