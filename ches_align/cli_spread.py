@@ -24,7 +24,7 @@ def _said(summary: dict) -> str:
     if 'verdicts' in summary:
         a, b = summary['value_range']
         from ches_align.rl.spread_table import model_said
-        lines[0] += f" from {a:g} to {b:g}; flat means a standard deviation under {summary['threshold']:g}"
+        lines[0] += f" in the {summary['range']} range {a:g} to {b:g}; threshold {summary['threshold']:g}"
         lines += [f'{v}: {_interval(s)}' for v, s in summary['verdicts'].items() if s[0]]
         lines += [f"under the threshold by counting: {_interval(summary['plug_in_below'])}",
                   f'{model_said(summary)}: {_interval(summary["below"])}',
@@ -36,13 +36,16 @@ def _compared(out: Path, against: str) -> str:
     "What changed since another folder"
     import pandas as pd
     from ches_align.rl.spread_table import compare_spread
-    read = lambda folder: pd.read_csv(Path(folder).expanduser()/'table.csv').fillna({'cause': ''})
+    def read(folder):
+        table = pd.read_csv(Path(folder).expanduser()/'table.csv').fillna({'cause': ''})
+        return table.replace({'verdict': {'flat': 'no spread seen'}})  # its name in earlier tables
     try: before, after = read(against), read(out)
     except (OSError, ValueError) as e: raise AuditError(f'{against}: no table of ches_reward_std ({e})') from None
     made = compare_spread(before, after)
     mean, std = (f"{made[f'{k}_before']:.3g} to {made[f'{k}_after']:.3g}" for k in ('mean', 'std'))
     return (f"against {against}, {made['prompts']} prompts: mean {mean}, median standard deviation {std}; "
-            f"{len(made['newly_flat'])} newly flat; rank correlation of the spread before with the change of the mean "
+            f"{len(made['newly_none'])} with no spread seen any more; "
+            "rank correlation of the spread before with the change of the mean "
             f"{made['rho']:.2f} (p = {made['p']:.2g})")
 
 # %% ../nbs/620_cli_spread.ipynb #878b28bc
@@ -88,9 +91,9 @@ def ches_reward_std(
     samples: int = 64,            # at most so many responses a prompt
     first: int = 8,               # responses to every prompt; more only where they cannot tell
     out: str = 'reward_std',      # folder for report, table, rows and summary; the same command continues a run
-    low: float = None,            # lowest value that the reward can have (default: of the rows)
+    low: float = None,            # lowest value that the reward can have (default: of the rows, and said so)
     high: float = None,           # highest
-    threshold: float = .1,        # share of that range: a std below it is flat (64 equal rewards show 0.27)
+    threshold: float = .1,        # share of that range: a std below it counts as no spread
     temperature: float = 1.,      # of the softmax
     top_p: float = 1.,            # keep the most probable tokens up to this mass; 1: all
     max_new_tokens: int = 128,    # longest response
@@ -104,6 +107,7 @@ def ches_reward_std(
     engine: str = 'transformers', # transformers, vllm or auto
     chat: bool = False,           # apply the chat template, and end where there is none (default: if there is one)
     no_chat: bool = False,        # leave the chat template out
+    group: int = 8,               # responses in a group of the training to come, for the chance of a gradient
     against: str = None,          # folder of an earlier audit of the same prompts, to compare with
 ):
     """Which prompts have a reward that varies, and which give RL no gradient.
@@ -112,6 +116,7 @@ def ches_reward_std(
     module:function for one of your own."""
     with one_line('ches_reward_std'):
         value_range, folder = _range(low, high), Path(out).expanduser()
+        if group < 2: raise AuditError(f'--group {group}: at least 2')
         if chat and no_chat: raise AuditError('--chat or --no_chat, not both')
         _quiet()
         from ches_align.audit.workers import leave, processes
@@ -120,11 +125,11 @@ def ches_reward_std(
         from ches_align.rl.spread_table import spread_table
         if reward is None:
             rows = _dumped(prompts, split, limit)
-            table = spread_table(rows, value_range, threshold)
+            table = spread_table(rows, value_range, threshold, group=group)
         else:
             draw = dict(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
             run = dict(first=first, most=samples, value_range=value_range, threshold=threshold,
-                       batch_tokens=batch_tokens, engine=engine)
+                       batch_tokens=batch_tokens, engine=engine, group=group)
             table, rows = _audited(prompts, model, reward, folder, dict(split=split, limit=limit), draw,
                                    dict(dtype=dtype, device=device, revision=revision), run,
                                    True if chat else False if no_chat else None)

@@ -64,7 +64,7 @@ def _rl(study, check: bool) -> str:
     print(told, flush=True)
     made = stage_table(run_rl(study), (study.low, study.high), study.threshold)
     table, picture = write_rl(study.out)
-    columns = [c for c in 'arm stage seeds mean change low high p10 zero flat'.split() if c in made]
+    columns = [c for c in 'arm stage seeds mean change low high p10 zero below'.split() if c in made]
     return f'{made[columns].round(3).to_string(index=False)}\ntable: {table}, picture: {picture}'
 
 # %% ../nbs/630_cli_train.ipynb #8e0c41d2

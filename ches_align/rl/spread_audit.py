@@ -22,7 +22,7 @@ from ..audit.workers import first_alone, main_writer
 from .generation import generate_responses
 from .rewards import Reward, call_reward
 from .sampling import Sampling, prompt_hash
-from .spread import binary_interval, equal_rewards_needed
+from .spread import samples_to_see
 from .spread_table import group_costs, spread_summary, spread_table
 from .tasks import task_rows
 
@@ -75,6 +75,16 @@ def count_looks(first: int, most: int) -> int:
     "Rounds from `first` samples to `most`, doubling"
     return 1 + max(0, math.ceil(math.log2(most/first)))
 
+def _check_plan(first: int, most: int, group: int, threshold: float) -> None:
+    if not 2 <= first <= most:
+        raise AuditError(f'first {first}, most {most}: at least 2 responses, and not more than most')
+    if group < 2: raise AuditError(f'group of {group}: at least 2')
+    if not threshold > 0: raise AuditError(f'threshold {threshold}: above 0')
+
+def _open(table: pd.DataFrame) -> pd.Series:
+    "Prompts whose interval is not yet on one side of the threshold; also where no spread was seen"
+    return (table.verdict != 'spread') & ~(table.high < table.attrs['threshold']) & (table.n > 1)
+
 # %% ../../nbs/rl/332_spread_audit.ipynb #7c9afc77
 def audit_spread(
     lm: ScoringModel,              # from `load_generator`
@@ -84,17 +94,17 @@ def audit_spread(
     first: int = 8,                # responses to every prompt
     most: int = 64,                # at most so many to one prompt
     value_range: tuple[float, float] | None = None, # that the reward can have; None: of the rows
-    threshold: float = .1,         # share of the range under which a std is flat; what it takes: `equal_rewards_needed`
+    threshold: float = .1,         # share of the range: a std below it counts as no spread
     alpha: float = .05,            # 1 - nominal coverage of the last interval of a prompt
     out: str | Path | None = None, # folder; None: memory
     batch: int = 64,               # completions a call of the reward
     name: str = '',                # of the reward, for the manifest
+    group: int = 8,                # responses in a group of the training to come, for the chance of a gradient
     progress: bool = True,         # a bar, on a terminal
     **generation: Any,             # for `generate_responses`: batch_tokens, engine, chat
 ) -> tuple[pd.DataFrame, list[dict]]: # `spread_table`, and a row a response
     "Audit prompts under a model. With `out`, continue what is there. Raises `AuditError`."
-    if not 2 <= first <= most:
-        raise AuditError(f'first {first}, most {most}: at least 2 responses, and not more than most')
+    _check_plan(first, most, group, threshold)
     tasks = list(tasks)
     with main_writer(out) as folder:
         identity = dict(sampling=asdict(replace(sampling, count=1)), first=first, most=most, threshold=threshold,
@@ -106,8 +116,8 @@ def audit_spread(
         while which and count:
             drawing = replace(sampling, count=count)
             rows += _round(lm, tasks, which, reward, drawing, number, have, folder, batch, progress, **generation)
-            table = spread_table(rows, value_range, threshold, alpha/looks)
-            open_ = set(table.prompt_hash[(table.verdict == 'undecided') & (table.n > 1)])
+            table = spread_table(rows, value_range, threshold, alpha/looks, group=group)
+            open_ = set(table.prompt_hash[_open(table)])
             drawn = first*2**number
             which = [i for i in which if prompt_hash(tasks[i]['prompt']) in open_]
             number, count = number + 1, min(drawn, most - drawn)
@@ -132,7 +142,8 @@ def adaptive_counts(
         drawn += count
         rows = [dict(prompt=str(i), reward=x) for i, r in enumerate(found) for x in r]
         table = spread_table(rows, value_range, threshold, .05/count_looks(first, most))
-        which = [i for i in which if table.verdict[i] == 'undecided']
+        open_ = _open(table)
+        which = [i for i in which if open_[i]]
     return table
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #bc1af6e8
@@ -143,37 +154,43 @@ def spread_advice(
 ) -> list[str]:            # sentences
     "What to do, in words."
     said, total = [], len(table)
-    count = lambda mask: int(mask.sum())
     if table.attrs['constant']:
         same = table.attrs['value_range'][0]
         return [f'Every reward is {same:g}: the reward is broken, or says nothing about these prompts.']
+    said += _not_seen(table)
     for mask, words in (
-        (table.cause == 'floor', 'prompts are flat at the low end: a little SFT on them first, or an easier reward.'),
-        (table.cause == 'ceiling', 'are flat at the high end: there is nothing to learn, leave them out.'),
-        (table.cause == 'deterministic', 'get one text only: raise the temperature.'),
-        (table.cause == 'flat', 'are flat between the ends: use a finer reward.'),
         (table.verdict == 'undecided', 'are undecided: their samples fit a spread on either side of the threshold.'),
         (table.failed > 0, 'have failed rewards: see reward_error in rows.jsonl.')):
-        if n := count(mask): said.append(f'{n} of {total} {words}')
-    said += _too_few(table)
+        if n := int(mask.sum()): said.append(f'{n} of {total} {words}')
+    if table.attrs['range'] == 'seen':
+        low, high = table.attrs['value_range']
+        said.append('No range of the reward was declared: '
+                    f'all of this holds for rewards from {low:g} to {high:g} only.')
     if len(costs):
         shares = ', '.join(f'{u:.0%} of groups of {g}' for g, u in zip(costs.group, costs.useful))
         said.append(f'Groups with a gradient: {shares}.')
+    if chance := summary.get('gradient'):
+        said.append(f"Whatever has not been seen, a group of {chance['group']} has a gradient with probability "
+                    f"{chance['low']:.0%} to {chance['high']:.0%}: means over prompts of the ends of their intervals.")
     if (share := summary['between_share']) is not None:
         said.append(f'{share:.0%} of the variance of rewards is between prompts: '
                     'a whole-batch standard deviation counts it as spread.')
     return said
 
-def _too_few(table: pd.DataFrame) -> list[str]:
-    "What prompts of equal rewards would need"
-    equal = table[(table.verdict == 'undecided') & (table['std'] == 0)]
-    a, b = table.attrs['value_range']
-    share, n = table.attrs['threshold']/((b - a) or 1.), int(equal.n.max()) if len(equal) else 0
-    if not n or share >= .5 or (needed := equal_rewards_needed(share, table.attrs['alpha'])) <= n: return []
-    room = binary_interval(0, n, (b - a) or 1., table.attrs['alpha'])[1]
-    return [f'{len(equal)} of the undecided got the same reward every time, {n} times at most: '
-            f'that still fits a standard deviation of {room:.2g}. '
-            f'To call them flat takes {needed} responses or more, or a threshold above {room:.2g}.']
+# %% ../../nbs/rl/332_spread_audit.ipynb #fae9e154
+def _not_seen(table: pd.DataFrame) -> list[str]:
+    "Prompts that showed no spread: what cannot be excluded, and what helps"
+    none = table[table.verdict == 'no spread seen']
+    if not len(none): return []
+    needed = samples_to_see(.01, table.attrs['alpha'])
+    said = [f'{len(none)} of {len(table)} prompts showed no spread; a value rarer than one in {none.rarer_than.min()} '
+            f'cannot be excluded. To exclude one in a hundred takes {needed} responses.']
+    for cause, words in (('floor', 'at the low end: a little SFT on them first, or an easier reward.'),
+                         ('ceiling', 'at the high end: hardly anything to learn, leave them out.'),
+                         ('deterministic', 'with one text only: raise the temperature.'),
+                         ('between', 'between the ends: use a finer reward.')):
+        if n := int((none.cause == cause).sum()): said.append(f'{n} of these {len(none)} are {words}')
+    return said
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #c16940b9
 def write_spread(

@@ -34,13 +34,17 @@ def _shown(table: pd.DataFrame, rows: Sequence[dict], count: int) -> list[dict]:
 
 def _said(summary: dict) -> str:
     if 'verdicts' not in summary: return f"{summary['prompts']} prompts, none with two rewards: nothing can be said."
-    if summary['constant']: return 'Every reward is the same: there is no gradient anywhere.'
-    v, total = summary['verdicts'], summary['prompts']
+    if summary['constant']: return 'Every reward is the same: no gradient was seen anywhere.'
+    v, total, rare = summary['verdicts'], summary['prompts'], summary['rarer_than']
+    more = f' (a value rarer than one in {rare} cannot be excluded)' if rare else ''
+    a, b = map(short_number, summary['value_range'])
+    only = f' No range was declared: this holds for rewards from {a} to {b}.' if summary['range'] == 'seen' else ''
     return (f"{percent(v['spread'][0])} of {total} prompts surely have a reward that varies, "
-            f"{percent(v['flat'][0])} surely have none, {percent(v['undecided'][0])} cannot be told "
+            f"{percent(v['no spread seen'][0])} showed no spread{more}, {percent(v['undecided'][0])} cannot be told "
             f"from {short_number(summary['samples'])} rewards; "
-            f"{percent(summary['below'][0])} are under the threshold {model_said(summary)}.")
+            f"{percent(summary['below'][0])} are under the threshold {model_said(summary)}.{only}")
 
+# %% ../../nbs/rl/335_spread_report.ipynb #93c75159
 def _clip(text: str) -> str: return text if len(text) <= 300 else f'{text[:300]}…'
 
 def _arch(ax, table, value_range, threshold):
@@ -74,11 +78,12 @@ def spread_report(
     manifest = read_object(out/'manifest.json') if (out/'manifest.json').exists() else {}
     told = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in manifest.items() if v is not None}
     empty = dict(verdicts={}, below=[None]*3, plug_in_below=[None]*3, threshold=table.attrs['threshold'],
-                 samples=int(table.n.sum()), model='')
+                 samples=int(table.n.sum()), model='', gradient=None)
     errors = Counter(r['reward_error'] for r in rows if r.get('reward_error')).most_common(10)
     report = empty | plain(summary) | dict(title=title, verdict=_said(summary), provenance=told,
         model_name=manifest.get('model'), by=model_said(empty | summary), errors=errors,
-        **{v: plain(_shown(table[table.verdict == v], rows, count)) for v in ('flat', 'undecided')})
+        group=table.attrs['group'], range=table.attrs['range'], value_range=list(table.attrs['value_range']),
+        lists={v: plain(_shown(table[table.verdict == v], rows, count)) for v in ('no spread seen', 'undecided')})
     many = table[table.n > 1]
     span, threshold = table.attrs['value_range'], table.attrs['threshold']
     figures = dict(arch=figure_png(_arch, many, span, threshold),

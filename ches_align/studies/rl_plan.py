@@ -61,7 +61,7 @@ class RLStudy:
     cut: str = 'right'          # the side that is cut off
     low: float = 0.             # lowest value that the reward can have
     high: float = 1.            # highest
-    threshold: float = .1       # share of that range under which a std is flat
+    threshold: float = .1       # share of that range: a std below it counts as no spread
     samples: int = 10           # responses a prompt, before and after
     sampling: dict[str, Any] = field(default_factory=dict) # of `Sampling`, in audits and RFT: max_new_tokens, top_k ...
     sft: dict[str, Any] = field(default_factory=dict)      # of `Supervised`

@@ -89,8 +89,8 @@ def _stage_row(
         rows = [dict(prompt_hash=str(i), reward=None if np.isnan(x) else x) for i, row in enumerate(one) for x in row]
         t = spread_table(rows, value_range, threshold, groups=())
         s = spread_summary(t, draws=1)
-        lines.append(dict(p10=s['std_quantiles']['0.1'], zero=float((t['std'] == 0).mean()), flat=s['below'][0],
-                          surely_flat=s['verdicts']['flat'][0]))
+        lines.append(dict(p10=s['std_quantiles']['0.1'], zero=float((t['std'] == 0).mean()), below=s['below'][0],
+                          no_spread_seen=s['verdicts']['no spread seen'][0]))
     return pd.DataFrame(lines).mean().to_dict()
 
 # %% ../../nbs/studies/406_rl_report.ipynb #stage-table-of-arms
@@ -100,7 +100,7 @@ def stage_table(
     threshold: float = .1,   # share of the range
     draws: int = 2000,       # bootstrap samples of the prompts
     held: bool = False,      # of the held-out prompts, not of those trained on
-) -> pd.DataFrame: # arm, stage, seeds; mean, change, low, high, seed_low, seed_high; p10, zero, flat, surely_flat
+) -> pd.DataFrame: # arm, stage, seeds; mean, change, low, high, seed_low, seed_high; p10, zero, below, no_spread_seen
     "Start and every stage of every arm: mean, its change with an interval over prompts, range of seeds, spread."
     a, b, n = start_halves(runs)
     mine = slice(n, None) if held else slice(0, n)
