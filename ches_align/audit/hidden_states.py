@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .data import Pair, dialogue_text
 from .files import AuditError
+from .model_checks import forget_lengths, length_key, length_rules
 from .models import ScoringModel
 from ..theory.ches import CONVENTIONS
 
@@ -133,12 +134,17 @@ def encode_pairs(
 def plan_batches(
     lengths: Sequence[int], # tokens of each sequence
     budget: int,            # rows times longest row, at most (one row may exceed it)
+    keys: Sequence[Any] | None = None, # a batch holds sequences of one key; None: all have the same
 ) -> list[list[int]]:       # indices of each batch, longest sequences first
     "Group sequences of similar length. Longest first, so that a lack of memory shows at once."
-    batches, order = [], sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    for i in order:
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget: batches.append([])
-        batches[-1].append(i)
+    batches, last = [], {}  # key -> its batch that has room
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        key = keys[i] if keys is not None else None
+        batch = last.get(key)
+        if batch is None or (len(batch) + 1) * lengths[batch[0]] > budget:
+            batches.append(batch := [])
+            last[key] = batch
+        batch.append(i)
     return batches
 
 # %% ../../nbs/audit/130_hidden_states.ipynb #7bcd59d4
@@ -157,10 +163,12 @@ def response_states(
 ) -> list[Float[Tensor, "n1 dim"]]: # for n response tokens: n + 1 states, in the model's dtype
     "States from the last prompt token through the last response token; the first n of them predict the response."
     states: list[Tensor] = [torch.empty(0)] * len(prompts)
-    lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
-    for batch in plan_batches(lengths, batch_tokens or default_budget(lm)):
+    lengths, rules = [len(p) + len(r) for p, r in zip(prompts, responses)], length_rules(lm.model)
+    keys = [length_key(rules, n) for n in lengths]
+    for batch in plan_batches(lengths, batch_tokens or default_budget(lm), keys):
         ids = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)
         for row, i in enumerate(batch): ids[row, :lengths[i]] = torch.tensor([*prompts[i], *responses[i]])
+        if rules: forget_lengths(lm.model)
         hidden = lm.backbone(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state
         for row, i in enumerate(batch): states[i] = hidden[row, len(prompts[i]) - 1:lengths[i]].clone()
     return states
