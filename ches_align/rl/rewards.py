@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Reward', 'OUTER', 'WORDNET_FOLDERS', 'REWARDS', 'NEEDS', 'is_messages', 'completion_text', 'call_reward',
            'reward_columns', 'normal_text', 'exact_match', 'contains_answer', 'format_reward', 'rouge_l', 'sacrebleu',
-           'vader', 'wordnet_reader', 'meteor', 'classifier_reward', 'load_reward', 'check_reward', 'try_reward']
+           'vader', 'wordnet_reader', 'meteor', 'classifier_reward', 'load_reward', 'check_reward', 'try_reward',
+           'reward_identity', 'warn_unseen']
 
 # %% ../../nbs/rl/320_rewards.ipynb #61a3b421
 import ast
@@ -46,7 +47,8 @@ def is_messages(
     prompt: Any, # of a task
 ) -> bool:
     "Is a prompt a list of messages, and not a text?"
-    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(m, dict) and 'role' in m for m in prompt)
+    listed = isinstance(prompt, (list, tuple)) and bool(prompt)
+    return listed and all(isinstance(m, dict) and 'role' in m for m in prompt)
 
 def completion_text(
     completion: str | Sequence[dict], # as TRL gives it
@@ -445,3 +447,20 @@ def try_reward(
     has = ', '.join(sorted(columns)) or 'none'
     raise AuditError(f'reward {name} fails on made-up responses to the first prompt: {problem}; '
                      f'fix it (columns beside the prompt: {has}), or skip this check (--no_try)')
+
+# %% ../../nbs/rl/320_rewards.ipynb #c1de0016
+def reward_identity(
+    reward: Reward,
+    name: str = '',     # as it was asked for; '': the function's
+) -> tuple[dict[str, str], list[str]]: # for the manifest: name and source; parts that cannot be looked into
+    "What must be the same for a run to go on."
+    told = source_identity(reward)
+    return dict(reward=name or told['name'], reward_source=told['source']), told['unseen']
+
+def warn_unseen(
+    unseen: Sequence[str], # from `reward_identity`
+    out: Any,              # folder of the run that goes on
+) -> None:
+    "Say once what was not compared."
+    if unseen: warnings.warn(f"{out} goes on with its rewards; not compared with the reward of then: {', '.join(unseen)}. "
+                             'Give the object an attribute `identity` to have it compared')

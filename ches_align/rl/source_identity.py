@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import types
 from dataclasses import is_dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -23,7 +24,6 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-import ches_align
 from ..audit.models import weights_hash
 
 # %% ../../nbs/rl/312_source_identity.ipynb #c0de0006
@@ -69,7 +69,7 @@ def _names_changed(code: types.CodeType) -> set[str]:
 
 # %% ../../nbs/rl/312_source_identity.ipynb #c0de0011
 _LIBRARIES = [Path(sysconfig.get_path(p)).resolve() for p in ('stdlib', 'purelib', 'platlib')]
-_OWN, _PACKAGE = 'ches_align', Path(ches_align.__file__).resolve().parent
+_OWN, _PACKAGE = 'ches_align', Path(str(files('ches_align'))).resolve()
 
 def is_user_file(
     file: str | Path, # of a module or a frame
