@@ -4,22 +4,21 @@
 
 # %% auto #0
 __all__ = ['head_readings', 'read_head', 'head_logits', 'BeforeHead', 'find_states', 'check_model', 'weights_hash',
-           'ScoringModel', 'wrap_model', 'quantize_settings', 'load_model', 'keep_freed_memory', 'compile_backbone']
+           'ScoringModel', 'wrap_model', 'quantize_settings', 'load_model', 'compile_backbone']
 
 # %% ../../nbs/audit/120_models.ipynb #4ca9605e
-import ctypes
 import hashlib
 import importlib.util
 import json
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import ModelParts, load_tokenizer, loading_errors, model_parts, put_adapter, stored_shapes
+from .adapters import (
+    ModelParts, load_tokenizer, loading_errors, model_parts, put_adapter, stored_shapes)
 from .files import AuditError
 from .model_files import LoadError, check_device
 from ..theory.ches import Head
@@ -48,9 +47,9 @@ def _head_weights(model: nn.Module) -> tuple[Tensor, Tensor | None]:
         return layer.get_merged_weights(layer.active_adapters).detach(), None
     if hasattr(layer, 'get_base_layer'):
         raise AuditError(
-            f'the adapter changes the output layer ({type(layer).__name__} on {type(model).__name__}), and scores need it '
-            "as one matrix: merge it, AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"
-            ".save_pretrained(FOLDER), save the tokenizer there too, and give FOLDER as model")
+            f'the adapter changes the output layer of {type(model).__name__}, and scores need that as one matrix; '
+            'merge it: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER), '
+            'save the tokenizer there too, and give FOLDER as model')
     weight, bias = getattr(layer, 'weight', None), getattr(layer, 'bias', None)
     if weight is None or not weight.is_floating_point():
         raise AuditError(f'the output layer of {type(model).__name__} is quantised, and scores need its weights; '
@@ -127,7 +126,7 @@ def find_states(
     model: nn.Module, # a causal language model, in eval mode
     name: str = '',   # named in errors
 ) -> tuple[nn.Module, Head]: # input ids -> last hidden state, and the output layer
-    "Find body and head whose product is the model's logits. Raises `AuditError` for one that needs more than token ids."
+    "Find body and head whose product is the model's logits. Raises `AuditError` where token ids do not suffice."
     named = f'model {name or type(model).__name__}'
     if any(p.device.type == 'meta' for p in model.parameters()): raise AuditError(f'{named}: {_OFFLOADED}')
     try: head = read_head(model)
@@ -136,8 +135,8 @@ def find_states(
     try: logits = model(input_ids=ids, use_cache=False).logits.to(head.weight.device).float()
     except Exception as e:  # a model of other inputs may raise anything
         said = ' '.join(str(e).split())[:200]
-        raise AuditError(f'{named}: {type(model).__name__} does not run on token ids alone ({type(e).__name__}: {said}); '
-                         'give a language model') from None
+        raise AuditError(f'{named}: {type(model).__name__} does not run on token ids alone '
+                         f'({type(e).__name__}: {said}); give a language model') from None
     for body in _bodies(model):
         try: hidden = body(input_ids=ids, use_cache=False).last_hidden_state
         except Exception: continue  # it takes other inputs
@@ -303,13 +302,6 @@ def _in_memory(model: nn.Module) -> None:
     "Copy mapped weights into memory"
     for p in model.parameters():
         if p.device.type == 'cpu': p.data = p.data.clone()
-
-def keep_freed_memory() -> bool: # was it set? Elsewhere than under glibc nothing happens
-    "Let the C library of this process keep freed blocks, for the rest of its life: forward passes on a CPU are faster."
-    try: mallopt = ctypes.CDLL('libc.so.6').mallopt
-    except (OSError, AttributeError): return False
-    settings = {-3: 1 << 30, -1: (1 << 31) - 1}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-    return all(mallopt(option, value) for option, value in settings.items())
 
 # %% ../../nbs/audit/120_models.ipynb #8b168cca
 def compile_backbone(

@@ -124,7 +124,7 @@ def stream_states(
     def make(batch): return tree_inputs([rows[i] for i in batch], windows, dtype)
     batches = plan_batches([r.width for r in rows], budget)
     for batch, inputs in _ahead(make, batches, lm.device, lm.device.type == 'cuda'):
-        hidden = lm.backbone(**inputs, use_cache=False).last_hidden_state
+        hidden = lm.backbone(**inputs, use_cache=False).last_hidden_state.to(lm.device)
         for place, i in enumerate(batch):
             n, ends = len(rows[i].prompt), np.cumsum([len(rows[i].prompt), *map(len, rows[i].responses)]).tolist()
             for k, side, which in rows[i].uses:
