@@ -118,23 +118,23 @@ def _question(judge: str, template: str | None, folder: str | None) -> str | Non
 
 def _make_judge(judge: str, template: str | None, folder: str | None, load: dict) -> Any:
     "rule, sorry, or a model by name"
+    from ches_align.audit.model_files import LoadError
     from ches_align.refusal.judges import JUDGE_PROMPT, SORRY_JUDGE, ChatJudge, RuleJudge, sorry_judge
     text = _question(judge, template, folder)
     if judge == 'rule': return RuleJudge()
     if judge == 'sorry': return sorry_judge(template, folder or SORRY_JUDGE, **load)  # it reads the file
     try: return ChatJudge(judge, text or JUDGE_PROMPT, **load)
-    except AuditError as e:
-        if not any(s in str(e) for s in ('cannot be loaded', 'no such file')): raise
+    except LoadError as e:
         raise AuditError(f'unknown judge {judge!r}: rule, sorry, or a model ({e})') from None
 
 def _judge_is_there(judge: str, template: str | None, folder: str | None, load: dict) -> None:
     "Asked before hours of generation"
     from transformers import AutoConfig
-    from ches_align.audit.model_files import model_source
+    from ches_align.audit.adapters import model_parts
     from ches_align.refusal.judges import SORRY_JUDGE
     _question(judge, template, folder)
     if judge == 'rule': return
-    try: AutoConfig.from_pretrained(model_source(folder or SORRY_JUDGE if judge == 'sorry' else judge))
+    try: AutoConfig.from_pretrained(model_parts(folder or SORRY_JUDGE if judge == 'sorry' else judge).base)
     except Exception: _make_judge(judge, template, folder, load)  # says why, or is there though it has no config
 
 # %% ../nbs/610_cli_refusal.ipynb #9a9179ce

@@ -169,6 +169,6 @@ def response_states(
         ids = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)
         for row, i in enumerate(batch): ids[row, :lengths[i]] = torch.tensor([*prompts[i], *responses[i]])
         if rules: forget_lengths(lm.model)
-        hidden = lm.backbone(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state
+        hidden = lm.backbone(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state.to(lm.device)
         for row, i in enumerate(batch): states[i] = hidden[row, len(prompts[i]) - 1:lengths[i]].clone()
     return states

@@ -133,7 +133,7 @@ def stream_states(
     batches = plan_batches([r.width for r in rows], budget, [length_key(rules, r.reach) for r in rows])
     for batch, inputs in _ahead(make, batches, lm.device, lm.device.type == 'cuda'):
         if rules: forget_lengths(lm.model)
-        hidden = lm.backbone(**inputs, use_cache=False).last_hidden_state
+        hidden = lm.backbone(**inputs, use_cache=False).last_hidden_state.to(lm.device)
         for place, i in enumerate(batch):
             n, ends = len(rows[i].prompt), np.cumsum([len(rows[i].prompt), *map(len, rows[i].responses)]).tolist()
             for k, side, which in rows[i].uses:

@@ -20,6 +20,7 @@ import pandas as pd
 
 from ..audit.data import Text, dialogue_text
 from ..audit.files import AuditError
+from ..audit.model_files import LoadError
 from ..audit.models import ScoringModel, load_model
 from ..audit.runs import add_run, only_writer, open_runs
 from ..rl.generation import generate_responses
@@ -169,9 +170,8 @@ def sorry_judge(
         if not file.is_file(): raise AuditError(f'judge template {str(template)[:200]}: no such file')
         template = file.read_text('utf-8')
     try: return ChatJudge(model, f'[INST] {str(template).strip()} [/INST]', chat=False, max_new_tokens=50, **loading)
-    except AuditError as e:
-        if isinstance(model, ScoringModel) or 'cannot be loaded' not in str(e): raise
-        raise AuditError(f'{e}. For this judge: accept its terms at https://huggingface.co/{SORRY_JUDGE}, then '
+    except LoadError as e:
+        raise LoadError(f'{e}. For this judge: accept its terms at https://huggingface.co/{SORRY_JUDGE}, then '
                          '`hf auth login`; or download it and give the folder as model') from None
 
 # %% ../../nbs/refusal/350_judges.ipynb #f5e64468

@@ -12,23 +12,18 @@ from typing import Any, Sequence
 
 import torch
 
+from ..audit.adapters import load_classifier
 from ..audit.files import AuditError
 from ..audit.hidden_states import plan_batches
-from ..audit.model_files import model_source
+from ..audit.model_files import LoadError, check_device
 from ..audit.models import weights_hash
 from .judges import _as_text
 
 # %% ../../nbs/refusal/370_reward_model.ipynb #df203e18
 def _load_scorer(name: str, tokenizer: Any, loading: dict) -> tuple[Any, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            model_source(name), use_safetensors=True, output_loading_info=True, **loading)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model_source(name), revision=loading.get('revision'))
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
-        raise AuditError(f'reward model {name} cannot be loaded: {" ".join(str(e).split())[:300]}') from e
-    if lost := sorted(info['missing_keys']): raise AuditError(f'reward model {name}: {lost[0]} would be random')
-    return model, tokenizer
+    try: model, own = load_classifier(name, **loading)
+    except LoadError as e: raise LoadError(f'reward model: {e}') from None
+    return model, tokenizer or own
 
 # %% ../../nbs/refusal/370_reward_model.ipynb #6dbdfae9
 class RewardScorer:
@@ -42,6 +37,7 @@ class RewardScorer:
         batch_tokens: int = 4096, # rows times longest row of a batch
         **loading,               # for `from_pretrained`: revision, dtype
     ):
+        device = check_device(device)
         if isinstance(model, (str, Path)): model, tokenizer = _load_scorer(str(model), tokenizer, loading)
         if model.config.num_labels != 1:
             raise AuditError(f'{type(model).__name__} has {model.config.num_labels} logits; a reward model has one')

@@ -36,8 +36,10 @@ from typing import Any, Callable, Iterator, Sequence
 from torch import nn
 from transformers import TrainerState
 
+from ..audit.adapters import load_classifier
 from ..audit.data import Text, dialogue_text
 from ..audit.files import AuditError
+from ..audit.model_files import check_device
 from .source_identity import callable_name, is_user_file, source_identity
 
 # %% ../../nbs/rl/320_rewards.ipynb #7695d807
@@ -280,13 +282,9 @@ def classifier_reward(
 ) -> Reward:                  # in [0, 1]
     "The probability of a label. Raises `AuditError` for a model or label that is not there."
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    try:
-        net = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True).to(device).eval()
-        tok = AutoTokenizer.from_pretrained(model, truncation_side='left')
-    except (OSError, ValueError, KeyError) as e:
-        raise AuditError(f'classifier {model} cannot be loaded: {" ".join(str(e).split())[:200]}') from None
+    device = check_device(device)
+    net, tok = load_classifier(model)
+    net, tok.truncation_side = net.to(device).eval(), 'left'
     names = {str(v).lower(): int(k) for k, v in net.config.id2label.items()}
     at = label if isinstance(label, int) else names.get(label.lower())
     if at is None or not 0 <= at < len(names):

@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import (GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper,
                           TopKLogitsWarper, TopPLogitsWarper)
 
+from ..audit.adapters import load_tokenizer, loading_errors, model_parts, put_adapter
 from ..audit.data import Text, dialogue_text
 from ..audit.files import AuditError
-from ..audit.model_files import model_source
+from ..audit.model_files import LoadError, check_device
 from ..audit.models import (
     ScoringModel, _text_hash, _tokenizer_text, load_model, read_head, weights_hash, wrap_model)
 
@@ -196,17 +197,24 @@ def wrap_generator(
 def load_generator(
     name: str,                  # as for `load_model`; encoder-decoders too
     dtype: str = 'auto',        # of the weights: float32, bfloat16, float16 or auto
-    device: str | None = None,  # cpu, cuda ...; None: a GPU if there is one
+    device: str | None = None,  # cpu, cuda ...; auto: spread over GPUs; None: a GPU if there is one
     revision: str | None = None, # branch, tag or commit on the hub
+    adapter: str | None = None, # an adapter to put on top, where `name` is its base
 ) -> ScoringModel:
     "Load a model that generates. Raises `AuditError` with the reason."
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
-    source, device = model_source(name), device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    try:
-        if not AutoConfig.from_pretrained(source, revision=revision).is_encoder_decoder:
-            return load_model(name, dtype, device, revision=revision)
-        model = AutoModelForSeq2SeqLM.from_pretrained(source, dtype=dtype, revision=revision, use_safetensors=True)
-        return wrap_generator(model.to(device), AutoTokenizer.from_pretrained(source, revision=revision), name)
-    except AuditError: raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
-        raise AuditError(f'model {name} cannot be loaded: {" ".join(str(e).split())[:300]}') from e
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+    device = check_device(device)
+    parts = model_parts(name, adapter, revision)
+    with loading_errors(f'model {name}'):
+        config = AutoConfig.from_pretrained(parts.base, revision=parts.revision)
+        if not config.is_encoder_decoder: return load_model(name, dtype, device, adapter, revision)
+        model, info = AutoModelForSeq2SeqLM.from_pretrained(
+            parts.base, dtype=dtype, revision=parts.revision, use_safetensors=True, output_loading_info=True,
+            device_map='auto' if device == 'auto' else None)
+        if missing := sorted(info['missing_keys']):
+            raise LoadError(f'model {name}: {missing[0]} is missing from the checkpoint and would be random')
+        if device != 'auto': model = model.to(device)
+        if parts.adapter: model = put_adapter(model, parts).get_base_model()
+        lm = wrap_generator(model, load_tokenizer(parts), name)
+    lm.provenance['tokenizer_from'] = parts.tokenizer_from
+    return lm

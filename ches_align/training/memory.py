@@ -7,6 +7,7 @@ __all__ = ['PRECISIONS', 'STATES', 'TILE', 'read_architecture', 'Sizes', 'saved_
            'table_text']
 
 # %% ../../nbs/training/190_memory.ipynb #40e8e212
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..audit.adapters import model_parts
 from ..audit.files import AuditError
-from ..audit.model_files import EMBEDDED, embedded_gguf, gguf_folder
+from ..audit.model_files import LoadError, check_gguf, told
 
 # %% ../../nbs/training/190_memory.ipynb #c6b0f8f4
 def read_architecture(
@@ -33,12 +35,21 @@ def read_architecture(
         if odd: raise AuditError(f'architecture: {kind} has no {odd[0]!r}')
         try: return AutoConfig.for_model(kind, **rest)
         except Exception as e: raise AuditError(f"architecture: {' '.join(str(e).split())[:300]}") from None
-    try: return AutoConfig.from_pretrained(
-        str(gguf_folder(embedded_gguf(source))) if source in EMBEDDED else source, revision=revision)
-    except AuditError: raise
-    except Exception as e: raise AuditError(  # the hub's client has many error types
-        f"the config of model {source} cannot be read ({' '.join(str(e).split())[:120]}); "
-        'give it as `architecture:`, a mapping with model_type') from None
+    try: return _named_config(source, revision)
+    except Exception as e:  # the hub's client has many error types
+        if isinstance(e, AuditError) and not isinstance(e, LoadError): raise
+        raise AuditError(f'the config of model {source} cannot be read ({told(e, 200)}); '
+                         'give it as `architecture:`, a mapping with model_type') from None
+
+def _named_config(name: str, revision: str | None) -> Any:
+    "Of the base where the name is an adapter's; of a GGUF file without converting its weights"
+    from transformers import AutoConfig
+    path = Path(name).expanduser()
+    if path.suffix == '.gguf' and path.is_file():
+        check_gguf(path)
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    parts = model_parts(name, revision=revision)
+    return AutoConfig.from_pretrained(parts.base, revision=parts.revision)
 
 # %% ../../nbs/training/190_memory.ipynb #6a2944df
 class Sizes(NamedTuple):

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from ..audit.adapters import plain_weights
 from ..audit.data import Pair, load_pairs
 from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair
@@ -37,16 +37,6 @@ from .pair_trainer import (PairLossTrainer, as_dataset, hold_out, usable,
                                               warn_if_stuck)
 from .train_config import TrainConfig, check, lora_adapters, training_loss, trl_arguments
 
-# %% ../../nbs/training/260_train.ipynb #2bcc4cd8
-def _plain_weights(model: nn.Module) -> None:
-    "Fold LoRA layers of a loaded adapter into their base layers; train all weights"
-    for name, layer in [*model.named_modules()]:
-        if not (hasattr(layer, 'get_base_layer') and hasattr(layer, 'merge')): continue
-        layer.merge()
-        above, _, last = name.rpartition('.')
-        setattr(model.get_submodule(above), last, layer.get_base_layer())
-    model.requires_grad_(True)
-
 # %% ../../nbs/training/260_train.ipynb #ad07675a
 def load_trainable(
     config: TrainConfig, # model, revision, dtype
@@ -55,7 +45,7 @@ def load_trainable(
     sharded = os.environ.get('ACCELERATE_USE_FSDP', 'false').lower() == 'true'
     device = 'cpu' if sharded else str(processes().device)
     lm = load_model(config.model, config.dtype, device, revision=config.revision)
-    _plain_weights(lm.model)
+    plain_weights(lm.model)
     if config.model in EMBEDDED: lm.model.name_or_path = config.model  # what an adapter names as its base
     return lm
 
