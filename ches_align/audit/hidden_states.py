@@ -7,7 +7,7 @@ __all__ = ['ARGUMENTS', 'REASON', 'render', 'special_ids', 'end_response', 'Enco
            'plan_batches', 'default_budget', 'response_states']
 
 # %% ../../nbs/audit/130_hidden_states.ipynb #737ce144
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Sequence
 
 import torch
@@ -34,6 +34,35 @@ def _with_end(text: str, tokenizer: Any) -> str:
     mark = tokenizer.eos_token or ''
     return text if text.endswith(mark) else text + mark
 
+def _in_parts(messages: list[dict]) -> list[dict]:
+    "Each text as the one part of its content, as TRL gives texts to the template of a model that sees"
+    return [m | dict(content=[dict(type='text', text=m['content'])]) if isinstance(m.get('content'), str) else m
+            for m in messages]
+
+def _is_lost(pair: Pair, texts: list[str]) -> bool:
+    "Whether a template passes over what is said, or writes the parts of a content in Python"
+    last = [message_text(m).strip() for m in (pair.prompt[-1], pair.chosen[-1])]
+    return any(text not in texts[1] for text in last) or "{'type': 'text'" in texts[1]
+
+def _templated(pair: Pair, tokenizer: Any) -> list[str]:
+    "Prompt and both conversations, by the chat template; texts in parts where it knows no others"
+    if bad := sorted(ARGUMENTS & set(pair.template)):
+        raise ValueError(f"chat_template_kwargs has {', '.join(bad)}, which is for no template")
+    def apply(form, messages, **more):
+        return tokenizer.apply_chat_template(form(messages), tokenize=False, **more, **pair.template)
+    def texts(form):
+        wholes = [apply(form, pair.prompt + side) for side in (pair.chosen, pair.rejected)]
+        return [apply(form, pair.prompt, add_generation_prompt=True), *wholes]
+    try:
+        as_given, refusal = texts(list), None
+        if not _is_lost(pair, as_given): return as_given
+    except Exception as e: as_given, refusal = [], e  # a template may raise anything
+    try: in_parts = texts(_in_parts)
+    except Exception: in_parts = []
+    if in_parts and not _is_lost(pair, in_parts): return in_parts
+    if refusal: raise refusal
+    return as_given
+
 def render(
     pair: Pair,       # text or messages
     tokenizer: Any,   # of the model
@@ -48,12 +77,9 @@ def render(
     if tokenizer.chat_template is None:
         opening = dialogue_text(pair.prompt) + '\n\nAssistant:'
         return opening, *(closed(f'{opening} {_plain_response(side)}') for side in sides), False
-    if bad := sorted(ARGUMENTS & set(pair.template)):
-        raise ValueError(f"chat_template_kwargs has {', '.join(bad)}, which is for no template")
-    def apply(messages, **more): return tokenizer.apply_chat_template(messages, tokenize=False, **more, **pair.template)
-    opening = apply(pair.prompt, add_generation_prompt=True)
+    opening, *wholes = _templated(pair, tokenizer)
     if not end: return opening, *(opening + _plain_response(side) for side in sides), True
-    return opening, *(apply(pair.prompt + side) for side in sides), True
+    return opening, *wholes, True
 
 # %% ../../nbs/audit/130_hidden_states.ipynb #5c886a37
 def special_ids(
@@ -133,6 +159,13 @@ def _rendered(pair: Pair, tokenizer: Any, end: bool) -> tuple | EncodedPair:
         said = shorten(' '.join(f'{type(e).__name__}: {e}'.split()), REASON)
         return EncodedPair(pair.row_id, pair.row_hash, 'template_error', detail=said)
 
+def _noted(pair: Pair, text: str) -> Pair:
+    "The pair with a remark where the template writes the parts of a content as they are in Python, as in TRL"
+    if "{'type': 'text'" not in text or not any(isinstance(m.get('content'), list) for m in pair.prompt + pair.chosen):
+        return pair
+    remark = 'the chat template writes the parts of a content in Python: give it plain text'
+    return replace(pair, detail='; '.join(filter(None, (pair.detail, remark))))
+
 def _encode_block(pairs, tokenizer, max_length, end, special) -> list[EncodedPair]:
     "Tokenise texts in two calls, one with the tokenizer's own special tokens and one without"
     made = [_rendered(pair, tokenizer, end) for pair in pairs]
@@ -144,7 +177,8 @@ def _encode_block(pairs, tokenizer, max_length, end, special) -> list[EncodedPai
         for k, prompt, *wholes in zip(some, ids[::3], ids[1::3], ids[2::3]):
             if not templated and prompt[-1:] == [tokenizer.eos_token_id] and prompt != wholes[0][:len(prompt)]:
                 prompt = prompt[:-1]  # tokenizers that end every text with EOS
-            made[k] = split_ids(pairs[k], prompt, wholes, max_length, close, tokenizer.decode)
+            pair = _noted(pairs[k], made[k][1]) if templated else pairs[k]
+            made[k] = split_ids(pair, prompt, wholes, max_length, close, tokenizer.decode)
     return made
 
 def encode_pairs(
