@@ -65,11 +65,13 @@ def _quiet() -> None:
 def _summary(scores) -> str:
     "What was scored, in a line; another when an instruct model read plain text"
     made, counts = scores.attrs['manifest'], scores.status.value_counts().to_dict()
-    flagged = ', '.join(f'{n} {status}' for status, n in counts.items() if status != 'ok') or 'none'
+    lost = scores[scores.status != 'ok'].drop_duplicates('status').set_index('status')
+    flagged = ', '.join(f'{n} {status} (row {lost.row_id[status]}: {lost.detail[status]})'.replace(': )', ')')
+                        for status, n in counts.items() if status != 'ok') or 'none'
     rate = made['tokens'] / max(made['seconds'], 1e-9)
     return (f"{counts.get('ok', 0)} pairs scored by {made['model']} in {made['seconds']:.0f} s ({rate:,.0f} tokens/s); "
             f"flagged: {flagged}" + f"\nmachines: {made['hardware']}" * ('(mixed' in made['hardware']) +
-            _HINT * (made['form'] == 'text' and made['template_hash'] is not None))
+            ''.join(f'\n{remark}' for remark in made.get('remarks', [])) + _HINT * (made['form'] == 'text' and made['template_hash'] is not None))
 
 _HINT = """
 the prompts are plain text and were scored as they are, as TRL trains on them; --chat uses the model's template"""

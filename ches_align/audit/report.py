@@ -54,10 +54,11 @@ ADVICE = yaml.safe_load(files('ches_align').joinpath('templates/advice.yml').rea
 
 def flagged_rows(
     scores: pd.DataFrame, # from `load_scores`
-) -> list[dict]:          # status, rows, first ten row_ids, action; most frequent first
+) -> list[dict]:          # status, rows, first ten row_ids, detail of the first, action; most frequent first
     "The rows without a score, by reason."
     bad = scores[scores.status != 'ok'].groupby('status').row_id
-    flags = [dict(status=s, rows=len(ids), row_ids=ids.head(10).tolist(),
+    details = scores.detail if 'detail' in scores else pd.Series('', scores.index)
+    flags = [dict(status=s, rows=len(ids), row_ids=ids.head(10).tolist(), detail=details[ids.index[0]],
                   action=ADVICE['statuses'].get(s, 'Look at the row in the data.')) for s, ids in bad]
     return sorted(flags, key=lambda f: (-f['rows'], f['status']))
 

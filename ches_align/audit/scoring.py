@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import chain
@@ -212,9 +213,10 @@ def score_dataset(
         identity = run_identity(lm, store.data_hash, len(store), fixed | dict(
             max_length=max_length, compiled=compile, shards=_plan_hash(plan)))
         source = str(data) if isinstance(data, (str, Path)) else None  # from memory: nowhere to be read again
-        about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, form=form,
+        about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, form=form, remarks=_remarks(store),
                      seed=loading.get('seed'), loading=loading, sharing=says, hardware=_hardware(lm),
                      batch_tokens=batch_tokens)
+        if about['remarks'] and here.is_main_process: warnings.warn('; '.join(about['remarks']))
         return _score_store(lm, store, _Work(plan, settings, identity, about), out, progress, start)
 
 # %% ../../nbs/audit/140_scoring.ipynb #c94ce066
@@ -248,6 +250,12 @@ def _hardware(lm: ScoringModel) -> str:
     kinds = sorted(set(each_tells(f'{platform.machine()}, {os.cpu_count()} CPUs, {name}')))
     mixed = ' (mixed: the table is that of one kind up to rounding, not to the bit)' * (len(kinds) > 1)
     return ' and '.join(kinds) + mixed
+
+def _remarks(store: TokenStore) -> list[str]:
+    "What is noteworthy of pairs that are scored, the most frequent first"
+    told = [f'{count} of {len(store)} rows: {what}' for what, count in store.remarks.most_common(5)]
+    more = sum(store.remarks.values()) - sum(count for _, count in store.remarks.most_common(5))
+    return told + [f'{more} rows more: see the column detail'] * (more > 0)
 
 def _plan_hash(plan: Sequence[np.ndarray]) -> str:
     digest = hashlib.sha256()

@@ -8,6 +8,7 @@ __all__ = ['SCHEMA', 'TokenStore', 'token_store']
 # %% ../../nbs/audit/133_token_store.ipynb #ed534316
 import hashlib
 import tempfile
+from collections import Counter
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -26,7 +27,7 @@ from .shared_prompts import Sizes, sizes_of
 SCHEMA = pa.schema(dict(
     row_id=pa.int64(), row_hash=pa.string(), status=pa.string(), prompt_ids=pa.list_(pa.int32()),
     chosen_ids=pa.list_(pa.int32()), rejected_ids=pa.list_(pa.int32()),
-    chosen_truncated=pa.bool_(), rejected_truncated=pa.bool_()))
+    chosen_truncated=pa.bool_(), rejected_truncated=pa.bool_(), prompt_cut=pa.int64(), detail=pa.string()))
 
 class TokenStore:
     "Encoded pairs on disk: `sizes` in tokens, `data_hash` of ids and contents, `has_text` if any prompt is plain text."
@@ -41,6 +42,7 @@ class TokenStore:
         self.block = self.reader.get_batch(0).num_rows
         self.sizes = Sizes(*(np.concatenate(column) for column in zip(*sizes)))
         self.data_hash, self.has_text = data_hash, has_text
+        self.remarks: Counter[str] = Counter()  # what is noteworthy of pairs that can be scored, and of how many
 
     def __len__(self) -> int: return len(self.sizes.ok)
 
@@ -66,7 +68,7 @@ def token_store(
     progress: bool = False,        # a bar with the rate, on a terminal
 ) -> Iterator[TokenStore]:
     "Tokenise a stream into a file that goes with the context. Raises `AuditError` for bad settings or a full disk."
-    digest, has_text, sizes = hashlib.sha256(), False, []
+    digest, has_text, sizes, remarks = hashlib.sha256(), False, [], Counter()
     pairs = iter(tqdm(pairs, unit='pair', desc='tokenising', disable=None if progress else True))
     with tempfile.TemporaryDirectory(prefix='ches_align_', ignore_cleanup_errors=True) as folder:
         path = Path(folder)/'tokens.arrow'
@@ -76,11 +78,13 @@ def token_store(
                 encoded = encode_pairs(some, tokenizer, max_length, convention, block)
                 digest.update((' ' * bool(sizes) + ' '.join(f'{p.row_id}:{p.row_hash}' for p in some)).encode())
                 has_text = has_text or any(isinstance(p.prompt, str) for p in some)
+                remarks.update(e.detail for e in encoded if e.status == 'ok' and e.detail)
                 sizes.append(sizes_of(encoded))
                 made = pa.RecordBatch.from_pylist([vars(e) for e in encoded], SCHEMA)
                 with writing(path): file.write_batch(made)
         finally:
             with writing(path): file.close()
         store = TokenStore(path, sizes, digest.hexdigest()[:16], has_text)
+        store.remarks = remarks
         try: yield store
         finally: store.source.close()
