@@ -189,11 +189,11 @@ def fall_floor(
     least: float,             # a tolerance; the floor is never lower
     most: float = 0.5,        # a fall of so much counts however far the probes lie apart
 ) -> float:                   # nats per token
-    "How far below zero a change must lie to count as a fall: beyond the spread of the probes about their median."
+    "How far below zero a change must lie to count as a fall: twice the spread of the probes about their median."
     found = pd.Series(changes, dtype=float).dropna()
     if not len(found): return least
     spread = 1.4826 * float((found - found.median()).abs().median())  # a standard deviation, outliers left out
-    return max(least, min(spread, most))
+    return max(least, min(2 * spread, most))
 
 # %% ../../nbs/training/210_displacement.ipynb #26e6fd88
 def step_metrics(
