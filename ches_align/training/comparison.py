@@ -13,19 +13,25 @@ import pandas as pd
 import torch
 
 from ..audit.files import AuditError
-from .displacement import text_verdict, token_verdict
+from .displacement import fall_floor, text_verdict, token_verdict
 from .probes import ProbeState
 from .token_classes import TokenClasses
 
 # %% ../../nbs/training/221_comparison.ipynb #c989968c
-COMPARED = ('row_id d_chosen d_rejected d_margin d_chosen_per_token d_rejected_per_token worst_token_change '
-            'worst_token_at moved entropy_before entropy top_mass verdict reason').split()
+COMPARED = ('row_id d_chosen d_rejected d_margin d_chosen_per_token d_rejected_per_token d_margin_per_token '
+            'worst_token_change worst_token_at moved entropy_before entropy top_mass verdict reason').split()
 
-def _judge(fell, before, after, k, classes, tokenizer, texts, tolerance, share) -> tuple[str, str]:
+def _fork_changes(before: ProbeState, after: ProbeState) -> list[float]:
+    "Change of ln p(y+) at each fork, nats; empty where forks were not kept"
+    if before.fork is None or after.fork is None: return []
+    tokens = [first for first, _ in after.fork_tokens]
+    return [float(b[t] - a[t]) for a, b, t in zip(before.fork, after.fork, tokens)]
+
+def _judge(fell, before, after, k, classes, tokenizer, texts, tolerance, at_fork, share) -> tuple[str, str]:
     "Verdict and reason for one pair, from the best evidence at hand"
     if classes is not None and before.fork is not None and after.fork is not None:
         given = classes if isinstance(classes, TokenClasses) else classes[k]
-        return token_verdict(before.fork[k], after.fork[k], after.fork_tokens[k][0], given, tolerance, share)[:2]
+        return token_verdict(before.fork[k], after.fork[k], after.fork_tokens[k][0], given, at_fork, share)[:2]
     if texts is not None and before.answers and after.answers:
         own = [tokenizer.decode(s.answers[k], skip_special_tokens=True) for s in (before, after)]
         return text_verdict(*own, texts[k], fell, tolerance)[:2]
@@ -49,7 +55,7 @@ def compare(
     classes: TokenClasses | Sequence[TokenClasses] | None = None, # for all pairs, or one a pair
     tokenizer: Any = None,   # decodes own answers
     texts: Sequence[str] | None = None, # the preferred responses, one a pair
-    tolerance: float = 0.01, # nats that ln pi(y+) may fall
+    tolerance: float = 0.02, # nats per token that ln pi(y+) may fall; more where the pairs lie further apart
     share: float = 0.25,     # see `token_verdict`
 ) -> pd.DataFrame:           # `COMPARED`, a row a pair; log-probabilities in nats
     "What changed between two measurements, with a verdict. Raises `AuditError` when the pairs are not the same."
@@ -58,14 +64,17 @@ def compare(
     if not torch.equal(before.tokens, after.tokens):
         raise AuditError('the two measurements cut the responses at different lengths: measure with one max_length')
     change, forks, rows = after.sums - before.sums, _fork_numbers(before, after), []
+    floor = fall_floor((change / after.tokens)[:, 0].tolist(), tolerance)
+    at_fork = fall_floor(_fork_changes(before, after), tolerance)
     for k, (d, n) in enumerate(zip(change.tolist(), after.tokens.tolist())):
         row = dict(row_id=after.row_ids[k], d_chosen=d[0], d_rejected=d[1], d_margin=d[0] - d[1],
-                   d_chosen_per_token=d[0] / n[0], d_rejected_per_token=d[1] / n[1])
+                   d_chosen_per_token=d[0] / n[0], d_rejected_per_token=d[1] / n[1],
+                   d_margin_per_token=2 * (d[0] - d[1]) / (n[0] + n[1]))
         if not all(map(math.isfinite, [*d, *forks[k].values()])):
             rows.append(row | dict(verdict='destroyed', reason='log-probabilities are not finite'))
             continue
         steps = after.chosen[k] - before.chosen[k]
         row |= dict(worst_token_change=steps.min().item(), worst_token_at=steps.argmin().item()) | forks[k]
-        verdict = _judge(-d[0], before, after, k, classes, tokenizer, texts, tolerance, share)
+        verdict = _judge(-d[0], before, after, k, classes, tokenizer, texts, floor * n[0], at_fork, share)
         rows.append(row | dict(zip(('verdict', 'reason'), verdict)))
     return pd.DataFrame(rows, columns=COMPARED)

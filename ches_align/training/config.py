@@ -25,6 +25,11 @@ from ..theory.losses import LOSSES, PairLogps
 # %% ../../nbs/training/200_config.ipynb #7b9d065f
 class ConfigError(AuditError):
     "A configuration that cannot be used; the message names the file, the key and the remedy."
+    def __init__(self,
+        text: str,        # what is wrong; remedy
+        where: str = ''): # file, line and key, put before it; '': not known yet
+        super().__init__(f'{where}: {text}' if where else text)
+        self.where = where
 
 def nearest(
     name: Any,              # as given
@@ -81,7 +86,7 @@ for _tag, _form in dict(bool='true|True|TRUE|false|False|FALSE', null='null|Null
 
 # %% ../../nbs/training/200_config.ipynb #7da6528c
 def _say(where: str, text: str) -> NoReturn:
-    raise ConfigError(f'{where}: {text}')
+    raise ConfigError(text, where)
 
 def _read_yaml(text: str, where: str) -> Any:
     "Parse, with errors in one line"
@@ -170,7 +175,9 @@ def _build(mapping: dict, cls: type, where: str) -> Any:
             _say(where.partition(', key ')[0], f'key {_dotted(where, name)} is missing')
     values = {k: _fit(v, hints[k], _at(where, mapping, k)) for k, v in mapping.items()}
     try: return cls(**values)
-    except ConfigError as e: raise e if str(e).startswith(where) else ConfigError(f'{where}: {e}') from None
+    except ConfigError as error:
+        if error.where: raise
+        raise ConfigError(str(error), where) from None
     except (ValueError, TypeError) as e: _say(where, str(e))
 
 def _dotted(where: str, key: str) -> str:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFUSAL_PATTERNS', 'DELIVERY_PATTERN', 'MassShift', 'mass_shift', 'Verdict', 'token_verdict', 'is_refusal',
-           'TextVerdict', 'text_verdict', 'step_metrics', 'Rule', 'draw_history']
+           'TextVerdict', 'text_verdict', 'sure_fall', 'fall_floor', 'step_metrics', 'Rule', 'default_alert',
+           'check_rule', 'draw_history']
 
 # %% ../../nbs/training/210_displacement.ipynb #7431797a
 import math
@@ -214,10 +215,30 @@ def text_verdict(
     return TextVerdict(kind, f'ln pi(y+) fell by {fell:.2f} nats; y+ {"refuses" if wanted else "complies"}; '
                              f'the own answer {own[0]} before, {own[1]} now', fell)
 
+# %% ../../nbs/training/210_displacement.ipynb #3201dc1a
+def sure_fall(
+    changes: Sequence[float], # one a probe, nats per token
+) -> float:                   # nats per token; below 0 where a rise is as likely
+    "Mean fall less two standard errors over the probes (@eq-sure-fall); of one probe, its fall."
+    found = pd.Series(changes, dtype=float).dropna()
+    doubt = 2 * found.std() / math.sqrt(len(found)) if len(found) > 1 else 0.
+    return float(-found.mean() - doubt)
+
+def fall_floor(
+    changes: Sequence[float], # of the preferred responses, one a probe, nats per token
+    least: float,             # a tolerance; the floor is never lower
+    most: float = 0.5,        # a fall of so much counts however far the probes lie apart
+) -> float:                   # nats per token
+    "How far below zero a change must lie to count as a fall: twice the spread of the probes about their median."
+    found = pd.Series(changes, dtype=float).dropna()
+    if not len(found): return least
+    spread = 1.4826 * float((found - found.median()).abs().median())  # a standard deviation, outliers left out
+    return max(least, min(2 * spread, most))
+
 # %% ../../nbs/training/210_displacement.ipynb #26e6fd88
 def step_metrics(
     rows: pd.DataFrame, # one measurement: a row a probe, as of `compare`
-    floor: float,       # nats that a response may fall before it counts as falling
+    floor: float,       # nats per token that a response may fall in any case; see `fall_floor`
 ) -> dict[str, float]:  # means over the probes; nats a response, or a token
     "The numbers that are logged. Probes that are not finite are left out of means and counted in `share_destroyed`."
     sound = rows[rows.verdict != 'destroyed']
@@ -225,29 +246,58 @@ def step_metrics(
     numbers = dict(share_destroyed=share('destroyed'))
     if not len(sound): return numbers
     means = {f'{k}_change': f'd_{k}' for k in ('chosen', 'rejected', 'margin')}
-    means |= {f'{k}_change_per_token': f'd_{k}_per_token' for k in ('chosen', 'rejected')}
+    means |= {f'{k}_change_per_token': f'd_{k}_per_token' for k in ('chosen', 'rejected', 'margin')}
     numbers |= {name: float(sound[column].mean()) for name, column in means.items()}
-    numbers |= dict(share_falling=float((sound.d_chosen < -floor).mean()), worst_change=float(sound.d_chosen.min()),
+    numbers |= {f'{k}_fall_sure': sure_fall(sound[f'd_{k}_per_token']) for k in ('chosen', 'margin')}
+    falls = sound.d_chosen_per_token < -fall_floor(sound.d_chosen_per_token, floor)
+    numbers |= dict(share_falling=float(falls.mean()), worst_change=float(sound.d_chosen.min()),
                     entropy_change=float((sound.entropy - sound.entropy_before).mean()))
     numbers |= {f'share_{kind}': share(kind) for kind in ('catastrophic', 'benign', 'unclear')}
     return {k: v for k, v in numbers.items() if math.isfinite(v)}
 
+# %% ../../nbs/training/210_displacement.ipynb #0c8470d8
 @dataclass
 class Rule:
-    "What is too much; `None` leaves a limit out."
-    share_falling: float | None = None      # share of probes whose preferred response fell, 0..1
-    mean_fall: float | None = None          # nats that the preferred response lost, mean over probes
-    share_catastrophic: float | None = None # share of probes with that verdict, 0..1
+    "What is too much; `None` leaves a limit out. Raises `AuditError` for limits that nothing can reach, or all does."
+    share_falling: float | None = None      # share of probes whose preferred response fell, 0..1; see `fall_floor`
+    mean_fall: float | None = None          # nats per token that the preferred responses lost for sure (eq-sure-fall)
+    share_catastrophic: float | None = None # share of probes with that verdict, 0..1; needs token classes or answers
+    margin_fall: float | None = None        # nats per token that the margins lost for sure: the wrong side is learned
 
     def __post_init__(self):
+        if all(limit is None for limit in asdict(self).values()):
+            raise AuditError(f'a rule without a limit never speaks: give one of {", ".join(asdict(self))}')
         for name, limit in asdict(self).items():
-            if limit is not None and not (0 < limit and (limit <= 1 or name == 'mean_fall')):
-                raise AuditError(f'rule {name} = {limit}: above 0' + ('' if name == 'mean_fall' else ', at most 1'))
+            shares = name.startswith('share')
+            if limit is not None and not (0 < limit < math.inf and (limit <= 1 or not shares)):
+                raise AuditError(f'rule {name} = {limit}: above 0' + (', at most 1' if shares else ', in nats per token'))
 
     def broken(self, metrics: dict[str, float]) -> list[str]: # in words; empty: all is within the limits
-        seen = metrics | dict(mean_fall=-metrics.get('chosen_change', 0.))
+        names = dict(mean_fall='chosen_fall_sure', margin_fall='margin_fall_sure')
+        seen = {name: metrics.get(names.get(name, name), 0.) for name in asdict(self)}
         return [f'{name} = {seen[name]:.3g} (limit {limit:g})' for name, limit in asdict(self).items()
-                if limit is not None and seen.get(name, 0.) >= limit]
+                if limit is not None and seen[name] >= limit]
+
+# %% ../../nbs/training/210_displacement.ipynb #22d24a2a
+def default_alert(
+    verdicts: bool, # whether token classes or own answers are there to judge by
+) -> Rule:
+    "The alert of those who name none; nothing in it waits for evidence that is not measured."
+    return Rule(mean_fall=0.5, margin_fall=0.05, share_catastrophic=0.1 if verdicts else None)
+
+def check_rule(
+    rule: Rule | dict | None, # as given
+    name: str,                # alert or stop, for the message
+    verdicts: bool,           # see `default_alert`
+) -> Rule | None:
+    "A rule that can be broken by what is measured. Raises `AuditError` for another."
+    try: rule = Rule(**rule) if isinstance(rule, dict) else rule
+    except TypeError as error: raise AuditError(f'{name}: {str(error).partition("__() ")[2] or error}') from None
+    except AuditError as error: raise AuditError(f'{name}: {error}') from None
+    if rule is not None and rule.share_catastrophic is not None and not verdicts:
+        raise AuditError(f'{name}: share_catastrophic can never be reached, for no verdict is measured: '
+                         'give classes= or answers=12, or a limit on mean_fall or margin_fall')
+    return rule
 
 # %% ../../nbs/training/210_displacement.ipynb #d5a22159
 def draw_history(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import time
 import warnings
 from collections.abc import Sequence
@@ -35,7 +36,8 @@ from .config import config_dict, load_config, needs_reference
 from ..audit.workers import processes
 from .pair_trainer import (PairLossTrainer, as_dataset, hold_out, usable,
                                               warn_if_stuck)
-from .train_config import TrainConfig, check, lora_adapters, training_loss, trl_arguments
+from .train_config import (
+    HALF, TrainConfig, check, lora_adapters, training_loss, trl_arguments)
 
 # %% ../../nbs/training/260_train.ipynb #ad07675a
 def load_trainable(
@@ -46,6 +48,8 @@ def load_trainable(
     device = 'cpu' if sharded else str(processes().device)
     lm = load_model(config.model, config.dtype, device, revision=config.revision)
     plain_weights(lm.model)
+    if any(p.dtype == torch.float16 for p in lm.model.parameters()):  # dtype auto, and a model kept in float16
+        raise AuditError(f'{config.model}: {HALF}')
     if config.model in EMBEDDED: lm.model.name_or_path = config.model  # what an adapter names as its base
     return lm
 
@@ -169,6 +173,18 @@ def _watcher(config: TrainConfig, lm: ScoringModel, probes: list[Pair]) -> list[
         probes, Path(config.out).expanduser()/'displacement', w.every, lm.tokenizer, max_length=config.max_length,
         alert=w.alert, stop=w.stop, patience=w.patience, tolerance=w.tolerance, answers=w.answers, seed=config.seed)]
 
+def _check_targets(config: TrainConfig, model: nn.Module) -> None:
+    "Refuse adapters of layers that the model has not, as PEFT matches names: at a dot, or a pattern for the whole"
+    asked = config.lora.target_modules
+    names = [name for name, _ in model.named_modules()]
+    if asked == 'all-linear': return
+    if isinstance(asked, str): missing = [] if any(re.fullmatch(asked, name) for name in names) else [asked]
+    else: missing = [t for t in asked if not any(n == t or n.endswith(f'.{t}') for n in names)]
+    if missing:
+        last = sorted({n.rpartition('.')[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise AuditError(f'lora.target_modules: the model has no {", ".join(missing)}; its linear layers are '
+                         f'{", ".join(last)[:200]}')
+
 def make_trainer(
     config: TrainConfig, # what to do
     lm: ScoringModel,    # a loaded model
@@ -178,15 +194,15 @@ def make_trainer(
     "Put model, data and loss together. Raises `AuditError` for adapters, trackers or types that cannot be had."
     out = Path(config.out).expanduser()
     if config.lora is None: warn_if_stuck(lm.model, config.learning_rate)
+    else: _check_targets(config, lm.model)
     try: trainer = PairLossTrainer(
         partial(training_loss, config), needs_reference(config.loss), model=lm.model, args=trl_arguments(config, out),
         processing_class=lm.tokenizer, train_dataset=as_dataset(data.train, out/'data'),
         eval_dataset=as_dataset(data.held, out/'data') if data.held else None, peft_config=lora_adapters(config),
         callbacks=[*callbacks, _Lines()])
     except (AuditError, torch.OutOfMemoryError): raise
-    except (ValueError, RuntimeError, ImportError) as e:
-        what = 'lora' if config.lora and 'odules' in str(e) else 'the trainer cannot be set up'
-        raise AuditError(f"{what}: {' '.join(str(e).split())[:300]}") from e
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise AuditError(f"the trainer cannot be set up: {' '.join(str(error).split())[:300]}") from error
     for printer in (PrinterCallback, ProgressCallback): trainer.remove_callback(printer)
     return trainer
 
