@@ -6,256 +6,52 @@
 __all__ = ['is_user_file', 'callable_name', 'source_identity']
 
 # %% ../../nbs/rl/312_source_identity.ipynb #c0de0003
-import dis
 import functools
 import hashlib
-import json
-import logging
-import re
 import sys
 import sysconfig
 import types
-from dataclasses import is_dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
-import numpy as np
-import torch
-from fastcore.basics import patch
+from datasets.fingerprint import Hasher
 
-from ..audit.models import weights_hash
-
-# %% ../../nbs/rl/312_source_identity.ipynb #c0de0006
-def _code_facts(code: types.CodeType) -> list:
-    "Instructions, names and constants, inner functions included; no file name and no line number"
-    constants = [_code_facts(c) if isinstance(c, types.CodeType) else _constant(c) for c in code.co_consts]
-    return [code.co_name, code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars, constants]
-
-def _constant(value: Any) -> Any:
-    if isinstance(value, frozenset): return sorted(map(repr, value))  # its order changes from process to process
-    return repr(value)
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    "A code object and those inside"
-    yield code
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType): yield from _codes(inner)
-
-def _globals_read(code: types.CodeType) -> set[str]:
-    "Names of its module that the code reads"
-    return {i.argval for c in _codes(code) for i in dis.get_instructions(c) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
-
-# %% ../../nbs/rl/312_source_identity.ipynb #c0de0008
-_CHANGERS = {'append', 'appendleft', 'extend', 'insert', 'add', 'update', 'setdefault', 'pop', 'popleft', 'popitem',
-             'remove', 'discard', 'clear'}
-
-def _names_changed(code: types.CodeType) -> set[str]:
-    "Attributes, globals and outer variables that the code rebinds or changes in place"
-    found: set[str] = set()
-    for inner in _codes(code):
-        line, on_line, before = None, set(), None
-        for step in dis.get_instructions(inner):
-            at = step.positions.lineno if step.positions else None
-            if at != line: line, on_line = at, set()
-            named = step.argval if isinstance(step.argval, str) and step.opname.startswith('LOAD_') else None
-            if step.opname in ('STORE_ATTR', 'STORE_GLOBAL', 'DELETE_ATTR'): found.add(step.argval)
-            if step.opname == 'STORE_DEREF' and step.argval in inner.co_freevars: found.add(step.argval)
-            if named in _CHANGERS and before: found.add(before)
-            if step.opname in ('STORE_SUBSCR', 'DELETE_SUBSCR'): found |= on_line
-            if named: on_line.add(named)
-            before = named
-    return found
+import ches_align
 
 # %% ../../nbs/rl/312_source_identity.ipynb #c0de0011
-_LIBRARIES = [Path(sysconfig.get_path(p)).resolve() for p in ('stdlib', 'purelib', 'platlib')]
-_OWN, _PACKAGE = 'ches_align', Path(str(files('ches_align'))).resolve()
+_LIBRARIES = [Path(sysconfig.get_path(place)).resolve() for place in ('stdlib', 'purelib', 'platlib')]
+_PACKAGE = Path(ches_align.__file__).resolve().parent
 
 def is_user_file(
     file: str | Path, # of a module or a frame
 ) -> bool:            # not of Python, of an installed package or of this one
-    "Is this the user's own code?"
+    "Tell the user's own code from that of libraries."
     path = Path(file).resolve()
-    installed = {'site-packages', 'dist-packages'} & set(path.parts) or not path.is_file()
-    return not installed and not any(path.is_relative_to(folder) for folder in (*_LIBRARIES, _PACKAGE))
+    if not path.is_file() or {'site-packages', 'dist-packages'} & set(path.parts): return False
+    return not any(path.is_relative_to(folder) for folder in (*_LIBRARIES, _PACKAGE))
 
-def _module_file(name: str | None) -> Path | None:
-    "The Python file of a module that is the user's; None: there is none, or it is a library's"
-    if not name or name == '__main__' or name.partition('.')[0] == _OWN: return None
-    file = getattr(sys.modules.get(name), '__file__', None)
-    if not file or not file.endswith('.py'): return None
-    return Path(file).resolve() if is_user_file(file) else None
+def _source_file(name: str | None) -> Path | None:
+    "The file of a module of the user or of this package; None: a library, or no file"
+    file = getattr(sys.modules.get(name or ''), '__file__', None)
+    if name == '__main__' or not file or not file.endswith('.py'): return None
+    path = Path(file).resolve()
+    return path if is_user_file(path) or path.is_relative_to(_PACKAGE) else None
 
-def _is_library(name: str | None) -> bool:
-    "Is a module part of Python, of an installed package or of this one?"
-    if not name or name == '__main__' or name not in sys.modules: return False
-    return getattr(sys.modules[name], '__spec__', None) is not None and _module_file(name) is None
-
-def _library_facts(name: str) -> list:
-    "Name and version of a library; of this package also the file, which may be under development"
-    top, file = name.partition('.')[0], getattr(sys.modules[name], '__file__', None)
-    facts = [name, str(getattr(sys.modules.get(top), '__version__', ''))]
-    if top == _OWN and file: facts.append(hashlib.sha256(Path(file).read_bytes()).hexdigest())
-    return facts
-
-# %% ../../nbs/rl/312_source_identity.ipynb #c0de0012
-class _Reader:
-    "Collects facts about a callable, JSON-able; what cannot be looked into is in `unseen`"
-    def __init__(self, changed: set[str]):
-        self.changed, self.found_changed = changed, set()
-        self.places: dict[int, int] = {}
-        self.kept: list = []        # temporary objects stay alive, so that no id comes twice
-        self.unseen: set[str] = set()
-        self.called = {'__call__'}  # methods that a call begins with
-
-    def read(self, value: Any, where: str) -> Any:
-        "Facts about anything"
-        if isinstance(value, (type(None), bool, int, float, complex, str, bytes, np.generic)): return repr(value)
-        if id(value) in self.places: return ['again', self.places[id(value)]]
-        self.places[id(value)] = len(self.places)
-        self.kept.append(value)
-        for kinds, facts in _KINDS:
-            if isinstance(value, kinds): return [type(value).__name__, facts(self, value, where)]
-        return self.read_object(value, where)
-
-    def read_many(self, values: dict[str, Any], where: str) -> dict[str, Any]:
-        "Facts about named values, without those that a call changes"
-        return {str(k): self.read(v, f'{where}.{k}') for k, v in values.items() if k not in self.changed}
-
-    def read_code(self, function: types.FunctionType, where: str, called: bool = True) -> list:
-        "Code, defaults and closure of a function; the user's also with the globals that it reads"
-        code, module = function.__code__, function.__module__
-        cells = zip(code.co_freevars, function.__closure__ or ())
-        told = getattr(function, 'identity', None)
-        held = dict(identity=told) if told is not None else {n: c.cell_contents for n, c in cells if _is_filled(c)}
-        facts = [_code_facts(code), self.read(function.__defaults__, where), self.read(function.__kwdefaults__, where),
-                 self.read_many(held, where)]
-        if _is_library(module): return [_library_facts(module), *facts]
-        if called: self.found_changed |= _names_changed(code)
-        names = sorted(_globals_read(code) & set(function.__globals__))
-        outer = {n: function.__globals__[n] for n in names}
-        return [function.__qualname__, *facts, self.read_file(module), self.read_many(outer, where)]
-
-def _is_filled(cell: Any) -> bool:
-    try: cell.cell_contents
-    except ValueError: return False
-    return True
-
-# %% ../../nbs/rl/312_source_identity.ipynb #c0de0013
-@patch
-def read_file(self: _Reader, name: str | None) -> list:
-    "Hash of a user's module, and of the user's modules that it has imported"
-    path = _module_file(name)
-    if path is None or path in self.kept: return []
-    self.kept.append(path)
-    try: content = path.read_bytes()
-    except OSError:
-        self.unseen.add(f'{path.name} (cannot be read)')
-        return []
-    kinds = (types.ModuleType, types.FunctionType, type)
-    used = [v for v in vars(sys.modules[name]).values() if isinstance(v, kinds)]
-    names = {v.__name__ if isinstance(v, types.ModuleType) else v.__module__ for v in used} - {None, name}
-    others = [self.read_file(other) for other in sorted(names)]
-    return [name, hashlib.sha256(content).hexdigest(), [facts for facts in others if facts]]
-
-def _methods_reached(kind: type, first: set[str]) -> set[str]:
-    "Methods that a call may get to: those it begins with, and what these name"
-    functions = {n: f for n, f in vars(kind).items() if isinstance(f, types.FunctionType)}
-    reached, todo = set(), set(first)
+def _module_files(
+    names: set[str], # of modules
+) -> dict[str, str]: # name -> hash of its file
+    "Hash the files of the user's modules and of those that they use; of this package, the file itself alone."
+    found: dict[str, str] = {}
+    todo = set(names)
     while todo:
         name = todo.pop()
-        reached.add(name)
-        if name in functions: todo |= set(functions[name].__code__.co_names) & set(functions) - reached
-    return reached
-
-@patch
-def read_class(self: _Reader, kind: type, where: str) -> list:
-    "Methods and plain attributes of a class, and its bases"
-    if _is_library(kind.__module__): return [kind.__qualname__, *_library_facts(kind.__module__)]
-    facts: list = [kind.__qualname__, self.read_file(kind.__module__), [self.read(b, where) for b in kind.__bases__]]
-    reached = _methods_reached(kind, self.called)
-    for name, value in sorted(vars(kind).items()):
-        value = getattr(value, '__func__', getattr(value, 'fget', value))  # static and class methods, properties
-        method = isinstance(value, types.FunctionType)
-        if name in self.changed or name.startswith('__') and not method: continue
-        facts.append([name, self.read_code(value, where, name in reached) if method
-                      else self.read(value, f'{where}.{name}')])
-    return facts
-
-# %% ../../nbs/rl/312_source_identity.ipynb #c0de0014
-@patch
-def read_object(self: _Reader, value: Any, where: str) -> list:
-    "Class and settings of an object; its `identity`, where it has one, stands for the settings"
-    kind = type(value)
-    facts = [self.read_class(kind, where)]
-    told = getattr(value, 'identity', None)
-    if told is not None and not callable(told): return [*facts, self.read(told, where)]
-    if hasattr(value, 'get_vocab'): return [*facts, _tokenizer_facts(value)]
-    state = dict(getattr(value, '__dict__', {}))
-    slots = [n for n in getattr(kind, '__slots__', ()) if isinstance(n, str) and hasattr(value, n)]
-    state |= {n: getattr(value, n) for n in slots}
-    if state and (is_dataclass(value) or not _is_library(kind.__module__)):
-        return [*facts, self.read_many(state, where)]
-    shown = repr(value)
-    if not state and ' at 0x' not in shown: return [*facts, shown]
-    self.unseen.add(f'{where.strip(".") or "it"} ({kind.__module__}.{kind.__qualname__})')
-    return facts
-
-def _tokenizer_facts(tokenizer: Any) -> str:
-    "Hash of a tokenizer; padding and truncation are left by the last call"
-    fast = getattr(tokenizer, 'backend_tokenizer', None)
-    told = json.loads(fast.to_str()) if fast is not None else sorted(tokenizer.get_vocab().items())
-    if fast is not None: told |= dict(padding=None, truncation=None)
-    text = json.dumps([told, str(getattr(tokenizer, 'chat_template', None))], sort_keys=True)
-    return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()
-
-def _array_facts(reader: _Reader, value: Any, where: str) -> list:
-    if isinstance(value, torch.Tensor):
-        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    elif value.dtype.hasobject: return [reader.read(x, where) for x in value.ravel().tolist()]
-    else: data = np.ascontiguousarray(value)
-    return [str(value.dtype), list(value.shape), hashlib.sha256(data.tobytes()).hexdigest()]
-
-def _network_facts(reader: _Reader, value: torch.nn.Module, where: str) -> list:
-    config = getattr(value, 'config', None)
-    kept = {k: v for k, v in vars(value).items() if not k.startswith('_') and isinstance(v, (bool, int, float, str))}
-    told = config.to_json_string() if hasattr(config, 'to_json_string') else ''
-    return [reader.read_class(type(value), where), weights_hash(value), told, reader.read_many(kept, where)]
-
-# %% ../../nbs/rl/312_source_identity.ipynb #c0de0015
-def _builtin_facts(reader: _Reader, value: Any, where: str) -> list:
-    "A function in C: of a library, a method of an object, or unseen"
-    holder = getattr(value, '__self__', None)
-    module = holder.__name__ if isinstance(holder, types.ModuleType) else value.__module__
-    if _is_library(module): return [value.__qualname__, *_library_facts(module)]
-    if holder is not None and not isinstance(holder, types.ModuleType):
-        return [value.__qualname__, reader.read(holder, where)]
-    reader.unseen.add(f'{value.__qualname__} (compiled)')
-    return [value.__qualname__]
-
-def _method_facts(reader: _Reader, value: types.MethodType, where: str) -> list:
-    reader.called.add(value.__func__.__name__)
-    return [reader.read(value.__self__, where), reader.read(value.__func__, where)]
-
-def _module_facts(reader: _Reader, value: types.ModuleType, where: str) -> list:
-    return _library_facts(value.__name__) if _is_library(value.__name__) else reader.read_file(value.__name__)
-
-_KINDS: list[tuple[Any, Callable[[_Reader, Any, str], Any]]] = [
-    ((list, tuple), lambda reader, value, where: [reader.read(v, where) for v in value]),
-    ((set, frozenset), lambda reader, value, where: sorted(json.dumps(reader.read(v, where)) for v in value)),
-    (dict, lambda reader, value, where: [[reader.read(k, where), reader.read(v, where)] for k, v in value.items()]),
-    (re.Pattern, lambda reader, value, where: [repr(value.pattern), value.flags]),
-    (logging.Logger, lambda reader, value, where: value.name),
-    ((np.ndarray, torch.Tensor), _array_facts),
-    (torch.nn.Module, _network_facts),
-    (types.ModuleType, _module_facts),
-    (functools.partial, lambda reader, value, where: [reader.read(v, where) for v in (value.func, value.args,
-                                                                                   value.keywords)]),
-    (functools._lru_cache_wrapper, lambda reader, value, where: reader.read(value.__wrapped__, where)),
-    (types.MethodType, _method_facts),
-    (types.FunctionType, _Reader.read_code),
-    ((types.BuiltinFunctionType, types.MethodWrapperType), _builtin_facts),
-    (type, _Reader.read_class)]
+        path = _source_file(name)
+        if path is None or name in found: continue
+        found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not is_user_file(path): continue
+        for value in vars(sys.modules[name]).values():
+            todo.add(value.__name__ if isinstance(value, types.ModuleType) else getattr(value, '__module__', None) or '')
+    return found
 
 # %% ../../nbs/rl/312_source_identity.ipynb #c0de0017
 def callable_name(
@@ -265,13 +61,37 @@ def callable_name(
     while isinstance(function, functools.partial): function = function.func
     return getattr(function, '__name__', type(function).__name__)
 
+def _parts(value: Any) -> list:
+    "What a callable is made of: a partial's function, a method's object, what a function closes over and names"
+    if isinstance(value, functools.partial): return [value.func]
+    if isinstance(value, types.MethodType): return [value.__func__, value.__self__]
+    if not isinstance(value, types.FunctionType): return list(type(value).__mro__)
+    parts = [found for name, found in value.__globals__.items() if name in value.__code__.co_names]
+    for cell in value.__closure__ or ():
+        try: parts.append(cell.cell_contents)
+        except ValueError: pass  # not filled yet
+    return parts
+
+def _modules_of(function: Any) -> set[str]:
+    "Modules that define a callable and the callables that it is made of"
+    names, todo, seen = set(), [function], {}
+    while todo:
+        value = todo.pop()
+        if id(value) in seen: continue
+        seen[id(value)] = value
+        names.add(value.__name__ if isinstance(value, types.ModuleType) else getattr(value, '__module__', None) or '')
+        if callable(value) and not isinstance(value, type): todo += _parts(value)
+    return names
+
 def source_identity(
     function: Callable,   # a reward, a judge: a function, closure, partial, method, or an object that is called
 ) -> dict[str, Any]:      # name; source (16 hex digits); unseen: parts whose content is not in it
-    "What a callable is, by its code and settings; equal for the same callable in another process of the same Python."
-    first = _Reader(set())
-    first.read(function, '')
-    reader = _Reader(first.found_changed)
-    facts = json.dumps(reader.read(function, ''), sort_keys=True)
-    source = hashlib.sha256(facts.encode('utf-8', 'surrogatepass')).hexdigest()[:16]
-    return dict(name=callable_name(function), source=source, unseen=sorted(reader.unseen))
+    "Hash a callable's code and settings: the same in every process of one Python version."
+    told, unseen = getattr(function, 'identity', None), []
+    content: Any = function if told is None or callable(told) else (type(function), told)
+    try: digest = Hasher.hash(content)
+    except Exception as e:  # whatever the parts of an object raise when they are to be pickled
+        unseen = [f"the settings of {callable_name(function)} ({' '.join(str(e).split())[:100] or type(e).__name__})"]
+        digest = Hasher.hash(type(function))
+    files = sorted(_module_files(_modules_of(function)).items())
+    return dict(name=callable_name(function), source=Hasher.hash([digest, files])[:16], unseen=unseen)
