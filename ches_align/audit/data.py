@@ -101,7 +101,8 @@ def _is_message(value: Any) -> bool:
     if not isinstance(value, dict): return False
     return isinstance(value.get('role'), str) or isinstance(value.get('from'), str) and 'value' in value
 
-def _is_conversation(value: Any) -> bool: return isinstance(value, list) and len(value) > 0 and all(map(_is_message, value))
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_message, value))
 
 def shape_of(
     value: Any, # a cell
@@ -161,7 +162,8 @@ def read_message(
 # %% ../../nbs/audit/110_data.ipynb #5e21b7a4
 def _in_text(text: Any) -> list[dict] | None:
     "The messages that a text holds, as they stand there"
-    if not isinstance(text, str) or not re.match(r'\s*(\[\s*)?\{', text) or not re.search('role|from', text): return None
+    if not isinstance(text, str) or not re.match(r'\s*(\[\s*)?\{', text): return None
+    if 'role' not in text and 'from' not in text: return None
     value = _parsed(text)
     value = [value] if isinstance(value, dict) else value
     if not _is_conversation(value): return None
@@ -320,7 +322,7 @@ def _bad_message(where: str, message: dict) -> tuple[str, str]:
         kind = part.get('type') if isinstance(part, dict) else None
         if kind is None: return 'missing_field', f'{where}.content is {shape_of(content)}'
         if kind != 'text': return 'not_text', f'{where}.content has a part of type {shorten(str(kind), 40)}'
-        if not isinstance(part.get('text'), str): return 'missing_field', f'{where}.content has a text part without text'
+        if not isinstance(part.get('text'), str): return 'missing_field', f'{where}.content has a part without text'
     return '', ''
 
 def _misshapen(name: str, value: Any) -> tuple[str, str]:
@@ -373,6 +375,7 @@ def _as_trl_reads(row: dict, pair: Pair) -> dict[str, Any]:
         else: del made['tools']
     return made
 
+# %% ../../nbs/audit/110_data.ipynb #f3f87475
 def make_pair(
     row_id: int,       # position in the source
     row: dict,         # the source's row

@@ -171,7 +171,6 @@ def score_dataset(
         source = str(data) if isinstance(data, (str, Path)) else None  # from memory: nowhere to be read again
         about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, form=form, remarks=_remarks(store),
                      seed=loading.get('seed'), loading=loading, sharing=says, hardware=_hardware(lm))
-        if about['remarks'] and here.is_main_process: warnings.warn('; '.join(about['remarks']))
         return _score_store(lm, store, _Work(plan, settings, identity, about), out, progress, start)
 
 # %% ../../nbs/audit/140_scoring.ipynb #c94ce066
@@ -207,10 +206,12 @@ def _hardware(lm: ScoringModel) -> str:
     return ' and '.join(kinds) + mixed
 
 def _remarks(store: TokenStore) -> list[str]:
-    "What is noteworthy of pairs that are scored, the most frequent first"
+    "What is noteworthy of pairs that are scored, the most frequent first; told once"
     told = [f'{count} of {len(store)} rows: {what}' for what, count in store.remarks.most_common(5)]
     more = sum(store.remarks.values()) - sum(count for _, count in store.remarks.most_common(5))
-    return told + [f'{more} rows more: see the column detail'] * (more > 0)
+    told += [f'{more} rows more: see the column detail'] * (more > 0)
+    if told and processes().is_main_process: warnings.warn('; '.join(told))
+    return told
 
 def _plan_hash(plan: Sequence[np.ndarray]) -> str:
     digest = hashlib.sha256()
