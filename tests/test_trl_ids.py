@@ -173,6 +173,9 @@ TEXTS = dict(
     its_own_end=dict(prompt='Q:', chosen=' yes</s>', rejected=' no'),
     its_own_beginning=dict(prompt='<s>Q:', chosen=' yes', rejected=' no'),
     tools=dict(prompt='Q:', chosen=' yes', rejected=' no', tools=TOOLS),
+    implicit=dict(chosen='Q: who? Sam', rejected='Q: who? Joe'),
+    implicit_within_a_word=dict(chosen='Q: who? I am', rejected='Q: who? It is'),
+    implicit_chinese=dict(chosen='问：谁？答：我', rejected='问：谁？答：他'),
     brackets=dict(prompt='[1] Cite:', chosen=' [{"a": 1}]', rejected=' [2]'))
 
 @pytest.mark.parametrize('form', ['$A', '<s> $A', '<s> $A </s>'])
@@ -221,14 +224,6 @@ def test_flagged_where_trl_trains(base, name):
     tokenizer, (row, status, words) = tokenizer_of(base, SHIPPED['qwen2_5']), FLAGGED[name]
     ours = encoded(row, tokenizer)
     assert ours.status == status and words in ours.detail and len(theirs(row, tokenizer)[1]) > 1
-
-def test_implicit_text_is_parted_at_white_space(base):
-    "TRL parts two texts at the first other character, within a word if it must"
-    tokenizer = tokenizer_of(base, None)
-    row = dict(chosen='Q: who? I am', rejected='Q: who? It is')
-    explicit = dict(prompt='Q: who?', chosen=' I am', rejected=' It is')
-    assert ids(encoded(row, tokenizer)) == ids(encoded(explicit, tokenizer)) == theirs(explicit, tokenizer)
-    assert tokenizer.decode(theirs(row, tokenizer)[0]) != 'Q: who?'
 
 def test_messages_without_a_template_get_dialogue_marks(base):
     tokenizer = tokenizer_of(base, None)

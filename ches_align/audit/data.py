@@ -17,6 +17,7 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
@@ -90,10 +91,14 @@ def dialogue_text(
 def split_text(
     chosen: str,   # whole text, prompt included
     rejected: str, # the other one
+    words: bool = False, # cut at a white space where there is one, so that no word is torn
 ) -> tuple[str, str, str]:
-    "Prompt (what both texts share, cut back to a white space) and the two remainders, white space with the response."
-    n = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
-    while n and not (chosen[n:n+1].isspace() and rejected[n:n+1].isspace()): n -= 1
+    "Prompt (what both texts share) and the two remainders, as `trl.extract_prompt`: a space before them is theirs."
+    n, shorter = len(commonprefix([chosen, rejected])), min(len(chosen), len(rejected))
+    last_space = max((k for k in range(n + 1) if chosen[k:k+1].isspace() and rejected[k:k+1].isspace()), default=0)
+    if words and last_space: n = last_space
+    elif n == shorter: n = max(n - 1, 0)  # one text goes on where the other ends: a character of it is left to both
+    elif n and chosen[n-1] == ' ': n -= 1
     return chosen[:n], chosen[n:], rejected[n:]
 
 # %% ../../nbs/audit/110_data.ipynb #5e21b7b0

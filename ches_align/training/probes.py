@@ -38,7 +38,7 @@ def load_probes(
     given = isinstance(source, (list, tuple)) and source and isinstance(source[0], Pair)
     pairs = list(source) if given else load_pairs(source, limit=limit, seed=seed)
     encoded = encode_pairs(pairs, tokenizer, max_length)
-    if bad := [f'{e.row_id} ({e.status})' for e in encoded if e.status != 'ok']:
+    if bad := [f'{e.row_id} ({e.status}: {e.detail})' for e in encoded if e.status != 'ok']:
         if len(bad) == len(pairs): raise AuditError(f'no probe pair can be measured: rows {", ".join(bad[:5])}')
         warnings.warn(f'{len(bad)} of {len(pairs)} probe pairs are left out: rows {", ".join(bad[:10])}')
     kept = [(p, e) for p, e in zip(pairs, encoded) if e.status == 'ok']
