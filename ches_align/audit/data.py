@@ -176,21 +176,22 @@ def _in_text(text: Any) -> list[dict] | None:
     return value if known and all('content' in m or 'value' in m or 'tool_calls' in m for m in value) else None
 
 # %% ../../nbs/audit/110_data.ipynb #5e21b7a6
-def _conversations(row: dict, used: set[str]) -> dict[str, list[dict]]:
-    "The columns that hold messages as text; a response only if the other one does too"
+def _conversations(row: dict, used: set[str]) -> tuple[dict[str, list[dict]], list[str]]:
+    "The columns that hold messages as text, a response only if the other one does too; the others that look like it"
     held = {k: found for k in sorted(used) if (found := _in_text(row.get(k)))}
     answers = [k for k, found in held.items() if read_message(found[-1])[0]['role'] == 'assistant']
     prompts = [k for k in held if k not in answers]
     alone = (answers if len(answers) == 1 else []) + (prompts if len(prompts) > 1 else [])
-    return {k: found for k, found in held.items() if k not in alone}
+    return {k: found for k, found in held.items() if k not in alone}, alone
 
 def read_cells(
     row: dict[str, Any], # of the source
     used: set[str],      # the columns that the layout reads
 ) -> tuple[dict[str, Any], list[str]]: # the row with messages as TRL takes them; what was read otherwise, a phrase each
     "Read the messages of a row, whichever way they are written."
-    held = _conversations(row, used)
+    held, alone = _conversations(row, used)
     made, told = row | held, dict.fromkeys(['messages in text'] if held else [])
+    told |= dict.fromkeys(f'{k} looks like messages and is read as the text that it is' for k in alone)
     for k in used & set(made):
         value = made[k]
         if _is_message(value): value, told['one message for a list'] = [value], None
