@@ -71,7 +71,8 @@ def _summary(scores) -> str:
     rate = made['tokens'] / max(made['seconds'], 1e-9)
     return (f"{counts.get('ok', 0)} pairs scored by {made['model']} in {made['seconds']:.0f} s ({rate:,.0f} tokens/s); "
             f"flagged: {flagged}" + f"\nmachines: {made['hardware']}" * ('(mixed' in made['hardware']) +
-            ''.join(f'\n{remark}' for remark in made.get('remarks', [])) + _HINT * (made['form'] == 'text' and made['template_hash'] is not None))
+            ''.join(f'\n{remark}' for remark in made.get('remarks', [])) +
+            _HINT * (made['form'] == 'text' and made['template_hash'] is not None))
 
 _HINT = """
 the prompts are plain text and were scored as they are, as TRL trains on them; --chat uses the model's template"""

@@ -1,4 +1,4 @@
-"""What is scored is what TRL trains on: token ids of every layout by TRL's own preparation, for the chat templates that it ships.
+"""What is scored is what TRL trains on: token ids of every layout by TRL's own preparation, for its chat templates.
 Where we differ on purpose the difference has a name here, and exactly that difference is asserted."""
 import json
 import re
@@ -8,21 +8,21 @@ from importlib.resources import files
 from types import SimpleNamespace
 
 import pytest
-
-trl = pytest.importorskip('trl')
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-from trl.data_utils import prepare_multimodal_messages
 
 from ches_align.audit.data import load_pairs
 from ches_align.audit.hidden_states import encode_pairs
 
+trl = pytest.importorskip('trl')
+
 # -- tokenizers: one vocabulary, the control tokens of a template as single ids
 MARKS = r'<\|[^|<>\n\'"{}]{1,40}\|>|<｜[^<>\n\'"{}]{1,40}｜>|</?[a-z_]{2,24}>|<\|?[a-z_]+\|?>|\[[A-Z_/]{3,20}\]'
 SHIPPED = {f.name.removesuffix('.jinja'): f.read_text('utf-8')
-           for f in sorted((files('trl')/'chat_templates').iterdir(), key=lambda f: f.name) if f.name.endswith('.jinja')}
-END = dict(cohere='<|END_OF_TURN_TOKEN|>', deepseek='<｜end▁of▁sentence｜>', diffusion_gemma='<turn|>', gemma4='<turn|>',
+           for f in (files('trl')/'chat_templates').iterdir() if f.name.endswith('.jinja')}
+END = dict(cohere='<|END_OF_TURN_TOKEN|>', deepseek='<｜end▁of▁sentence｜>',
+           diffusion_gemma='<turn|>', gemma4='<turn|>',
            gemma='<end_of_turn>', glm4moe=None, gptoss='<|return|>', idefics3='<end_of_utterance>',
            smolvlm='<end_of_utterance>', lfm2='<|im_end|>', llama3='<|eot_id|>', llava_next='</s>',
            muse_glimmer='<|eot|>', nemotron='<|im_end|>', phi3='</s>', qwen='<|im_end|>')  # by the longest prefix
@@ -111,7 +111,8 @@ LAYOUTS = dict(
 
 def in_parts(row):
     "A row as TRL gives it to the template of a model that sees"
-    return row | {k: prepare_multimodal_messages(row[k]) for k in ('prompt', 'chosen', 'rejected') if k in row}
+    cells = {k: row[k] for k in ('prompt', 'chosen', 'rejected') if k in row}
+    return row | {k: trl.data_utils.prepare_multimodal_messages(v) for k, v in cells.items()}
 
 def outcome(name, layout, tokenizer):
     "What became of a layout by both, and the white space that ours leaves off; else what differs"
@@ -172,6 +173,9 @@ TEXTS = dict(
     its_own_end=dict(prompt='Q:', chosen=' yes</s>', rejected=' no'),
     its_own_beginning=dict(prompt='<s>Q:', chosen=' yes', rejected=' no'),
     tools=dict(prompt='Q:', chosen=' yes', rejected=' no', tools=TOOLS),
+    implicit=dict(chosen='Q: who? Sam', rejected='Q: who? Joe'),
+    implicit_within_a_word=dict(chosen='Q: who? I am', rejected='Q: who? It is'),
+    implicit_chinese=dict(chosen='问：谁？答：我', rejected='问：谁？答：他'),
     brackets=dict(prompt='[1] Cite:', chosen=' [{"a": 1}]', rejected=' [2]'))
 
 @pytest.mark.parametrize('form', ['$A', '<s> $A', '<s> $A </s>'])
@@ -220,14 +224,6 @@ def test_flagged_where_trl_trains(base, name):
     tokenizer, (row, status, words) = tokenizer_of(base, SHIPPED['qwen2_5']), FLAGGED[name]
     ours = encoded(row, tokenizer)
     assert ours.status == status and words in ours.detail and len(theirs(row, tokenizer)[1]) > 1
-
-def test_implicit_text_is_parted_at_white_space(base):
-    "TRL parts two texts at the first other character, within a word if it must"
-    tokenizer = tokenizer_of(base, None)
-    row = dict(chosen='Q: who? I am', rejected='Q: who? It is')
-    explicit = dict(prompt='Q: who?', chosen=' I am', rejected=' It is')
-    assert ids(encoded(row, tokenizer)) == ids(encoded(explicit, tokenizer)) == theirs(explicit, tokenizer)
-    assert tokenizer.decode(theirs(row, tokenizer)[0]) != 'Q: who?'
 
 def test_messages_without_a_template_get_dialogue_marks(base):
     tokenizer = tokenizer_of(base, None)

@@ -109,7 +109,8 @@ def _is_message(value: Any) -> bool:
     if not isinstance(value, dict): return False
     return isinstance(value.get('role'), str) or isinstance(value.get('from'), str) and 'value' in value
 
-def _is_conversation(value: Any) -> bool: return isinstance(value, list) and len(value) > 0 and all(map(_is_message, value))
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_message, value))
 
 def shape_of(
     value: Any, # a cell
@@ -169,7 +170,8 @@ def read_message(
 # %% ../../nbs/audit/110_data.ipynb #5e21b7a4
 def _in_text(text: Any) -> list[dict] | None:
     "The messages that a text holds, as they stand there"
-    if not isinstance(text, str) or not re.match(r'\s*(\[\s*)?\{', text) or not re.search('role|from', text): return None
+    if not isinstance(text, str) or not re.match(r'\s*(\[\s*)?\{', text): return None
+    if 'role' not in text and 'from' not in text: return None
     value = _parsed(text)
     value = [value] if isinstance(value, dict) else value
     if not _is_conversation(value): return None
@@ -177,21 +179,22 @@ def _in_text(text: Any) -> list[dict] | None:
     return value if known and all('content' in m or 'value' in m or 'tool_calls' in m for m in value) else None
 
 # %% ../../nbs/audit/110_data.ipynb #5e21b7a6
-def _conversations(row: dict, used: set[str]) -> dict[str, list[dict]]:
-    "The columns that hold messages as text; a response only if the other one does too"
+def _conversations(row: dict, used: set[str]) -> tuple[dict[str, list[dict]], list[str]]:
+    "The columns that hold messages as text, a response only if the other one does too; the others that look like it"
     held = {k: found for k in sorted(used) if (found := _in_text(row.get(k)))}
     answers = [k for k, found in held.items() if read_message(found[-1])[0]['role'] == 'assistant']
     prompts = [k for k in held if k not in answers]
     alone = (answers if len(answers) == 1 else []) + (prompts if len(prompts) > 1 else [])
-    return {k: found for k, found in held.items() if k not in alone}
+    return {k: found for k, found in held.items() if k not in alone}, alone
 
 def read_cells(
     row: dict[str, Any], # of the source
     used: set[str],      # the columns that the layout reads
 ) -> tuple[dict[str, Any], list[str]]: # the row with messages as TRL takes them; what was read otherwise, a phrase each
     "Read the messages of a row, whichever way they are written."
-    held = _conversations(row, used)
+    held, alone = _conversations(row, used)
     made, told = row | held, dict.fromkeys(['messages in text'] if held else [])
+    told |= dict.fromkeys(f'{k} looks like messages and is read as the text that it is' for k in alone)
     for k in used & set(made):
         value = made[k]
         if _is_message(value): value, told['one message for a list'] = [value], None
@@ -462,7 +465,7 @@ def _bad_message(where: str, message: dict) -> tuple[str, str]:
         kind = part.get('type') if isinstance(part, dict) else None
         if kind is None: return 'missing_field', f'{where}.content is {shape_of(content)}'
         if kind != 'text': return 'not_text', f'{where}.content has a part of type {shorten(str(kind), 40)}'
-        if not isinstance(part.get('text'), str): return 'missing_field', f'{where}.content has a text part without text'
+        if not isinstance(part.get('text'), str): return 'missing_field', f'{where}.content has a part without text'
     return '', ''
 
 def _misshapen(name: str, value: Any) -> tuple[str, str]:
@@ -515,6 +518,7 @@ def _as_trl_reads(row: dict, pair: Pair) -> dict[str, Any]:
         else: del made['tools']
     return made
 
+# %% ../../nbs/audit/110_data.ipynb #f3f87475
 def make_pair(
     row_id: int,       # position in the source
     row: dict,         # the source's row

@@ -35,6 +35,7 @@ def _with_end(text: str, tokenizer: Any) -> str:
     mark = tokenizer.eos_token or ''
     return text if text.endswith(mark) else text + mark
 
+# %% ../../nbs/audit/130_hidden_states.ipynb #01438197
 def _in_parts(messages: list[dict]) -> list[dict]:
     "Each text as the one part of its content, as TRL gives texts to the template of a model that sees"
     return [m | dict(content=[dict(type='text', text=m['content'])]) if isinstance(m.get('content'), str) else m
@@ -64,6 +65,7 @@ def _templated(pair: Pair, tokenizer: Any) -> list[str]:
     if refusal: raise refusal
     return as_given
 
+# %% ../../nbs/audit/130_hidden_states.ipynb #01438198
 def render(
     pair: Pair,       # text or messages
     tokenizer: Any,   # of the model
@@ -119,11 +121,13 @@ class EncodedPair:
 
 def _shared_length(ids: list[int], other: list[int]) -> int:
     "How many tokens two sequences have in common at their beginning"
+    if other[:len(ids)] == ids: return len(ids)
     return next((i for i, (a, b) in enumerate(zip(ids, other)) if a != b), min(len(ids), len(other)))
 
 # %% ../../nbs/audit/130_hidden_states.ipynb #024a55f0
 SAYS = dict(empty_prompt='the prompt and the conversations have no token in common at the beginning',
-            empty_chosen='no token of chosen follows the prompt', empty_rejected='no token of rejected follows the prompt',
+            empty_chosen='no token of chosen follows the prompt',
+            empty_rejected='no token of rejected follows the prompt',
             identical='both responses have the same tokens',
             identical_truncated='both responses have the same tokens up to the length limit')
 
@@ -188,6 +192,7 @@ def _encode_block(pairs, tokenizer, max_length, end, special) -> list[EncodedPai
             made[k] = split_ids(pair, prompt, wholes, max_length, close, tokenizer.decode)
     return made
 
+# %% ../../nbs/audit/130_hidden_states.ipynb #6fdffd3f
 def encode_pairs(
     pairs: Sequence[Pair],           # from `load_pairs`
     tokenizer: Any,                  # of the model

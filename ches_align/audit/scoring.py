@@ -213,10 +213,9 @@ def score_dataset(
         identity = run_identity(lm, store.data_hash, len(store), fixed | dict(
             max_length=max_length, compiled=compile, shards=_plan_hash(plan)))
         source = str(data) if isinstance(data, (str, Path)) else None  # from memory: nowhere to be read again
-        about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, form=form, remarks=_remarks(store),
+        about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, form=form,
                      seed=loading.get('seed'), loading=loading, sharing=says, hardware=_hardware(lm),
                      batch_tokens=batch_tokens)
-        if about['remarks'] and here.is_main_process: warnings.warn('; '.join(about['remarks']))
         return _score_store(lm, store, _Work(plan, settings, identity, about), out, progress, start)
 
 # %% ../../nbs/audit/140_scoring.ipynb #c94ce066
@@ -232,6 +231,7 @@ def _score_store(lm: ScoringModel, store: TokenStore, work: _Work, out: str | Pa
     "Write shards and manifest, or keep the table in memory"
     here = processes()
     same_everywhere(work.identity)
+    work.about['remarks'] = _remarks(store)
     with _output(out, work.identity, work.about) as folder:
         with errors_of_all(): rows = _score_shards(lm, store, work.plan, folder, work.settings, progress)
         scores = score_table(rows) if folder is None else load_scores(folder)  # all shards are there once all have met
@@ -251,16 +251,19 @@ def _hardware(lm: ScoringModel) -> str:
     mixed = ' (mixed: the table is that of one kind up to rounding, not to the bit)' * (len(kinds) > 1)
     return ' and '.join(kinds) + mixed
 
-def _remarks(store: TokenStore) -> list[str]:
-    "What is noteworthy of pairs that are scored, the most frequent first"
-    told = [f'{count} of {len(store)} rows: {what}' for what, count in store.remarks.most_common(5)]
-    more = sum(store.remarks.values()) - sum(count for _, count in store.remarks.most_common(5))
-    return told + [f'{more} rows more: see the column detail'] * (more > 0)
-
 def _plan_hash(plan: Sequence[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for shard in plan: digest.update(shard.astype(np.int64).tobytes() + b';')
     return digest.hexdigest()[:16]
+
+def _remarks(store: TokenStore) -> list[str]:
+    "What is noteworthy of pairs that are scored, the most frequent first; told once"
+    counts = store.remarks()
+    told = [f'{count} of {len(store)} rows: {what}' for what, count in counts.most_common(5)]
+    more = sum(counts.values()) - sum(count for _, count in counts.most_common(5))
+    told += [f'{more} rows more: see the column detail'] * (more > 0)
+    if told and processes().is_main_process: warnings.warn('; '.join(told))
+    return told
 
 def _open(folder: Path, identity: dict, about: dict) -> None:
     "Check the folder against its manifest, and begin one"

@@ -42,7 +42,6 @@ class TokenStore:
         self.block = self.reader.get_batch(0).num_rows
         self.sizes = Sizes(*(np.concatenate(column) for column in zip(*sizes)))
         self.data_hash, self.has_text = data_hash, has_text
-        self.remarks: Counter[str] = Counter()  # what is noteworthy of pairs that can be scored, and of how many
 
     def __len__(self) -> int: return len(self.sizes.ok)
 
@@ -57,6 +56,15 @@ class TokenStore:
             made.append(EncodedPair(**{name: blocks[b].column(name)[at].as_py() for name in SCHEMA.names}))
         return made
 
+    def remarks(self) -> Counter[str]:
+        "What is noteworthy of pairs that can be scored, and of how many."
+        counts: Counter[str] = Counter()
+        for b in range(self.reader.num_record_batches):
+            batch = self.reader.get_batch(b)
+            both = zip(batch.column('status').to_pylist(), batch.column('detail').to_pylist())
+            counts.update(detail for status, detail in both if status == 'ok' and detail)
+        return counts
+
 # %% ../../nbs/audit/133_token_store.ipynb #b09f83ef
 @contextmanager
 def token_store(
@@ -68,7 +76,7 @@ def token_store(
     progress: bool = False,        # a bar with the rate, on a terminal
 ) -> Iterator[TokenStore]:
     "Tokenise a stream into a file that goes with the context. Raises `AuditError` for bad settings or a full disk."
-    digest, has_text, sizes, remarks = hashlib.sha256(), False, [], Counter()
+    digest, has_text, sizes = hashlib.sha256(), False, []
     pairs = iter(tqdm(pairs, unit='pair', desc='tokenising', disable=None if progress else True))
     with tempfile.TemporaryDirectory(prefix='ches_align_', ignore_cleanup_errors=True) as folder:
         path = Path(folder)/'tokens.arrow'
@@ -78,13 +86,11 @@ def token_store(
                 encoded = encode_pairs(some, tokenizer, max_length, convention, block)
                 digest.update((' ' * bool(sizes) + ' '.join(f'{p.row_id}:{p.row_hash}' for p in some)).encode())
                 has_text = has_text or any(isinstance(p.prompt, str) for p in some)
-                remarks.update(e.detail for e in encoded if e.status == 'ok' and e.detail)
                 sizes.append(sizes_of(encoded))
                 made = pa.RecordBatch.from_pylist([vars(e) for e in encoded], SCHEMA)
                 with writing(path): file.write_batch(made)
         finally:
             with writing(path): file.close()
         store = TokenStore(path, sizes, digest.hexdigest()[:16], has_text)
-        store.remarks = remarks
         try: yield store
         finally: store.source.close()

@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from ..audit.data import Pair, load_pairs
+from ..audit.data import Pair, load_pairs, template_columns
 from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair, encode_pairs
 from ..audit.runs import load_runs, only_writer, open_runs, plain, write_files
@@ -184,7 +184,7 @@ def _fitted(study: SubsetStudy, rows: Sequence[Pair]) -> str:
 
 def _json_line(pair: Pair) -> str:
     "A pair in TRL's form, one line"
-    row = dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected)
+    row = dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected, **template_columns(pair))
     return json.dumps(plain(row), ensure_ascii=False) + '\n'
 
 # %% ../../nbs/studies/390_subsets.ipynb #589d2594

@@ -38,7 +38,8 @@ def usable(
     "Encode pairs; flagged rows are told and left out. Raises `AuditError` when none remains."
     encoded, counts = encode_pairs(pairs, tokenizer, max_length), {}
     for e in encoded: counts[e.status] = counts.get(e.status, 0) + 1
-    flagged = ', '.join(f'{n} {s}' for s, n in counts.items() if s != 'ok')
+    first = {e.status: f'row {e.row_id}: {e.detail}' for e in reversed(encoded)}
+    flagged = ', '.join(f'{n} {s} ({first[s]})' for s, n in counts.items() if s != 'ok')
     if not counts.get('ok'):
         raise AuditError(f'{where}: no pair can be trained on ({flagged or "there are none"}); '
                          'ches_score lists the rows')

@@ -50,7 +50,7 @@ def load_probes(
     "Probe pairs, tokenised, each once. Raises `AuditError` when none can be measured."
     pairs = read_probes(source, limit, seed)
     encoded = encode_pairs(pairs, tokenizer, max_length)
-    if bad := [f'{e.row_id} ({e.status})' for e in encoded if e.status != 'ok']:
+    if bad := [f'{e.row_id} ({e.status}: {e.detail})' for e in encoded if e.status != 'ok']:
         if len(bad) == len(pairs): raise AuditError(f'no probe pair can be measured: rows {", ".join(bad[:5])}')
         warnings.warn(f'{len(bad)} of {len(pairs)} probe pairs are left out: rows {", ".join(bad[:10])}')
     kept: dict[str, tuple[Pair, EncodedPair]] = {}
