@@ -16,8 +16,9 @@ from typing import Any
 from fastcore.script import Param, call_parse
 
 from .audit.files import AuditError, read_rows
-from .audit.runs import json_bytes, plain, read_object, write_files
-from .cli import _quiet, one_line
+from .audit.options import named, only_with, path_of, real, say, whole
+from .audit.runs import json_bytes, plain, read_object, refuse_sources, refuse_strangers, write_files
+from .cli import _quiet, check_drawing, check_loading, one_line
 
 # %% ../nbs/610_cli_refusal.ipynb #23be2eab
 def _lines(rows: list[dict]) -> bytes:
@@ -33,6 +34,15 @@ def _fault(row: dict, needs: tuple) -> str:
     if not isinstance(row['response'], str | None): return 'the response must be text'
     odd = 'refused' in needs and not isinstance(row['refused'], bool | None)
     return 'refused must be true, false or null' if odd else ''
+
+def _folder(out: str | Path, names: str, sources: list, sign: str, keys: tuple) -> Path:
+    "The folder to be written, once it is known that nothing is lost there"
+    folder = Path(path_of('out', out) or '').expanduser()
+    files = [folder/name for name in names.split()]
+    rows = [Path(s).expanduser()/'rows.jsonl' for s in sources if isinstance(s, (str, Path))]
+    refuse_sources(files, [*sources, *(r for r in rows if r.exists())])
+    refuse_strangers(files, folder/sign, keys)
+    return folder
 
 def _read_whole(source: str, needs: tuple, before: str) -> list[dict]:
     "The rows that the command before left in its folder, or those of a file"
@@ -52,8 +62,6 @@ def _generate(prompts: str, model: str, out: Path, sampling: dict, read: dict, l
     from ches_align.refusal.preferences import load_prompts
     from ches_align.rl.generation import generate_responses
     from ches_align.rl.sampling import Sampling, load_generator
-    if read['limit'] is not None and read['limit'] < 1: raise AuditError(f"--limit {read['limit']}: at least 1")
-    if run['chat'] and run['no_chat']: raise AuditError('--chat or --no_chat, not both')
     drawn = Sampling(**sampling)
     asked = load_prompts(prompts, **read | dict(style=None if read['style'] == 'all' else read['style']))
     chat = {k: v for k, v in run.items() if k not in ('chat', 'no_chat')}
@@ -93,16 +101,28 @@ def ches_generate(
 ):
     "Draw responses to prompts; a killed run ends with the same texts."
     with one_line('ches_generate'):
+        named(prompts=prompts, style=style, split=split)
+        check_loading(dtype, model=model, device=device, revision=revision)
+        check_drawing(temperature, top_p, max_new_tokens, seed, batch_tokens, engine, chat, no_chat, limit, sample_seed,
+                      count)
+        folder = _folder(out, 'rows.jsonl responses.jsonl manifest.json', [prompts], 'manifest.json', ('prompts_hash',))
         _quiet()
         rows = _generate(
-            prompts, model, Path(out).expanduser(), dict(temperature=temperature, top_p=top_p, seed=seed, count=count,
+            prompts, model, folder, dict(temperature=temperature, top_p=top_p, seed=seed, count=count,
                                                          max_new_tokens=max_new_tokens),
             dict(style=style, split=split, limit=limit, seed=sample_seed),
             dict(dtype=dtype, device=device, revision=revision),
             dict(batch_tokens=batch_tokens, engine=engine, chat=chat, no_chat=no_chat))
-        print(_generated(rows, model, out, max_new_tokens))
+        say(_generated(rows, model, out, max_new_tokens))
 
 # %% ../nbs/610_cli_refusal.ipynb #fcad4401
+def _check_judge(judge: str, template: str | None, folder: str | None, quantize: str | None, **loading: Any) -> None:
+    "Refuse options that no judge takes, before anything is read"
+    named(judge=judge, template=template, judge_path=folder)
+    check_loading(quantize=quantize, **loading)
+    only_with('quantize', quantize, judge != 'rule', 'a judge that is a model')
+    _question(judge, template, folder)
+
 def _question(judge: str, template: str | None, folder: str | None) -> str | None:
     "The text put to the judge; refuses options that cannot be meant"
     from ches_align.refusal.judges import sorry_judge
@@ -168,11 +188,16 @@ def ches_judge(
     "Say of each response whether it refuses, and how often a model does."
     with one_line('ches_judge'):
         from ches_align.refusal.rates import summary_text
+        _check_judge(judge, template, judge_path, quantize, dtype=dtype, device=device)
+        only_with('device', device, judge != 'rule', 'a judge that is a model')
+        named(responses=responses)
+        folder = _folder(out, 'rows.jsonl refusals.json judged.jsonl manifest.json', [responses, template],
+                         'manifest.json', ('responses_hash',))
         rows = _read_whole(responses, ('prompt', 'response'), 'ches_generate')
         _quiet()
         asked = _make_judge(judge, template, judge_path, dict(dtype=dtype, device=device, quantize=quantize))
-        made = _judge(rows, asked, Path(out).expanduser(), _origin(responses))
-        print(summary_text(made), f'rows: {out}/rows.jsonl', sep='\n')
+        made = _judge(rows, asked, folder, _origin(responses))
+        say(summary_text(made), f'rows: {out}/rows.jsonl')
 
 # %% ../nbs/610_cli_refusal.ipynb #f716d9c6
 def _gold(source: str | None, seed: int) -> dict | None:
@@ -223,6 +248,12 @@ def ches_refusal_pairs(
 ):
     "Make preference pairs that prefer the refusal, and split them by prompt."
     with one_line('ches_refusal_pairs'):
+        named(judged=judged, reward_model=reward_model, gold=gold, device=device)
+        real('test', test, 0, 1)
+        whole('seed', seed, 0)
+        only_with('device', device, reward_model, '--reward_model')
+        names = 'train.jsonl test.jsonl left_out.jsonl gold_train.jsonl gold_test.jsonl split.json'
+        folder = _folder(out, names, [judged, gold], 'split.json', ('seed', 'test', 'judged'))
         rows = _read_whole(judged, ('prompt', 'response', 'refused'), 'ches_judge')
         sizes = Counter(json.dumps(r['prompt'], sort_keys=True) for r in rows).values()
         if max(sizes) < 2: raise AuditError(f'{judged}: one response a prompt, a pair needs two (--count 2)')
@@ -233,10 +264,20 @@ def ches_refusal_pairs(
         good = _gold(gold, seed)
         about = dict(judged=value_hash(rows), reward_model=reward_model, gold=good and value_hash(good))
         pairs = make_preferences(rows, _scorer(reward_model, device), seed, good)
-        counts = _write_pairs(pairs, Path(out).expanduser(), test, seed, about)
-        print(_composition(pairs, counts, sum(n > 2 for n in sizes)), f'train: {out}/train.jsonl', sep='\n')
+        counts = _write_pairs(pairs, folder, test, seed, about)
+        say(_composition(pairs, counts, sum(n > 2 for n in sizes)), f'train: {out}/train.jsonl')
 
 # %% ../nbs/610_cli_refusal.ipynb #eef9e06b
+def _check_rate(prompts: str | None, out: str, against: list, judge: str, given: dict) -> None:
+    "Refuse what would do nothing, or would write over what is read"
+    named(prompts=prompts)
+    for name, value in given.items(): only_with(name, value, prompts, 'prompts')
+    if not prompts: return
+    folder = _folder(out, 'refusals.json', [prompts, given['template']], 'generated/manifest.json', ('prompts_hash',))
+    for other in against:
+        if Path(other).expanduser().resolve() == folder.resolve():
+            raise AuditError(f'--against {other}: the folder that this run writes; name another --out')
+
 def _measure(prompts: str, model: str, out: Path, draw: dict, read: dict, load: dict, run: dict, judge: tuple) -> None:
     "Generate, let the model go, judge; `out` gets refusals.json"
     from ches_align.refusal.rates import summary_text
@@ -244,7 +285,7 @@ def _measure(prompts: str, model: str, out: Path, draw: dict, read: dict, load: 
     rows = _generate(prompts, model, out/'generated', draw, read, load, run)
     made = _judge(rows, _make_judge(*judge), out/'judged', _origin(out/'generated'))
     write_files({out/'refusals.json': json_bytes(made)})
-    if made['undecided_because']: print(summary_text(made), end='\n\n')
+    if made['undecided_because']: say(summary_text(made), '')
 
 # %% ../nbs/610_cli_refusal.ipynb #de229f88
 @call_parse
@@ -279,6 +320,13 @@ def ches_refusal_rate(
         from ches_align.refusal.rates import compare_summaries
         _quiet()
         if not (prompts or against): raise AuditError('no prompts, and no finished folders (--against)')
+        _check_rate(prompts, out, against, judge, dict(
+            limit=limit, sample_seed=sample_seed, template=template, judge_path=judge_path, split=split, device=device,
+            revision=revision, quantize=quantize, batch_tokens=batch_tokens, chat=chat, no_chat=no_chat))
+        _check_judge(judge, template, judge_path, quantize, dtype=dtype, device=device, model=model, revision=revision)
+        check_drawing(temperature, top_p, max_new_tokens, seed, batch_tokens, engine, chat, no_chat, limit, sample_seed,
+                      count)
+        named(style=style, split=split)
         if against: compare_summaries(against)  # cannot be read: said before anything is generated
         if prompts:
             read, load = dict(style=style, split=split, limit=limit, seed=sample_seed), dict(dtype=dtype, device=device)
@@ -286,4 +334,4 @@ def ches_refusal_rate(
             run = dict(batch_tokens=batch_tokens, engine=engine, chat=chat, no_chat=no_chat)
             _measure(prompts, model, Path(out).expanduser(), draw, read, load | dict(revision=revision), run,
                      (judge, template, judge_path, load | dict(quantize=quantize)))
-        print(compare_summaries([*against, *[out] * bool(prompts)]))
+        say(compare_summaries([*against, *[out] * bool(prompts)]))

@@ -11,7 +11,9 @@ from pathlib import Path
 from fastcore.script import call_parse
 
 from .audit.files import AuditError, read_rows
-from .cli import _quiet, one_line
+from .audit.options import named, only_with, path_of, real, say, whole
+from .audit.runs import refuse_sources, refuse_strangers
+from .cli import _quiet, check_drawing, check_loading, one_line
 
 # %% ../nbs/620_cli_spread.ipynb #bcf5ef04
 def _interval(x: list) -> str:
@@ -52,8 +54,21 @@ def _compared(out: Path, against: str) -> str:
 def _range(low: float | None, high: float | None) -> tuple[float, float] | None:
     if (low is None) != (high is None): raise AuditError('--low and --high: both or neither')
     if low is None or high is None: return None
+    real('low', low)
+    real('high', high)
     if not low < high: raise AuditError(f'--low {low} --high {high}: low below high')
     return low, high
+
+def _check_places(prompts: str, out: str, reward: str | None, against: str | None) -> Path:
+    "The folder to be written, once it is known that nothing is lost there"
+    folder = Path(path_of('out', out) or '').expanduser()
+    named(prompts=prompts, reward=reward, against=against)
+    files = [folder/name for name in 'table.csv rows.jsonl summary.json report.html report.md'.split()]
+    refuse_sources([*files, folder/'rewards.jsonl', folder/'manifest.json'], [prompts])
+    refuse_strangers(files, folder/('manifest.json' if reward else 'summary.json'), ['tasks' if reward else 'advice'])
+    if against and Path(against).expanduser().resolve() == folder.resolve():
+        raise AuditError(f'--against {against}: the folder that this run writes; name another --out')
+    return folder
 
 def _audited(prompts: str, model: str, reward: str, out: Path, read: dict, draw: dict, load: dict, run: dict,
              chat: bool | None) -> tuple:
@@ -115,9 +130,17 @@ def ches_reward_std(
     Rewards: exact_match, contains, rouge_l, sacrebleu[:TOKENIZER], meteor, vader, format[:REGEX], classifier:MODEL, and
     module:function for one of your own."""
     with one_line('ches_reward_std'):
-        value_range, folder = _range(low, high), Path(out).expanduser()
-        if group < 2: raise AuditError(f'--group {group}: at least 2')
-        if chat and no_chat: raise AuditError('--chat or --no_chat, not both')
+        value_range = _range(low, high)
+        real('threshold', threshold, 0, 1, above=True)
+        whole('samples', samples, 2)
+        whole('first', first, 2, samples)
+        whole('group', group, 2)
+        check_drawing(temperature, top_p, max_new_tokens, seed, batch_tokens, engine, chat, no_chat, limit)
+        check_loading(dtype, model=model, device=device, revision=revision)
+        named(split=split)
+        for name, value in dict(device=device, revision=revision, batch_tokens=batch_tokens, chat=chat,
+                                no_chat=no_chat).items(): only_with(name, value, reward, '--reward')
+        folder = _check_places(prompts, out, reward, against)
         _quiet()
         from ches_align.audit.workers import leave, processes
         from ches_align.rl.spread_audit import write_spread
@@ -136,7 +159,7 @@ def ches_reward_std(
         if processes().is_main_process:
             summary = write_spread(table, rows, folder)
             spread_report(table, rows, summary, folder, f'Reward spread: {Path(prompts).name}')
-            print(_said(summary | ({} if reward else dict(samples=int(table.n.sum())))))
-            if against: print(_compared(folder, against))
-            print(f'table: {out}/table.csv', f'report: {out}/report.html', sep='\n')
+            say(_said(summary | ({} if reward else dict(samples=int(table.n.sum())))))
+            if against: say(_compared(folder, against))
+            say(f'table: {out}/table.csv', f'report: {out}/report.html')
         leave()

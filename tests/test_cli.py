@@ -120,8 +120,8 @@ ROW = '{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
     ('fake.parquet', 'PAR1 not', (), 'not a readable parquet file'),
     ('fine.jsonl', ROW, ('--model', './no/such/model'), 'no such file or folder'),
     ('fine.jsonl', ROW, ('--model', 'no/such-model'), 'cannot be loaded'),
-    ('fine.jsonl', ROW, ('--convention', 'mine'), 'one of paper, official_script'),
-    ('fine.jsonl', ROW, ('--max_length', '1'), 'at least 2 tokens'),
+    ('fine.jsonl', ROW, ('--convention', 'mine'), 'must be one of paper, official_script'),
+    ('fine.jsonl', ROW, ('--max_length', '1'), 'must be a whole number from 2'),
     ('fine.jsonl', ROW, ('--columns', 'chosen:a'), 'must read like'),
 ])
 def test_wrong_input_is_one_line(tmp_path, name, content, args, says):

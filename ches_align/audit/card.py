@@ -85,8 +85,8 @@ def _length_advice(trl: dict[str, Any]) -> list[str]:
         lines.append(f"{trl['longer']} kept rows are longer than {trl['max_length']} tokens, where TRL cuts them "
                      f"unless told otherwise{lost}: train with DPOConfig(max_length={trl['longest']}).")
     if trl['cut_when_scored']:
-        lines.append(f"{trl['cut_when_scored']} kept rows were cut at {trl['scored_max_length'] or 'max_length'} tokens "
-                     'when they were scored: train with that max_length, so that it is on what was scored.')
+        lines.append(f"{trl['cut_when_scored']} kept rows were cut at {trl['scored_max_length'] or 'max_length'} "
+                     'tokens when they were scored: train with that max_length, so that it is on what was scored.')
     return lines
 
 def _composition(selection: pd.DataFrame, ranked: pd.Series) -> dict[str, dict[str, dict[str, int]]]:

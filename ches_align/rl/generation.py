@@ -22,7 +22,9 @@ from ..audit.files import AuditError
 from ..audit.hidden_states import plan_batches
 from ..audit.model_files import model_source
 from ..audit.models import ScoringModel, weights_hash
+from ..audit.options import whole
 from ..audit.runs import add_run, open_runs
+from ..audit.scoring import out_of_memory
 from ..audit.workers import errors_of_all, first_alone, main_writer, processes, same_everywhere, shared_counter
 from .sampling import Sampling, encode_prompts, end_tokens, generate_batch, prompt_hash, row_seed
 
@@ -101,8 +103,10 @@ def _run_batches(plan, keys, encoded, seeds, engine, row, have, folder, progress
         if any(keys[j] not in have for j in batch):
             start = time.perf_counter()
             try: made = engine([encoded[keys[j][0]] for j in batch], [seeds[j] for j in batch])
-            except (torch.OutOfMemoryError, MemoryError):
-                raise AuditError(f'{len(batch)} rows are too many for the memory: lower batch_tokens') from None
+            except (RuntimeError, MemoryError) as e:
+                if not out_of_memory(e): raise
+                raise AuditError(f'{len(batch)} rows are too many for the memory: lower --batch_tokens; '
+                                 'the same folder then continues') from None
             seconds = round((time.perf_counter() - start) / len(batch), 4)
             rows = [row(*keys[j], ids) | dict(seconds=seconds) for j, ids in zip(batch, made)]
             if folder: add_run(folder, rows, name)
@@ -122,6 +126,7 @@ def generate_responses(
     progress: bool = True,           # a bar, on a terminal
 ) -> list[dict[str, Any]]:           # a row a (prompt, k), in order
     "Draw `sampling.count` responses to each prompt; with `out`, continue what is there. Raises `AuditError`."
+    whole('batch_tokens', batch_tokens)
     encoded, n = encode_prompts(lm, prompts, chat), sampling.count
     _check_room(lm, encoded, sampling.max_new_tokens)
     name, run = choose_engine(lm, sampling, engine)
@@ -133,8 +138,8 @@ def generate_responses(
     def row(i, k, ids):
         return dict(prompt_index=i, k=k, prompt_hash=hashes[i], prompt=prompts[i], tokens=len(ids),
                     response=lm.tokenizer.decode(ids, skip_special_tokens=True), finished=bool(ids) and ids[-1] in ends)
-    identity = _identity(lm, prompts, sampling, chat=chat, engine=name, batch_tokens=budget)
-    about = dict(model=lm.name, revision=lm.provenance['revision'])
+    identity = _identity(lm, prompts, sampling, chat=chat, engine=name)  # the batch decides on memory only
+    about = dict(model=lm.name, revision=lm.provenance['revision'], batch_tokens=budget)
     same_everywhere(identity)
     with main_writer(out) as folder:
         def there(): return first_alone(lambda: _responses(folder, identity, about)) if folder else []

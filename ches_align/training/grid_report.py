@@ -18,6 +18,7 @@ import pandas as pd
 
 from ..audit.files import AuditError
 from ..audit.model_files import model_source
+from ..audit.page import md_escape
 from ..audit.runs import load_runs, read_object, write_files
 from .grid_config import SinglePromptConfig
 from .memory import measure_architecture, memory_table, read_architecture, table_text
@@ -143,7 +144,9 @@ def write_report(
     table, picture = summary_table(runs), io.BytesIO()
     plot_runs(runs).savefig(picture, format='png')
     words = table.round(4).astype(str)
-    lines = ['| ' + ' | '.join(row) + ' |' for row in ([*words], ['---']*len(words.columns), *words.values.tolist())]
+    rule = f"| {' | '.join(['---']*len(words.columns))} |"
+    rows = [f"| {' | '.join(map(md_escape, row))} |" for row in ([*words], *words.values.tolist())]
+    lines = [rows[0], rule, *rows[1:]]
     files = {out/'table.csv': table.to_csv(index=False).encode(), out/'table.md': '\n'.join(lines).encode() + b'\n',
              out/'runs.png': picture.getvalue()}
     write_files(files)

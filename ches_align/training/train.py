@@ -30,7 +30,7 @@ from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair
 from ..audit.model_files import EMBEDDED
 from ..audit.models import ScoringModel, load_model
-from ..audit.runs import json_bytes, plain, read_object, write_files
+from ..audit.runs import json_bytes, plain, read_object, refuse_sources, write_files
 from .callback import DisplacementCallback
 from .config import config_dict, load_config, needs_reference
 from ..audit.workers import processes
@@ -228,6 +228,7 @@ def train_preferences(
 ) -> dict[str, Any]:      # the manifest; weights are in OUT/model, the log in OUT/log.jsonl
     "Train on preference pairs. Raises `AuditError` for what configuration, data or model make impossible."
     out, clock = Path(config.out).expanduser(), time.perf_counter()
+    refuse_sources([out/'manifest.json', out/'log.jsonl'], [config.data, config.eval_data])
     lm = load_trainable(config)
     data = read_data(config, lm)
     manifest = _begin(config, resume, lm, data)

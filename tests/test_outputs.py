@@ -1,0 +1,151 @@
+"What the commands write is loaded by `datasets`, trained on by TRL token for token, and never takes the place of data."
+import json
+import os
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+from transformers import AutoTokenizer
+
+from ches_align.audit.card import write_selection
+from ches_align.audit.data import PairSource, load_pairs
+from ches_align.audit.hidden_states import encode_pairs
+from ches_align.audit.models import load_model
+from ches_align.audit.scoring import load_scores, score_dataset
+from ches_align.audit.selection import select_pairs
+from ches_align.cli import ches_audit, ches_filter, ches_report, ches_score
+from conftest import save_tiny
+
+def user(text): return dict(role='user', content=text)
+
+def assistant(text): return dict(role='assistant', content=text)
+
+TEXT = [dict(prompt=f'Q{i}: why? A:', chosen=' because' * (i % 5 + 1), rejected=' no') for i in range(12)]
+FORMS = dict(
+    text=TEXT,
+    messages=[dict(prompt=[user(f'Q{i}')], chosen=[assistant(f'yes {i}')], rejected=[assistant('no')])
+              for i in range(6)],
+    dialogue=[dict(chosen=f'\n\nHuman: Hi {i}\n\nAssistant: Hello!', rejected=f'\n\nHuman: Hi {i}\n\nAssistant: Go')
+              for i in range(6)],
+    system=[dict(system='S', prompt=f'q{i}', chosen='a', rejected='b') for i in range(6)])
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory): return save_tiny(tmp_path_factory.mktemp('model'))
+
+@pytest.fixture(scope='module')
+def bare(model, tmp_path_factory):
+    "The same model without a chat template"
+    folder = tmp_path_factory.mktemp('bare')/'model'
+    shutil.copytree(model, folder)
+    (folder/'chat_template.jinja').unlink(missing_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+def lines_of(path, rows):
+    path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    return path
+
+def trl_ids(path, tokenizer, folder):
+    "What TRL's own preparation makes of a file"
+    trl = pytest.importorskip('trl')
+    kind = 'parquet' if path.suffix == '.parquet' else 'json'
+    rows = datasets.load_dataset(kind, data_files=str(path), split='train', cache_dir=str(folder/'cache'))
+    class Trainer: _tokenizer = tokenizer
+    args = trl.DPOConfig(output_dir=str(folder), max_length=None, report_to=[], use_cpu=True, bf16=False)
+    made = trl.DPOTrainer._prepare_dataset(Trainer(), rows, tokenizer, args, 'train')
+    return [(list(r['prompt_ids']), list(r['chosen_ids']), list(r['rejected_ids'])) for r in made]
+
+@pytest.mark.parametrize('template', [True, False])
+@pytest.mark.parametrize('name', FORMS)
+def test_trl_trains_on_the_tokens_that_were_scored(tmp_path, name, template, model, bare):
+    "With a chat template as messages, without one as the text that was scored"
+    lm = load_model(str(model if template else bare), device='cpu')
+    pairs = load_pairs(FORMS[name])
+    scores = score_dataset(pairs, lm, progress=False)
+    assert (scores.status == 'ok').all()
+    for suffix in ('jsonl', 'parquet'):
+        card = write_selection(select_pairs(scores, keep=1.), pairs, tmp_path/f'k.{suffix}')
+        assert card['form'] == ('messages' if template and name != 'text' else 'text')
+        scored = [(list(e.prompt_ids), list(e.chosen_ids), list(e.rejected_ids))
+                  for e in encode_pairs(pairs, lm.tokenizer)]
+        trained = trl_ids(tmp_path/f'k.{suffix}', lm.tokenizer, tmp_path)
+        assert len(trained) == len(scored) > 0
+        if not template or name == 'text': assert trained == scored
+        else: assert [t[0] for t in trained] == [s[0] for s in scored]  # what follows the end of a turn is not scored
+
+def fails(command, *args, **options):
+    "The line that a command ends with"
+    with pytest.raises(SystemExit) as caught: command(*map(str, args), **options)
+    assert '\n' not in str(caught.value.code)
+    return caught.value.code
+
+def test_no_command_writes_over_what_it_reads(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, small = lines_of(tmp_path/'kept.jsonl', TEXT), dict(model=str(model), device='cpu')
+    before = data.read_bytes()
+    ches_score('kept.jsonl', out='o', **small)
+    assert 'is read by this command' in fails(ches_filter, 'o')
+    os.symlink('kept.jsonl', 'link.jsonl')
+    os.link('kept.jsonl', 'hard.jsonl')
+    for out in ('link.jsonl', 'hard.jsonl', 'o/../kept.jsonl', 'o/manifest.json', 'o/scores/x.parquet'):
+        assert 'name another --out' in fails(ches_filter, 'o', out=out), out
+    for folder, name in (('a', 'kept.jsonl'), ('b', 'report.json')):
+        (tmp_path/folder).mkdir()
+        lines_of(tmp_path/folder/name, TEXT) if name == 'kept.jsonl' else \
+            (tmp_path/folder/name).write_text(json.dumps(TEXT))
+        assert 'is read by this command' in fails(ches_audit, f'{folder}/{name}', out=folder, **small)
+    (tmp_path/'data').mkdir()
+    lines_of(tmp_path/'data'/'train.jsonl', TEXT)
+    ches_score('data', out='of_folder', **small)
+    assert 'would lie in a folder' in fails(ches_filter, 'of_folder', out='data/kept.jsonl')
+    assert 'would lie in a folder' in fails(ches_audit, 'data', out='data', **small)
+    assert data.read_bytes() == before and sorted(os.listdir('data')) == ['train.jsonl']
+
+def test_a_default_name_takes_nobodys_place(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ches_score(str(lines_of(tmp_path/'d.jsonl', TEXT)), out='o', model=str(model), device='cpu')
+    lines_of(tmp_path/'kept.jsonl', [dict(mine=1)])
+    (tmp_path/'ches_out').mkdir()
+    (tmp_path/'ches_out'/'report.md').write_text('mine')
+    for command in (ches_filter, ches_report):
+        assert 'exists and is not of an earlier run of this command' in fails(command, 'o')
+    assert json.loads(Path('kept.jsonl').read_text()) == dict(mine=1)
+    os.remove('kept.jsonl')
+    ches_filter('o')
+    ches_filter('o', keep=.25)  # its own file is replaced
+    assert len(Path('kept.jsonl').read_text().splitlines()) == 3
+
+def test_said_before_scoring_and_reported_all_the_same(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small, rows = dict(model=str(model), device='cpu'), [*TEXT, *FORMS['messages']]
+    data, mixed = lines_of(tmp_path/'d.jsonl', TEXT), lines_of(tmp_path/'mixed.jsonl', rows)
+    for source, odd in ((data, dict(keep=1.5)), (data, dict(by='ln_chess')), (mixed, {}), (data, dict(limit=-1))):
+        fails(ches_audit, source, out='none', **small, **odd)
+        assert not Path('none').exists()
+    same = lines_of(tmp_path/'same.jsonl', [dict(prompt='Q:', chosen=' yes', rejected=' yes')] * 5)
+    said = fails(ches_audit, same, out='flagged', **small)
+    assert "{'identical': 5}" in said and 'flagged/report.html says what to do' in said
+    assert 'Nothing was scored' in Path('flagged/report.md').read_text() and not Path('flagged/kept.jsonl').exists()
+
+def test_strata_and_batches(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kinds = [None, 'x', 1, [2]]
+    rows = [r | dict(kind=kinds[i % 4], length='long' if i % 2 else 'short') for i, r in enumerate(TEXT)]
+    data, small = lines_of(tmp_path/'d.jsonl', rows), dict(model=str(model), device='cpu')
+    ches_score(str(data), out='o', **small)
+    scores = load_scores('o')
+    ches_score(str(data), out='o', batch_tokens=40, **small)  # what the lack of memory advises
+    assert load_scores('o').equals(scores)
+    assert 'say data:length or score:length' in fails(ches_filter, 'o', stratify='length')
+    ches_filter('o', stratify='data:length', out='by_data.jsonl')
+    card = json.loads(Path('by_data.jsonl.card.json').read_text())
+    assert card['composition']['data:length'] == dict(long=dict(before=6, after=3), short=dict(before=6, after=3))
+    ches_filter('o', stratify='score:length', out='by_length.parquet')
+    ches_filter('o', stratify='kind', out='by_kind.jsonl')
+    card = json.loads(Path('by_kind.jsonl.card.json').read_text())
+    before = {k: v['before'] for k, v in card['composition']['kind'].items()}
+    assert before == {'(missing)': 3, '1': 3, '[2]': 3, 'x': 3}
+    assert select_pairs(scores, keep=.5).selected.sum() == 6 and len(list(PairSource(str(data)))) == 12
