@@ -15,7 +15,6 @@ import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
-from numbers import Integral
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -441,7 +440,7 @@ def _row_pair(row_id: int, row: dict, layouts: _Layouts, chat: bool) -> Pair:
     return pair
 
 def _whole_number(name: str, value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+    if value is not None and (isinstance(value, bool) or not hasattr(value, '__index__')):
         raise AuditError(f'{name} {value!r}: a whole number is needed')
 
 # %% ../../nbs/audit/110_data.ipynb #f4703b8e
