@@ -8,6 +8,7 @@ __all__ = ['Text', 'ALIASES', 'RESPONSES', 'DECIDES', 'LISTS', 'BESIDE', 'FIXED'
            'parse_columns', 'iter_pairs', 'load_pairs', 'PairSource', 'pair_texts']
 
 # %% ../../nbs/audit/110_data.ipynb #4e9f0210
+import ast
 import hashlib
 import json
 import random
@@ -140,9 +141,16 @@ def _persona(row: dict) -> tuple[Text, Text, Text]:
     return row['question'] + '\n', row['answer_not_matching_behavior'].strip(), row['answer_matching_behavior'].strip()
 
 # %% ../../nbs/audit/110_data.ipynb #44e7a1f5
+def _python_list(text: str) -> Any:
+    "A list in a text as Python prints it, or None"
+    try: return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError): return None
+
 def _earlier_turns(value: Any, column: str) -> list[dict]:
     "The messages of a `history` column: pairs of question and answer, or messages"
-    if isinstance(value, str): value = json.loads(value)
+    if isinstance(value, str):  # as a CSV file has it
+        try: value = json.loads(value)
+        except ValueError: value = _python_list(value)
     if isinstance(value, (list, tuple)) and all(isinstance(m, dict) for m in value): return list(value)
     pairs = isinstance(value, (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in value)
     if not pairs or not all(isinstance(text, str) for pair in value for text in pair): raise _Unfit('missing_field',
