@@ -184,24 +184,27 @@ def _implicit(chosen: Text, rejected: Text, words: bool = False) -> tuple[Text, 
     return split_messages(_as_messages(chosen, 'assistant'), _as_messages(rejected, 'assistant'))
 
 # %% ../../nbs/audit/110_data.ipynb #1fc8a4d3
-RESPONSES = re.compile('response|output|answer|completion|conversation|generation|candidate|summary|reply|text|ref',
-                       re.IGNORECASE)
+RESPONSES = re.compile('response|output|answer|completion|conversation|generation|candidate|summary|reply|assistant|'
+                       '(?<!con)text|_ref|sentence|essay|option', re.IGNORECASE)
 DECIDES = ('better_response_id', 'winner', 'preference', 'preferred', 'choice', 'chosen', 'labels', 'label', 'rank',
            'preference_strength', 'overall_preference', 'ranking', 'score', 'rating')  # then what resembles them
 LISTS = ('completions', 'responses', 'answers', 'candidates', 'outputs', 'generations', 'summaries')
 
 def _two_responses(found: Iterable[str]) -> list[str]:
-    "Columns that differ in a letter or number at their end: `response_a response_b`, `human_ref_A human_ref_B`"
+    "Columns that differ in a letter or number alone: `response_a response_b`, `human_ref_A human_ref_B`, `left right`"
+    side = '(?:^|(?<=[ _.-]))(a|b|A|B|[0-2]|first|second|left|right)(?=[ _.-]|$)|(?<=[a-z])([0-2]|[AB])$'
     stems: dict[str, list[str]] = {}
     for name in sorted(found):
-        stem = re.sub('[ _.-]?(a|b|[0-2]|first|second|left|right)$', '', name, flags=re.IGNORECASE)
-        if stem != name and RESPONSES.search(stem): stems.setdefault(stem, []).append(name)
-    return next((names for names in stems.values() if len(names) > 1), [])
+        stem = re.sub(side, '*', name, count=1)
+        if stem == '*' or stem != name and RESPONSES.search(stem): stems.setdefault(stem, []).append(name)
+    pairs = [stems[stem] for stem in sorted(stems, key=len) if len(stems[stem]) > 1]
+    return pairs[0] if pairs else []
 
 def _decides(found: Iterable[str], responses: list[str]) -> str | None:
     "The column that says which response is preferred"
     others = [name for name in sorted(found) if name not in responses]
-    alike = [name for name in others if re.search('prefer|winner|better|safer|choice|label|vote|rank|score', name)]
+    words = 'prefer|winner|better|safer|choice|label|vote|rank|score|verdict|judg|favou?r|select|picked'
+    alike = [name for name in others if re.search(words, name, re.IGNORECASE)]
     return next((name for name in DECIDES if name in others), alike[0] if alike else None)
 
 def _advice(found: set[str]) -> str:
@@ -214,8 +217,10 @@ def _advice(found: set[str]) -> str:
     if several: return (f"{several!r} holds several responses a row: choose a better and a worse one of each row, "
                         'by their scores or ranks, for columns chosen and rejected')
     single = next((name for name in ('completion', 'response', 'output') if name in found), None)
-    if not (single and column): return ''
-    return f'{column!r} judges one response a row, {single!r}; pairs need a better and a worse one'
+    if single and column: return f'{column!r} judges one response, {single!r}; pairs need a better and a worse one'
+    if not column or found & {'chosen', 'rejected'}: return ''
+    return (f'if {column!r} says which response is preferred, make columns chosen and rejected by it, row by row; '
+            'if columns do, name them: --columns chosen=COLUMN,rejected=COLUMN')
 
 def _names_a_side(value: Any) -> bool:
     "Whether a cell names a response (`model_a`, `response 1`, 0, `tie`) and is none itself"
@@ -294,6 +299,7 @@ def _find_layout(
         if not columns and needs - {'preference'} <= filled and needs <= found:
             return lambda row: _with_system(row, convert(row)), (needs | {'input', 'system'}) & found
     names, responses = _column_names(found, filled, columns), _two_responses(filled)
+    responses = responses or [name for name in LISTS if name in filled]
     for need in ('chosen', 'rejected'):
         if names[need]: continue
         if advice := _advice(filled): raise _Unfit('own_preference', f'no column for the {need} response: {advice}')
