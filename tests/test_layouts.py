@@ -128,6 +128,9 @@ def preference_sets():
     yield 'one number', dict(prompt='q', response_0='a', response_1='b', chosen=1), 'chosen'
     yield 'UltraFeedback', dict(instruction='q', completions=[dict(response='a', overall_score=3.)]), 'completions'
     yield 'HelpSteer', dict(prompt='q', response_1='a', response_2='b', preference_strength=-2), 'preference_strength'
+    yield 'list', dict(prompt='q', responses=['a', 'b'], chosen='0', rejected='1'), 'chosen'
+    yield 'inside', dict(prompt='q', model_a_text='a', model_b_text='b', vote='model_b'), 'vote'
+    yield 'bare', dict(prompt='q', A='a', B='b', label=1), 'label'
     yield 'KTO', dict(prompt='q', completion='a', label=True), 'label'
 
 @pytest.mark.parametrize('name, row, column', [*preference_sets()], ids=lambda v: v if isinstance(v, str) else '')

@@ -18,7 +18,6 @@ import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
-from numbers import Integral
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -282,9 +281,16 @@ def _persona(row: dict) -> tuple[Text, Text, Text]:
     return row['question'] + '\n', row['answer_not_matching_behavior'].strip(), row['answer_matching_behavior'].strip()
 
 # %% ../../nbs/audit/110_data.ipynb #44e7a1f5
+def _python_list(text: str) -> Any:
+    "A list in a text as Python prints it, or None"
+    try: return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError): return None
+
 def _earlier_turns(value: Any, column: str) -> list[dict]:
     "The messages of a `history` column: pairs of question and answer, or messages"
-    if isinstance(value, str): value = json.loads(value)
+    if isinstance(value, str):  # as a CSV file has it
+        try: value = json.loads(value)
+        except ValueError: value = _python_list(value)
     if isinstance(value, (list, tuple)) and all(isinstance(m, dict) for m in value): return list(value)
     pairs = isinstance(value, (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in value)
     if not pairs or not all(isinstance(text, str) for pair in value for text in pair): raise _Unfit('missing_field',
@@ -319,24 +325,27 @@ def _implicit(chosen: Text, rejected: Text, words: bool = False) -> tuple[Text, 
     return split_messages(_as_messages(chosen, 'assistant'), _as_messages(rejected, 'assistant'))
 
 # %% ../../nbs/audit/110_data.ipynb #1fc8a4d3
-RESPONSES = re.compile('response|output|answer|completion|conversation|generation|candidate|summary|reply|text|ref',
-                       re.IGNORECASE)
+RESPONSES = re.compile('response|output|answer|completion|conversation|generation|candidate|summary|reply|assistant|'
+                       '(?<!con)text|_ref|sentence|essay|option', re.IGNORECASE)
 DECIDES = ('better_response_id', 'winner', 'preference', 'preferred', 'choice', 'chosen', 'labels', 'label', 'rank',
            'preference_strength', 'overall_preference', 'ranking', 'score', 'rating')  # then what resembles them
 LISTS = ('completions', 'responses', 'answers', 'candidates', 'outputs', 'generations', 'summaries')
 
 def _two_responses(found: Iterable[str]) -> list[str]:
-    "Columns that differ in a letter or number at their end: `response_a response_b`, `human_ref_A human_ref_B`"
+    "Columns that differ in a letter or number alone: `response_a response_b`, `human_ref_A human_ref_B`, `left right`"
+    side = '(?:^|(?<=[ _.-]))(a|b|A|B|[0-2]|first|second|left|right)(?=[ _.-]|$)|(?<=[a-z])([0-2]|[AB])$'
     stems: dict[str, list[str]] = {}
     for name in sorted(found):
-        stem = re.sub('[ _.-]?(a|b|[0-2]|first|second|left|right)$', '', name, flags=re.IGNORECASE)
-        if stem != name and RESPONSES.search(stem): stems.setdefault(stem, []).append(name)
-    return next((names for names in stems.values() if len(names) > 1), [])
+        stem = re.sub(side, '*', name, count=1)
+        if stem == '*' or stem != name and RESPONSES.search(stem): stems.setdefault(stem, []).append(name)
+    pairs = [stems[stem] for stem in sorted(stems, key=len) if len(stems[stem]) > 1]
+    return pairs[0] if pairs else []
 
 def _decides(found: Iterable[str], responses: list[str]) -> str | None:
     "The column that says which response is preferred"
     others = [name for name in sorted(found) if name not in responses]
-    alike = [name for name in others if re.search('prefer|winner|better|safer|choice|label|vote|rank|score', name)]
+    words = 'prefer|winner|better|safer|choice|label|vote|rank|score|verdict|judg|favou?r|select|picked'
+    alike = [name for name in others if re.search(words, name, re.IGNORECASE)]
     return next((name for name in DECIDES if name in others), alike[0] if alike else None)
 
 def _advice(found: set[str]) -> str:
@@ -349,8 +358,10 @@ def _advice(found: set[str]) -> str:
     if several: return (f"{several!r} holds several responses a row: choose a better and a worse one of each row, "
                         'by their scores or ranks, for columns chosen and rejected')
     single = next((name for name in ('completion', 'response', 'output') if name in found), None)
-    if not (single and column): return ''
-    return f'{column!r} judges one response a row, {single!r}; pairs need a better and a worse one'
+    if single and column: return f'{column!r} judges one response, {single!r}; pairs need a better and a worse one'
+    if not column or found & {'chosen', 'rejected'}: return ''
+    return (f'if {column!r} says which response is preferred, make columns chosen and rejected by it, row by row; '
+            'if columns do, name them: --columns chosen=COLUMN,rejected=COLUMN')
 
 def _names_a_side(value: Any) -> bool:
     "Whether a cell names a response (`model_a`, `response 1`, 0, `tie`) and is none itself"
@@ -429,6 +440,7 @@ def _find_layout(
         if not columns and needs - {'preference'} <= filled and needs <= found:
             return lambda row: _with_system(row, convert(row)), (needs | {'input', 'system'}) & found
     names, responses = _column_names(found, filled, columns), _two_responses(filled)
+    responses = responses or [name for name in LISTS if name in filled]
     for need in ('chosen', 'rejected'):
         if names[need]: continue
         if advice := _advice(filled): raise _Unfit('own_preference', f'no column for the {need} response: {advice}')
@@ -634,7 +646,7 @@ def _row_pair(row_id: int, row: dict, layouts: _Layouts, chat: bool) -> Pair:
     return pair
 
 def _whole_number(name: str, value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+    if value is not None and (isinstance(value, bool) or not hasattr(value, '__index__')):
         raise AuditError(f'{name} {value!r}: a whole number is needed')
 
 # %% ../../nbs/audit/110_data.ipynb #f4703b8e
