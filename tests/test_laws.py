@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from ches_align.rl.spread import prompt_spread, zero_group_chance
+from ches_align.rl.spread import prompt_spread, std_interval, zero_group_chance
 from ches_align.theory.ches import (
     CONVENTIONS, Head, head_ches, head_ches_of, neg_edit_distance, pair_scores, predicting_mask)
 from ches_align.theory.reward_std import finetuning_times, reward_std_bounds
@@ -137,6 +137,19 @@ def test_spread_ignores_the_mean_and_scales(rewards, shift, c):
         x, y, z = (getattr(t, name) for t in (found, moved, scaled))
         assert np.isclose(y, x, atol=1e-9, equal_nan=True) and np.isclose(z, abs(c)*x, atol=1e-9, equal_nan=True)
     assert found.verdict == moved.verdict == scaled.verdict and found.values == moved.values == scaled.values
+
+@law(st.lists(st.integers(-20, 20), min_size=2, max_size=40), st.sampled_from([.05, .0125]))
+def test_the_interval_of_the_spread_leaves_room_for_what_has_not_come(rewards, alpha):
+    "It holds the sample's own deviation, and a value at an end of the range that is as frequent as can be unseen"
+    r, n = np.array(rewards)/4, len(rewards)
+    low, high = std_interval(r, (-5., 5.), alpha)
+    unseen = 1 - (alpha/2)**(1/n)
+    far = -5. if r.mean() > 0 else 5.
+    values, mass = np.append(r, far), np.append(np.full(n, (1 - unseen)/n), unseen)
+    assert low - 1e-9 <= r.std() <= high + 1e-9
+    assert (mass@values**2 - (mass@values)**2)**.5 <= high + 1e-9
+    seen = std_interval(r, (float(r.min()), float(r.max())), alpha)
+    assert low <= seen[0] + 1e-9 and seen[1] <= high + 1e-9  # a wider range leaves more room
 
 @law(st.lists(st.integers(-2, 2), min_size=2, max_size=8), st.integers(2, 3), st.integers(-9, 9))
 def test_the_chance_of_equal_groups_is_their_share(rewards, group, shift):

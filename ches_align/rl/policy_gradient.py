@@ -25,6 +25,7 @@ from ..audit.models import ScoringModel, weights_hash
 from ..audit.runs import plain
 from .rewards import Reward, call_reward
 from .sampling import Sampling, answer_ids, encode_prompts, generate_batch, prompt_hash, row_seed
+from .spread import merge_equal
 from .training_state import TrainingState
 
 # %% ../../nbs/rl/340_policy_gradient.ipynb #a8081f1a
@@ -240,8 +241,8 @@ def _identity(lm: ScoringModel, tasks: list[dict], save: Any, **more: Any) -> di
 def _zero_share(got: dict) -> float:
     "Share of prompts with several responses whose rewards are equal; NaN for groups of one"
     groups = [got['raw'][torch.tensor([q == p for q in got['picked']])] for p in set(got['picked'])]
-    wide = [float(r.max() - r.min()) < 1e-9 for r in groups if len(r) > 1]
-    return float(np.mean(wide)) if wide else float('nan')
+    equal = [len(set(merge_equal(r.double().numpy()).tolist())) == 1 for r in groups if len(r) > 1]
+    return float(np.mean(equal)) if equal else float('nan')
 
 # %% ../../nbs/rl/340_policy_gradient.ipynb #35e8c5d3
 def _learnable(tasks: Sequence[dict], labels: float, steps: float) -> list[dict]:

@@ -75,9 +75,10 @@ def std_interval(
     "Interval of the standard deviation of any reward within a range, values not yet seen allowed for (@eq-extremes)."
     a, b = map(float, value_range)
     if len(r) < 2: return 0., (b - a)/2
-    return _extremes(tuple(np.clip(np.sort(r), a, b).tolist()), a, b, alpha)
+    found = _extremes if len(r) <= 512 else _extremes.__wrapped__  # long samples hardly repeat
+    return found(tuple(np.clip(np.sort(r), a, b).tolist()), a, b, alpha)
 
-@lru_cache(4096)  # rewards of few values give the same samples again and again
+@lru_cache(2048)  # rewards of few values give the same samples again and again
 def _extremes(x: tuple[float, ...], a: float, b: float, alpha: float) -> tuple[float, float]:
     "Least and largest standard deviation inside the band about the rewards x, in order"
     mass, passed, reached = _steps(len(x), alpha)
