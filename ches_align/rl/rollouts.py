@@ -10,12 +10,13 @@ import math
 import re
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator
 
 import numpy as np
 
 from ..audit.files import READERS, AuditError, read_rows, shorten
 from .sampling import prompt_hash
+from .tasks import name_tasks
 
 # %% ../../nbs/rl/322_rollouts.ipynb #c3de0006
 def number_order(
@@ -104,6 +105,8 @@ def rollout_rows(
     located, names = list(_located_rows(source, split)), names or {}
     where = shorten(str(source), 80) if isinstance(source, (str, Path)) else 'the rows'
     if not located: raise AuditError(f'{where}: no rows')
+    if odd := [role for role in names if role not in (*ROLES, 'task')]:
+        raise AuditError(f"{odd[0]!r} is no role: {', '.join(ROLES)} or task")
     for place, _, row in located:
         if not isinstance(row, dict): raise AuditError(f'{place}: not a row but {type(row).__name__}')
     raw = [row for *_, row in located]
@@ -127,7 +130,9 @@ def rollout_rows(
     failed = [r['reward_error'] for r in rows if r['reward_error']]
     if len(failed) == len(rows): raise AuditError(f'none of {len(rows)} rewards is a number: {failed[0]}')
     if failed: told.append(f'{len(failed)} of {len(rows)} rewards are no numbers, the first in {failed[0]}')
-    if 'advantage' in columns: told += _trl_groups(rows)
+    if task := names.get('task'):
+        for row, name in zip(rows, name_tasks(rows, task.split('+'))[0]): row['task_hash'] = name
+    elif 'advantage' in columns: told += _trl_groups(rows)
     return rows, told
 
 # %% ../../nbs/rl/322_rollouts.ipynb #c3de0014

@@ -52,7 +52,7 @@ def load_tasks(
         found.setdefault(name, task)
         if limit and len(found) >= limit: break
     if not found: raise AuditError(f'{where}: no prompts')
-    if repeated: warnings.warn(f'{where}: {repeated} rows repeat another in every column; each task is asked once')
+    if repeated: warnings.warn(f'{where}: {repeated} rows repeat an earlier task; each is asked once')
     return list(found.values())
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #0dcdfd22
@@ -78,7 +78,8 @@ def _round(lm: ScoringModel, tasks: list[dict], which: list[int], reward: Reward
         lines = first_alone(lambda: judged(todo[i:i + batch]))
         have.update(((line['round'], line['task'], line['k']), line) for line in lines)
     said = [{key: r[key] for key in ('prompt_hash', 'response', 'tokens', 'finished')} for r in rows]
-    return [dict(prompt=tasks[t]['prompt'], task_hash=task_hash(tasks[t])) | about | dict(round=n, k=k, reward=have[n, t, k]['reward'],
+    of_task = {t: dict(prompt=tasks[t]['prompt'], task_hash=task_hash(tasks[t])) for t in set(which)}
+    return [of_task[t] | about | dict(round=n, k=k, reward=have[n, t, k]['reward'],
             reward_error=have[n, t, k]['reward_error']) for (n, t, k), about in zip(keys, said)]
 
 def _seed_names(tasks: list[dict]) -> list[str]:
@@ -114,7 +115,7 @@ def audit_spread(
     if not 2 <= first <= most:
         raise AuditError(f'first {first}, most {most}: at least 2 responses, and not more than most')
     tasks, repeated = distinct_tasks(list(tasks))
-    if repeated: warnings.warn(f'{repeated} tasks repeat another in every column; each is asked once')
+    if repeated: warnings.warn(f'{repeated} tasks repeat an earlier one; each is asked once')
     named, unseen = reward_identity(reward, name)
     with main_writer(out) as folder:
         identity = dict(sampling=asdict(replace(sampling, count=1)), first=first, most=most, threshold=threshold,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRUE', 'SHIPPED', 'ID_COLUMNS', 'TASK_COLUMNS', 'RESPONSE_COLUMNS', 'linearize_table', 'GrueTask', 'task_rows',
-           'cut_prompt', 'task_hash', 'distinct_tasks', 'name_groups']
+           'cut_prompt', 'task_hash', 'distinct_tasks', 'name_tasks', 'name_groups']
 
 # %% ../../nbs/rl/321_tasks.ipynb #e8e863b6
 from collections import Counter
@@ -150,11 +150,15 @@ def cut_prompt(
     return tokenizer.decode(ids[:tokens] if side == 'right' else ids[-tokens:], skip_special_tokens=True)
 
 # %% ../../nbs/rl/321_tasks.ipynb #c2de0002
+# what rows of an earlier run have of a response: no part of a task
+_OF_A_RESPONSE = {'prompt', 'task_hash', 'prompt_hash', 'response', 'completion', 'completion_ids', 'reward',
+                  'reward_error', 'advantage', 'tokens', 'finished', 'k', 'round', 'seconds'}
+
 def task_hash(
     task: dict[str, Any], # prompt and other columns
 ) -> str:                 # 16 hex digits; that of the prompt where there is nothing else
     "Hash of a prompt and of all that stands beside it."
-    more = {str(k): _content(v) for k, v in task.items() if k not in ('prompt', 'task_hash')}
+    more = {str(k): _content(v) for k, v in task.items() if k not in _OF_A_RESPONSE}
     return prompt_hash([task['prompt'], more]) if more else prompt_hash(task['prompt'])
 
 def _content(value: Any) -> Any:
@@ -176,39 +180,48 @@ def distinct_tasks(
 ID_COLUMNS = {'id', 'uid', 'task_id', 'group', 'group_id', 'prompt_id', 'problem_id', 'question_id', 'index'}
 TASK_COLUMNS = ID_COLUMNS | {'answer', 'answers', 'solution', 'target', 'reference', 'references', 'label', 'gold',
                              'ground_truth', 'gts', 'image', 'images', 'data_source'}
-RESPONSE_COLUMNS = {'prompt', 'prompt_hash', 'step', 'reward', 'raw_reward', 'response', 'completion', 'output', 'score',
-                    'reward_error', 'advantage', 'tokens', 'finished', 'k', 'round', 'seconds', 'length'}
+RESPONSE_COLUMNS = {'prompt', 'prompt_hash', 'step', 'reward', 'raw_reward', 'response', 'completion', 'output',
+                    'score', 'reward_error', 'advantage', 'tokens', 'finished', 'k', 'round', 'seconds', 'length'}
 
-def name_groups(
+def name_tasks(
     rows: Sequence[dict],              # a response each: prompt (or prompt_hash, task_hash), perhaps step and columns
     task: Sequence[str] | None = None, # columns that tell tasks apart; None: found as said above
-) -> tuple[list[str], list[str]]:      # the name of each row's group; what was decided, in sentences
-    "Which responses are of one group. Raises `AuditError` for a row without a prompt."
+) -> tuple[list[str], list[str]]:      # the name of each row's task; what was decided, in sentences
+    "Which task each response is to. Raises `AuditError` for a row without a prompt."
     names, told = [_first_name(i, r) for i, r in enumerate(rows)], []
     if rows and all(r.get('task_hash') for r in rows): return names, told
     columns = dict.fromkeys(k for r in rows for k in r if k not in RESPONSE_COLUMNS)
     if odd := [c for c in task or [] if c not in columns]:
         raise AuditError(f"no column {odd[0]}; the rows have {', '.join(sorted(columns))}")
-    first, splitting = _members(names), []
+    groups, splitting = [g for g in _members(_with_steps(names, rows)).values() if len(g) > 1], []
     for column in columns if task is None else task:
-        values = {i: _hashed(rows[i].get(column)) for g in first.values() for i in g if len(g) > 1}
-        varied = [g for g in first.values() if len(g) > 1 and len({values[i] for i in g}) > 1]
+        values = {i: _hashed(rows[i].get(column)) for g in groups for i in g}
+        varied = [g for g in groups if len({values[i] for i in g}) > 1]
         if not varied: continue
         if task is not None or _tells_tasks_apart(column, [[values[i] for i in g] for g in varied]):
-            splitting.append((column, values))
+            splitting.append(column)
             told.append(f'{column} differs between rows of one prompt (prompts: {len(varied)}): tasks of their own')
         elif column in TASK_COLUMNS:
             told.append(f'{column} differs between rows of one prompt (prompts: {len(varied)}): the response\'s')
-    for _, values in splitting:
-        names = [prompt_hash([n, values[i]]) if i in values else n for i, n in enumerate(names)]
+    for column in splitting: names = [prompt_hash([n, _hashed(r.get(column))]) for n, r in zip(names, rows)]
     return names, told
 
+def name_groups(
+    rows: Sequence[dict],              # as for `name_tasks`
+    task: Sequence[str] | None = None, # columns that tell tasks apart
+) -> tuple[list[str], list[str]]:      # the name of each row's group, a task at a step; what was decided
+    "Which responses are of one group. Raises `AuditError` for a row without a prompt."
+    names, told = name_tasks(rows, task)
+    return _with_steps(names, rows), told
+
+def _with_steps(names: Sequence[str], rows: Sequence[dict]) -> list[str]:
+    return [n if r.get('step') is None else prompt_hash([n, str(r['step'])]) for n, r in zip(names, rows)]
+
 def _first_name(i: int, row: dict) -> str:
-    "A group by prompt and step"
+    "A task by its prompt"
     if not any(row.get(k) is not None for k in ('task_hash', 'prompt_hash', 'prompt')):
         raise AuditError(f'row {i}: needs prompt (or prompt_hash) and reward')
-    name = row.get('task_hash') or row.get('prompt_hash') or prompt_hash(row['prompt'])
-    return name if row.get('step') is None else prompt_hash([name, str(row['step'])])
+    return row.get('task_hash') or row.get('prompt_hash') or prompt_hash(row['prompt'])
 
 def _members(names: Sequence[str]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
