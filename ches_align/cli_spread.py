@@ -6,11 +6,15 @@
 __all__ = ['ches_reward_std']
 
 # %% ../nbs/620_cli_spread.ipynb #d0ae3a5d
+import sys
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
 
 from fastcore.script import call_parse
 
-from .audit.files import AuditError, read_rows
+from .audit.files import AuditError
 from .audit.options import named, only_with, path_of, real, say, whole
 from .audit.runs import refuse_sources, refuse_strangers
 from .cli import _quiet, check_drawing, check_loading, one_line
@@ -73,29 +77,50 @@ def _check_places(prompts: str, out: str, reward: str | None, against: str | Non
 def _audited(prompts: str, model: str, reward: str, out: Path, read: dict, draw: dict, load: dict, run: dict,
              chat: bool | None) -> tuple:
     "Draw, reward, and the table"
-    from ches_align.audit.workers import processes
-    from ches_align.rl.rewards import load_reward
+    from ches_align.audit.workers import first_alone, processes
+    from ches_align.rl.rewards import load_reward, try_reward
     from ches_align.rl.sampling import Sampling, load_generator
     from ches_align.rl.spread_audit import audit_spread, load_tasks
     judge, sampling, here = load_reward(reward), Sampling(**draw), processes()
     if here.num_processes > 1: load = load | dict(device=load['device'] or str(here.device))
-    tasks = load_tasks(prompts, **read)
+    tasks, tried = load_tasks(prompts, **read), run.pop('no_try') or (out/'rewards.jsonl').exists()
+    if not tried: first_alone(lambda: try_reward(judge, tasks, reward))  # before a model is loaded
     if draw['top_p'] < 1 or draw['temperature'] != 1:
         print(f"sampled at temperature {draw['temperature']}, top_p {draw['top_p']}: "
               'not the distribution that a policy gradient at temperature 1 sees')
-    return audit_spread(load_generator(model, **load), tasks, judge, sampling, out=out, name=reward, chat=chat, **run)
+    return audit_spread(load_generator(model, **load), tasks, judge, sampling, out=out, name=reward, chat=chat,
+                        try_first=False, **run)
 
-def _dumped(prompts: str, split: str | None, limit: int | None) -> list[dict]:
+def _dumped(prompts: str, split: str | None, limit: int | None, names: dict[str, str]) -> list[dict]:
     "Rewards that are there, all of them of the first so many prompts"
+    from ches_align.rl.rollouts import rollout_rows
     from ches_align.rl.sampling import prompt_hash
+    made, told = rollout_rows(prompts, split, names)
+    print('\n'.join(told))
     rows, seen = [], set()
-    for r in read_rows(prompts, split):  # a trainer's dump mixes the prompts
-        name = r.get('prompt_hash') or prompt_hash(r.get('prompt'))
+    for r in made:  # a trainer's dump mixes the prompts
+        name = r.get('prompt_hash') or prompt_hash(r['prompt'])
         if limit and name not in seen and len(seen) >= limit: continue
         seen.add(name)
         rows.append(r)
-    if not any('reward' in r for r in rows): raise AuditError(f'{prompts}: no reward column; name a --reward')
+    steps = {r.get('step') for r in rows}
+    if len(steps) > 1: print(f'{len(seen)} prompts in {len(steps)} steps; each step of a prompt is judged by itself')
     return rows
+
+def _named(columns: str | None, reward: str | None) -> dict[str, str]:
+    "Which column is which; a reward that is named needs the prompt alone"
+    from ches_align.rl.rollouts import parse_names
+    names = parse_names(columns)
+    if reward and (odd := sorted(set(names) - {'prompt'})):
+        raise AuditError(f'--columns {odd[0]}: with --reward only prompt=COLUMN')
+    return names
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    "A warning is a line, without file and source"
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *where, **more: print(message, file=sys.stderr)
+        yield
 
 # %% ../nbs/620_cli_spread.ipynb #cd821497
 @call_parse
@@ -115,6 +140,8 @@ def ches_reward_std(
     seed: int = 0,                # of the responses
     limit: int = None,            # at most so many prompts, the first
     split: str = None,            # which split of the prompts
+    columns: str = None,          # which column is which: prompt=question,reward=a+b,step=s,task=level
+    no_try: bool = False,         # do not call the reward on made-up responses before anything is drawn
     dtype: str = 'auto',          # of the weights
     device: str = None,           # cpu, cuda, cuda:1 ... (default: a GPU if there is one)
     revision: str = None,         # branch, tag or commit of the model
@@ -128,8 +155,12 @@ def ches_reward_std(
     """Which prompts have a reward that varies, and which give RL no gradient.
 
     Rewards: exact_match, contains, rouge_l, sacrebleu[:TOKENIZER], meteor, vader, format[:REGEX], classifier:MODEL, and
-    module:function for one of your own."""
-    with one_line('ches_reward_std'):
+    module:function or FILE.py:function for one of your own (in TRL's form). Without one, PROMPTS is a log of rewards:
+    TRL's output folder, verl's or OpenRLHF's files, or a table."""
+    with one_line('ches_reward_std'), _plain_warnings():
+        names = _named(columns, reward)
+        if against and not (Path(against).expanduser()/'table.csv').is_file():
+            raise AuditError(f'--against {against}: no table of ches_reward_std')
         value_range = _range(low, high)
         real('threshold', threshold, 0, 1, above=True)
         whole('samples', samples, 2)
@@ -147,13 +178,13 @@ def ches_reward_std(
         from ches_align.rl.spread_report import spread_report
         from ches_align.rl.spread_table import spread_table
         if reward is None:
-            rows = _dumped(prompts, split, limit)
+            rows = _dumped(prompts, split, limit, names)
             table = spread_table(rows, value_range, threshold, group=group)
         else:
             draw = dict(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
             run = dict(first=first, most=samples, value_range=value_range, threshold=threshold,
-                       batch_tokens=batch_tokens, engine=engine, group=group)
-            table, rows = _audited(prompts, model, reward, folder, dict(split=split, limit=limit), draw,
+                       batch_tokens=batch_tokens, engine=engine, group=group, no_try=no_try)
+            table, rows = _audited(prompts, model, reward, folder, dict(split=split, limit=limit) | names, draw,
                                    dict(dtype=dtype, device=device, revision=revision), run,
                                    True if chat else False if no_chat else None)
         if processes().is_main_process:

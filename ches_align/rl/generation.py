@@ -124,6 +124,8 @@ def generate_responses(
     engine: str = 'transformers',    # transformers, vllm or auto
     chat: bool | None = None,        # apply the chat template; None: if there is one
     progress: bool = True,           # a bar, on a terminal
+    names: Sequence[str] | None = None, # what each prompt's responses are drawn by; None: its hash
+    keep_ids: bool = False,          # keep the token ids of a response, in `ids`
 ) -> list[dict[str, Any]]:           # a row a (prompt, k), in order
     "Draw `sampling.count` responses to each prompt; with `out`, continue what is there. Raises `AuditError`."
     whole('batch_tokens', batch_tokens)
@@ -134,11 +136,14 @@ def generate_responses(
     hashes, ends = [prompt_hash(p) for p in prompts], set(end_tokens(lm))
     keys = [(i, k) for i in range(len(prompts)) for k in range(n)]
     plan = plan_batches([len(encoded[i]) + sampling.max_new_tokens for i, _ in keys], budget)
-    seeds = [row_seed(sampling.seed, hashes[i], k) for i, k in keys]
+    seeds = [row_seed(sampling.seed, (names or hashes)[i], k) for i, k in keys]
     def row(i, k, ids):
         return dict(prompt_index=i, k=k, prompt_hash=hashes[i], prompt=prompts[i], tokens=len(ids),
-                    response=lm.tokenizer.decode(ids, skip_special_tokens=True), finished=bool(ids) and ids[-1] in ends)
-    identity = _identity(lm, prompts, sampling, chat=chat, engine=name)  # the batch decides on memory only
+                    response=lm.tokenizer.decode(ids, skip_special_tokens=True),
+                    finished=bool(ids) and ids[-1] in ends) | (dict(ids=list(ids)) if keep_ids else {})
+    more = {} if names is None or list(names) == hashes else dict(names=prompt_hash(list(names)))
+    more |= dict(keep_ids=True) if keep_ids else {}
+    identity = _identity(lm, prompts, sampling, chat=chat, engine=name, **more)  # the batch decides on memory only
     about = dict(model=lm.name, revision=lm.provenance['revision'], batch_tokens=budget)
     same_everywhere(identity)
     with main_writer(out) as folder:

@@ -460,5 +460,6 @@ def warn_unseen(
     out: Any,              # folder of the run that goes on
 ) -> None:
     "Say once what was not compared."
-    if unseen: warnings.warn(f"{out} goes on with its rewards; not compared with the reward of then: {', '.join(unseen)}. "
-                             'Give the object an attribute `identity` to have it compared')
+    if not unseen: return
+    warnings.warn(f"{out} goes on with its rewards; not compared with the reward of then: {', '.join(unseen)}. "
+                  'Give the object an attribute `identity` to have it compared')

@@ -9,41 +9,50 @@ __all__ = ['load_tasks', 'count_looks', 'audit_spread', 'adaptive_counts', 'spre
 import json
 import math
 import time
+import warnings
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import pandas as pd
 
-from ..audit.files import AuditError
+from ..audit.files import AuditError, shorten
 from ..audit.models import ScoringModel
 from ..audit.runs import add_run, json_bytes, open_runs, plain, write_files
 from ..audit.workers import first_alone, main_writer
 from .generation import generate_responses
-from .rewards import Reward, call_reward
+from .rewards import (
+    Reward, call_reward, reward_columns, reward_identity, try_reward, warn_unseen)
 from .sampling import Sampling, prompt_hash
 from .spread import samples_to_see
 from .spread_table import group_costs, spread_summary, spread_table
-from .tasks import task_rows
+from .tasks import distinct_tasks, task_hash, task_rows
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #b45c27e4
 def load_tasks(
     source: Any,               # as for `task_rows`: a shipped task, 'grue/NAME', a file with a `prompt` column ...
     split: str | None = None,  # which split, where there are several
     limit: int | None = None,  # at most so many, the first
-) -> list[dict[str, Any]]:     # prompt and the other columns, each prompt once
-    "Read prompts. Raises `AuditError` with the row that has none."
+    prompt: str = 'prompt',    # column of the prompt
+) -> list[dict[str, Any]]:     # prompt and the other columns, each task once
+    "Read tasks; rows that repeat one in every column are counted and left out. Raises `AuditError` with the row."
     found: dict[str, dict] = {}
+    where, repeated = shorten(str(source), 80) if isinstance(source, (str, Path)) else 'the tasks', 0
     for i, r in enumerate(task_rows(source, split), 1):
-        p = r.get('prompt')
+        p = r.get(prompt)
         words: list = [p]
         if isinstance(p, list) and all(isinstance(m, dict) for m in p): words = [m.get('content') for m in p]
         if not words or not all(isinstance(w, str) for w in words) or not any(w.strip() for w in words):
             has = ', '.join(sorted(map(str, r)))
-            raise AuditError(f'{str(source)[:80]}, row {i}: needs a prompt, text or messages; it has {has}')
-        found.setdefault(prompt_hash(p), r)
+            raise AuditError(f'{where}, row {i}: needs a prompt, text or messages; it has {has}')
+        task = dict(prompt=p) | {k: v for k, v in r.items() if k != prompt}
+        name = task_hash(task)
+        repeated += name in found
+        found.setdefault(name, task)
         if limit and len(found) >= limit: break
-    if not found: raise AuditError(f'{str(source)[:80]}: no prompts')
+    if not found: raise AuditError(f'{where}: no prompts')
+    if repeated: warnings.warn(f'{where}: {repeated} rows repeat an earlier task; each is asked once')
     return list(found.values())
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #0dcdfd22
@@ -52,13 +61,15 @@ def _round(lm: ScoringModel, tasks: list[dict], which: list[int], reward: Reward
     "Draw and judge one round; the rows"
     drawn = replace(sampling, seed=1000*sampling.seed + number)
     folder = out/f'round{number}' if out else None
-    rows = generate_responses(lm, [tasks[i]['prompt'] for i in which], drawn, folder, progress=progress, **generation)
+    names = _seed_names(tasks)
+    rows = generate_responses(lm, [tasks[i]['prompt'] for i in which], drawn, folder, progress=progress,
+                              names=[names[i] for i in which], keep_ids=True, **generation)
     keys = [(number, which[r['prompt_index']], r['k']) for r in rows]
     todo = [j for j, key in enumerate(keys) if have.get(key, dict(reward_error='new'))['reward_error']]
     def judged(some):
         mine = [tasks[keys[j][1]] for j in some]
-        columns = {c: [t.get(c) for t in mine] for c in mine[0] if c != 'prompt'}
-        made = call_reward(reward, [t['prompt'] for t in mine], [rows[j]['response'] for j in some], **columns)
+        prompts, responses = [t['prompt'] for t in mine], [rows[j]['response'] for j in some]
+        made = call_reward(reward, prompts, responses, [rows[j]['ids'] for j in some], **reward_columns(mine, tasks))
         lines = [dict(round=number, task=keys[j][1], k=keys[j][2], reward=value, reward_error=error)
                  for j, (value, error) in zip(some, made)]
         if out: add_run(out, lines, 'rewards')
@@ -67,8 +78,15 @@ def _round(lm: ScoringModel, tasks: list[dict], which: list[int], reward: Reward
         lines = first_alone(lambda: judged(todo[i:i + batch]))
         have.update(((line['round'], line['task'], line['k']), line) for line in lines)
     said = [{key: r[key] for key in ('prompt_hash', 'response', 'tokens', 'finished')} for r in rows]
-    return [dict(prompt=tasks[t]['prompt']) | about | dict(round=n, k=k, reward=have[n, t, k]['reward'],
+    of_task = {t: dict(prompt=tasks[t]['prompt'], task_hash=task_hash(tasks[t])) for t in set(which)}
+    return [of_task[t] | about | dict(round=n, k=k, reward=have[n, t, k]['reward'],
             reward_error=have[n, t, k]['reward_error']) for (n, t, k), about in zip(keys, said)]
+
+def _seed_names(tasks: list[dict]) -> list[str]:
+    "What the responses of a task are drawn by: its prompt, or all of it where several tasks share the prompt"
+    prompts = [prompt_hash(t['prompt']) for t in tasks]
+    times = Counter(prompts)
+    return [name if times[name] == 1 else task_hash(task) for name, task in zip(prompts, tasks)]
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #4c070175
 def count_looks(first: int, most: int) -> int:
@@ -100,26 +118,32 @@ def audit_spread(
     batch: int = 64,               # completions a call of the reward
     name: str = '',                # of the reward, for the manifest
     group: int = 8,                # responses in a group of the training to come, for the chance of a gradient
+    try_first: bool = True,        # call the reward on made-up responses before anything is drawn
     progress: bool = True,         # a bar, on a terminal
     **generation: Any,             # for `generate_responses`: batch_tokens, engine, chat
 ) -> tuple[pd.DataFrame, list[dict]]: # `spread_table`, and a row a response
     "Audit prompts under a model. With `out`, continue what is there. Raises `AuditError`."
     _check_plan(first, most, group, threshold)
-    tasks = list(tasks)
+    tasks, repeated = distinct_tasks(list(tasks))
+    if repeated: warnings.warn(f'{repeated} tasks repeat an earlier one; each is asked once')
+    named, unseen = reward_identity(reward, name)
     with main_writer(out) as folder:
         identity = dict(sampling=asdict(replace(sampling, count=1)), first=first, most=most, threshold=threshold,
                         value_range=value_range, alpha=alpha, tasks=prompt_hash([prompt_hash(plain(t)) for t in tasks]),
-                        reward=name or getattr(reward, '__name__', type(reward).__name__))
-        lines = first_alone(lambda: open_runs(folder, identity, dict(model=lm.name), 'rewards')) if folder else []
+                        **named)
+        about = dict(model=lm.name, reward_unseen=unseen)
+        lines = first_alone(lambda: open_runs(folder, identity, about, 'rewards')) if folder else []
+        if lines: warn_unseen(unseen, folder)
+        elif try_first: first_alone(lambda: try_reward(reward, tasks, name))
         have, rows, number, count = {(r['round'], r['task'], r['k']): r for r in lines}, [], 0, first
         which, looks = list(range(len(tasks))), count_looks(first, most)
         while which and count:
             drawing = replace(sampling, count=count)
             rows += _round(lm, tasks, which, reward, drawing, number, have, folder, batch, progress, **generation)
             table = spread_table(rows, value_range, threshold, alpha/looks, group=group)
-            open_ = set(table.prompt_hash[_open(table)])
+            open_ = set(table.task_hash[_open(table)])
             drawn = first*2**number
-            which = [i for i in which if prompt_hash(tasks[i]['prompt']) in open_]
+            which = [i for i in which if task_hash(tasks[i]) in open_]
             number, count = number + 1, min(drawn, most - drawn)
     table.attrs |= dict(truncated=sum(not r['finished'] for r in rows)/len(rows), samples=len(rows),
                         fixed=most*len(tasks))

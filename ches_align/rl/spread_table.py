@@ -7,6 +7,7 @@ __all__ = ['VERDICTS', 'spread_table', 'fit_beta', 'share_below', 'noise_free_sh
            'spread_summary', 'model_said', 'compare_spread']
 
 # %% ../../nbs/rl/331_spread_table.ipynb #61dcc444
+import warnings
 from dataclasses import asdict
 from typing import Any, Sequence
 
@@ -20,16 +21,25 @@ from scipy.stats import beta, spearmanr
 from ..audit.files import AuditError
 from .sampling import prompt_hash
 from .spread import clean_rewards, merge_equal, prompt_spread, zero_group_chance
+from .tasks import name_groups
 
 # %% ../../nbs/rl/331_spread_table.ipynb #8b0f38aa
 def _by_prompt(rows: Sequence[dict]) -> dict[str, list[dict]]:
-    found: dict[str, list[dict]] = {}
+    "Rows of a group: a task, and the step where there is one"
     for i, r in enumerate(rows):
-        if 'reward' not in r or not ('prompt' in r or 'prompt_hash' in r):
-            raise AuditError(f'row {i}: needs prompt (or prompt_hash) and reward')
-        found.setdefault(r.get('prompt_hash') or prompt_hash(r['prompt']), []).append(r)
+        if 'reward' not in r: raise AuditError(f'row {i}: needs prompt (or prompt_hash) and reward')
+    found: dict[str, list[dict]] = {}
+    names, told = name_groups(rows)
+    for name, r in zip(names, rows): found.setdefault(name, []).append(r)
     if not found: raise AuditError('no rewards')
+    for sentence in told: warnings.warn(sentence)
     return found
+
+def _about(name: str, row: dict) -> dict[str, Any]:
+    "What a line of the table is of"
+    text = row.get('prompt_hash') or prompt_hash(row['prompt'])
+    step = {} if row.get('step') is None else dict(step=row['step'])
+    return dict(prompt_hash=text, task_hash=name, **step, prompt=row.get('prompt'))
 
 def _range(rows: Sequence[dict], value_range: tuple[float, float] | None) -> tuple[float, float]:
     "The range that is given, or that of the rows"
@@ -60,7 +70,7 @@ def spread_table(
         made = asdict(prompt_spread(rewards, (a, b), threshold*width, texts, alpha, group=group, declared=declared))
         same = merge_equal(clean_rewards(rewards)[0], b - a)
         chances = {f'zero_group_{g}': zero_group_chance(same, g, 0.) for g in groups}
-        table.append(dict(prompt_hash=name, prompt=mine[0].get('prompt')) | made | chances)
+        table.append(_about(name, mine[0]) | made | chances)
     table = pd.DataFrame(table)
     table.attrs |= dict(value_range=(a, b), threshold=threshold*width, constant=bool(b == a), alpha=alpha,
                         group=group, range='declared' if declared else 'seen')
@@ -224,7 +234,8 @@ def compare_spread(
     after: pd.DataFrame,   # of the same prompts, later
 ) -> dict[str, Any]:       # prompts, rho (Spearman, std before and |change of mean|), p, medians, newly_none (hashes)
     "What a training did to means and spreads; after Razin et al. (2024), Table 1, with ranks."
-    both = before.merge(after, on='prompt_hash', suffixes=('', '_after')).dropna(subset=['std', 'std_after'])
+    on = 'task_hash' if 'task_hash' in before and 'task_hash' in after else 'prompt_hash'
+    both = before.merge(after, on=on, suffixes=('', '_after')).dropna(subset=['std', 'std_after'])
     if len(both) < 3: raise AuditError(f'{len(both)} prompts are in both tables: a correlation needs 3')
     change = (both.mean_after - both['mean']).abs()
     rho, p = spearmanr(both['std'], change)

@@ -6,18 +6,27 @@
 __all__ = ['step_spread', 'SpreadWatch', 'watch_reward', 'SpreadCallback', 'read_rollouts']
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #0569e2de
+import inspect
+import math
 from collections import defaultdict
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Callable, Hashable, Sequence
 
 import numpy as np
 import pandas as pd
+from accelerate import PartialState
 from fastcore.basics import patch
+from torch import nn
 from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 
-from ..audit.files import AuditError, read_rows
+from ..audit.files import AuditError
+from .rollouts import rollout_rows
 from .sampling import prompt_hash
+from .source_identity import callable_name
 from .spread import clean_rewards
+from .tasks import name_tasks, task_hash
+from ..training.callback import _joined
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #66777a8b
 def _by_prompt(prompt_ids: Sequence[Hashable], rewards: Sequence[float | None]) -> dict[Hashable, np.ndarray]:
@@ -72,6 +81,9 @@ class SpreadWatch:
         self.limits = dict(zero=.5, phantom=.1, failed_share=.05) if limits is None else limits
         self.steps, self.alarms, self._seen = [], set(), (float('inf'), float('-inf'))
         self._prompts: dict[Hashable, dict] = {}
+        self.told: set[str] = set()     # by what watches for it, each once
+        self.group: int | None = None   # responses in a group, where a trainer has said so
+        self.reported, self.logged = False, 0 # does a `SpreadCallback` wait for the numbers; steps that it has had
 
     def update(
         self,
@@ -79,24 +91,27 @@ class SpreadWatch:
         rewards: Sequence[float | None], # what the trainer uses
         raw_rewards: Sequence[float | None] | None = None, # before shaping
         step: int | None = None,         # of the trainer; None: the next
+        groups: Sequence[Hashable] | None = None, # which group each response is of; None: one a prompt id
     ) -> dict[str, Any]:                 # `step_spread`, and the alarms that are on
         "Take one batch."
         finite = clean_rewards(rewards)[0]
         if len(finite): self._seen = (min(self._seen[0], float(finite.min())), max(self._seen[1], float(finite.max())))
         a, b = self.value_range or (self._seen if self._seen[0] <= self._seen[1] else (0., 1.))
-        made = step_spread(prompt_ids, rewards, (a, b), raw_rewards, near=self.near)
+        groups = prompt_ids if groups is None else groups
+        made = step_spread(groups, rewards, (a, b), raw_rewards, near=self.near)
         made['failed_share'] = made['failed']/len(rewards) if len(rewards) else 0.
-        self._remember(_by_prompt(prompt_ids, rewards), (b - a) or 1.)
+        self._remember(_by_prompt(groups, rewards), dict(zip(groups, prompt_ids)), (b - a) or 1.)
         self.steps.append(dict(step=len(self.steps) if step is None else step) | made)
         self._alarm()
         return self.steps[-1] | dict(alarms=sorted(self.alarms))
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #588e5b1a
 @patch
-def _remember(self: SpreadWatch, groups: dict[Hashable, np.ndarray], width: float) -> None:
-    for p, r in groups.items():
+def _remember(self: SpreadWatch, groups: dict[Hashable, np.ndarray], prompt_of: dict[Hashable, Hashable],
+              width: float) -> None:
+    for group, r in groups.items():
         if len(r) < 2: continue
-        had = self._prompts.setdefault(p, dict(times=0, zero=0, means=[], stds=[]))
+        had = self._prompts.setdefault(prompt_of[group], dict(times=0, zero=0, means=[], stds=[]))
         had['times'] += 1
         had['zero'] += int(r.std(ddof=1) < 1e-6*width)
         had['means'].append(float(r.mean())); had['stds'].append(float(r.std(ddof=1)))
@@ -126,46 +141,174 @@ def prompts(self: SpreadWatch) -> pd.DataFrame: # prompt, times, zero (of them),
     return made.assign(share=made.zero/made.times).sort_values(['share', 'times'], ascending=False, ignore_index=True)
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #30c61ec7
-def watch_reward(
-    reward: Callable,     # in TRL's form
-    watch: SpreadWatch,   # gets prompts and rewards
-) -> Callable:            # the same reward, for `reward_funcs`
-    "A reward that is watched. With several, watch the one that matters, or their sum."
-    @wraps(reward)
-    def watched(prompts, completions, **columns):
-        made = reward(prompts=prompts, completions=completions, **columns)
-        watch.update([prompt_hash(p) for p in prompts], made,
-                     step=getattr(columns.get('trainer_state'), 'global_step', None))
-        return made
+def _wrapped_name(reward: Callable, watched: Callable) -> Callable:
+    "Dress a wrapper as what it wraps, a partial or an object too: TRL logs the name"
+    try: wraps(reward)(watched)
+    except Exception: pass  # attributes of a kind that a function cannot have
+    watched.__name__ = callable_name(reward)
     return watched
 
-class SpreadCallback(TrainerCallback):
-    "Adds the watch's last step to what a Transformers trainer logs, as `spread/zero` and so on."
-    def __init__(self, watch: SpreadWatch): self.watch = watch
+def _is_async(reward: Callable) -> bool:
+    "As TRL sees it"
+    while isinstance(reward, partial): reward = reward.func
+    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, '__call__', None))
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        "Transformers calls it with the dictionary that is to be logged"
-        if logs is not None and self.watch.steps:
-            logs |= {f'spread/{k}': v for k, v in self.watch.steps[-1].items()
-                     if k not in ('step', 'groups') and v == v}
+def watch_reward(
+    reward: Any,          # a function in TRL's form; a model or its name is handed on unwatched, and that is told
+    watch: SpreadWatch,   # gets tasks and rewards
+) -> Any:                 # the same reward, for `reward_funcs`
+    "A reward that is watched. With several, watch the one that matters, or their sum. Watching never raises."
+    if isinstance(reward, (nn.Module, str)) or not callable(reward):
+        _tell(watch, f'{str(reward)[:40] if isinstance(reward, str) else callable_name(reward)} is not watched: '
+                     'TRL calls a reward model itself; watch a function')
+        return reward
+    def kept(made: Any) -> Any:
+        "What can be read twice"
+        return made if made is None or hasattr(made, '__len__') else list(made)
+    if _is_async(reward):
+        async def watched(prompts, completions, **columns):
+            made = kept(await reward(prompts=prompts, completions=completions, **columns))
+            _measure(watch, prompts, made, columns)
+            return made
+    else:
+        def watched(prompts, completions, **columns):
+            made = kept(reward(prompts=prompts, completions=completions, **columns))
+            _measure(watch, prompts, made, columns)
+            return made
+    return _wrapped_name(reward, watched)
+
+# %% ../../nbs/rl/333_spread_watch.ipynb #c6de0001
+def _tell(watch: SpreadWatch, text: str) -> None:
+    "Say something once; whoever listens cannot end the training"
+    if text in watch.told: return
+    watch.told.add(text)
+    try: watch.tell(text)
+    except Exception: pass
+
+def _as_numbers(made: Any) -> list[float | None]:
+    "Rewards of any kind: tensors of any precision and device, arrays, None"
+    if hasattr(made, 'detach'): made = made.detach().float().cpu().reshape(-1).tolist()
+    numbers: list[float | None] = []
+    for x in made:
+        try: numbers.append(None if x is None else float(x))
+        except (TypeError, ValueError): numbers.append(None)
+    return numbers
+
+def _measure(watch: SpreadWatch, prompts: Sequence, made: Any, columns: dict[str, Any]) -> None:
+    "Take a batch; an observer never raises"
+    try:
+        trainer = getattr(columns.get('log_metric'), '__self__', None)
+        if not getattr(getattr(trainer, 'model', None), 'training', True): return  # an evaluation
+        rewards = _as_numbers(made)
+        if len(rewards) != len(prompts):
+            return _tell(watch, f'a batch is not watched: {len(rewards)} rewards for {len(prompts)} prompts')
+        names, texts = _task_names(prompts, columns)
+        size = getattr(trainer, 'num_generations', None) or watch.group or _run_length(names)
+        groups = _positions(watch, names, texts, size)
+        some = [i for i, g in enumerate(groups) if g is not None]
+        if not some: return
+        made = watch.update([names[i] for i in some], [rewards[i] for i in some], groups=[groups[i] for i in some],
+                            step=getattr(columns.get('trainer_state'), 'global_step', None))
+        if watch.reported and trainer is not None:
+            for key, value in _loggable([made]).items(): columns['log_metric'](key, value)
+            watch.logged = len(watch.steps)
+    except Exception as e: _tell(watch, f'a batch is not watched: {type(e).__name__}: {str(e)[:150]}')
+
+def _task_names(prompts: Sequence, columns: dict[str, Any]) -> tuple[list[str], list[str]]:
+    "Each row's task, by prompt and columns of the data or by the prompt where columns differ row by row; its prompt"
+    of_data = {k: v for k, v in columns.items() if isinstance(v, (list, tuple)) and len(v) == len(prompts)
+               and k not in ('completion_ids', 'environments')}
+    texts = [prompt_hash(p) for p in prompts]
+    names = [task_hash(dict(prompt=p) | {k: v[i] for k, v in of_data.items()}) for i, p in enumerate(prompts)]
+    return (names if _run_length(names) > 1 else texts), texts
+
+def _run_length(names: Sequence[str]) -> int:
+    "The size that runs of equal names are multiples of"
+    starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]] + [len(names)]
+    return math.gcd(*(b - a for a, b in zip(starts, starts[1:])))
+
+def _positions(watch: SpreadWatch, names: list[str], texts: list[str], size: int) -> list:
+    "Which group each row is of, by its place; None: its group is cut between processes. Without a size, by its name"
+    count = len(names)
+    first = PartialState().process_index*count if PartialState._shared_state else 0
+    groups = [(first + i)//max(size, 1) for i in range(count)]
+    if size < 2 or len(set(zip(groups, texts))) > len(set(groups)):
+        _tell(watch, 'rows of one group do not follow each other: groups are taken by prompt and columns')
+        return list(names)
+    whole = [g*size >= first and (g + 1)*size <= first + count for g in groups]
+    if not all(whole):
+        _tell(watch, f'batches of {count} cut groups of {size}, which are not watched then: '
+                     'make the batch of a process a multiple of num_generations')
+    return [g if w else None for g, w in zip(groups, whole)]
+
+def _loggable(steps: Sequence[dict]) -> dict[str, float]:
+    "What goes into a log: means over steps, of what is a number"
+    names = [k for k in steps[-1] if k not in ('step', 'groups', 'alarms')]
+    known = {k: [s[k] for s in steps if s.get(k) is not None and math.isfinite(s[k])] for k in names}
+    return {f'spread/{k}': sum(v)/len(v) for k, v in known.items() if v}
+
+# %% ../../nbs/rl/333_spread_watch.ipynb #c6de0003
+class SpreadCallback(TrainerCallback):
+    "Adds the watch's numbers to what a Transformers trainer logs, as `spread/zero` and so on."
+    def __init__(self, watch: SpreadWatch): self.watch, self.reporters = watch, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        size = getattr(args, 'num_generations', None)
+        self.watch.group = size if isinstance(size, int) and size > 1 else None
+        self.watch.reported, self.watch.logged, self.reporters = True, len(self.watch.steps), None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.watch.reported = False
+        for reporter in self.reporters or []:
+            try: reporter.tb_writer.close()
+            except Exception: pass  # no TensorBoard
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        "Transformers calls it when `logs` already stand in `state.log_history`"
+        try:
+            new = self.watch.steps[self.watch.logged:]
+            if logs is None or not new or not state.is_world_process_zero: return
+            self.watch.logged = len(self.watch.steps)
+            numbers = _loggable(new)
+            last = state.log_history[-1] if state.log_history else {}
+            if last.get('step') == state.global_step: last.update(numbers)
+            else: state.log_history.append(numbers | dict(epoch=state.epoch, step=state.global_step))
+            self._hand_on(args, state, control, model, numbers)
+        except Exception as e: _tell(self.watch, f'the spread is not logged: {type(e).__name__}: {str(e)[:150]}')
+
+@patch
+def _hand_on(self: SpreadCallback, args, state, control, model, numbers: dict[str, float]) -> None:
+    "To every integration of `report_to`; one that fails is told once and left out"
+    if self.reporters is None:
+        self.reporters = []
+        for kind in get_reporting_integration_callbacks(args.report_to):
+            if kind.on_log is TrainerCallback.on_log: continue
+            try: self.reporters.append(_joined(kind(), args, state, control, model))
+            except Exception as e: _tell(self.watch, f'{kind.__name__}: not reached ({str(e)[:150]})')
+    for reporter in list(self.reporters):
+        try: reporter.on_log(args, state, control, model=model, logs=dict(numbers))
+        except Exception as e:
+            self.reporters.remove(reporter)
+            _tell(self.watch, f'{type(reporter).__name__}: not reached ({str(e)[:150]})')
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #fdfe9875
 def read_rollouts(
-    source: Any,                   # anything that `read_rows` takes
-    names: dict[str, str] | None = None, # which column is step, prompt, reward, raw_reward
+    source: Any,                   # a trainer's file or folder, or anything that `read_rows` takes
+    names: dict[str, str] | None = None, # which column is step, prompt, reward, raw_reward, task; None: by usual names
     watch: SpreadWatch | None = None, # gets the steps; None: a new one
 ) -> SpreadWatch:
-    "Follow the dump of any trainer. Raises `AuditError` with the row that lacks a column."
-    names = {k: k for k in ('step', 'prompt', 'reward', 'raw_reward')} | (names or {})
+    "Follow the dump of any trainer. Raises `AuditError` with the row or column that is missing."
+    rows, told = rollout_rows(source, names=names)
     watch = watch or SpreadWatch()
-    steps: dict[Any, list[dict]] = defaultdict(list)
-    for i, row in enumerate(read_rows(source), 1):
-        if lost := [names[k] for k in ('step', 'prompt', 'reward') if names[k] not in row]:
-            has = ', '.join(sorted(map(str, row)))
-            raise AuditError(f'{str(source)[:80]}, row {i}: no column {lost[0]}; it has {has}')
-        steps[row[names['step']]].append(row)
-    if not steps: raise AuditError(f'{str(source)[:80]}: no rows')
-    for step, rows in steps.items():
-        raw = [r[names['raw_reward']] for r in rows] if all(names['raw_reward'] in r for r in rows) else None
-        watch.update([prompt_hash(r[names['prompt']]) for r in rows], [r[names['reward']] for r in rows], raw, step)
+    ids, more = name_tasks(rows)
+    for text in (*told, *more): _tell(watch, text)
+    if lost := [i for i, r in enumerate(rows, 1) if r.get('step') is None]:
+        raise AuditError(f'row {lost[0]}: no step; name its column (step=COLUMN) of {", ".join(sorted(rows[0]))}')
+    steps: dict[Any, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows): steps[row['step']].append(i)
+    numbered = all(isinstance(s, (int, float)) or str(s).isdigit() for s in steps)
+    for step in sorted(steps, key=float) if numbered else steps:
+        some = [rows[i] for i in steps[step]]
+        raw = [r['raw_reward'] for r in some] if all('raw_reward' in r for r in some) else None
+        watch.update([ids[i] for i in steps[step]], [r['reward'] for r in some], raw, step)
     return watch
