@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ches_align.audit.data import load_pairs
+from ches_align.audit.data import Pair, load_pairs
 from ches_align.audit.files import AuditError
 from ches_align.training.callback import DisplacementCallback
 from ches_align.training.tracker import DisplacementTracker
@@ -185,6 +185,96 @@ def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch):
         trainer.train()
     assert trainer.state.global_step == 4 and sorted(set(watch.tracker.history.step)) == [0, 2, 4]
 
+def test_the_default_alarm_needs_no_judge(tmp_path):
+    "The one-line callback, and a training that is given the probes with the responses in each other's place"
+    swapped = [Pair(p.row_id, p.row_hash, p.prompt, p.rejected, p.chosen) for p in probes()]
+    with pytest.warns(UserWarning, match=r'displacement alert at step \d, learning rate .*_fall'):
+        watch = DisplacementCallback(probes(), every=2)
+        trainer = dpo(tmp_path/'run', [watch], train=swapped, max_steps=8, learning_rate=3e-2)
+        trainer.train()
+    assert trainer.state.global_step == 8 and watch.tracker.max_length == 48  # the trainer's
+    assert sum(row.get('displacement/alert', 0) for row in trainer.state.log_history) >= 1
+    assert (tmp_path/'run'/'displacement'/'summary.json').exists()
+    assert len([note for note in watch.tracker.notes if 'alert' in note]) == 1  # a lasting alarm is told once
+
+@pytest.mark.parametrize('fault', [torch.OutOfMemoryError('none left'), ValueError('a mask'), AuditError('a reason')])
+def test_an_error_while_measuring_ends_nothing(tmp_path, monkeypatch, fault):
+    from ches_align.training import tracker
+    real, calls = tracker.measure_probes, []
+    def flaky(*args, **options):
+        calls.append(args)
+        if len(calls) == 4: raise fault
+        return real(*args, **options)
+    monkeypatch.setattr(tracker, 'measure_probes', flaky)
+    watch = watcher(tmp_path/'seen')
+    with pytest.warns(UserWarning, match=rf'not measured at step 4: .*{fault}; training goes on'):
+        trainer = dpo(tmp_path/'run', [watch])
+        trainer.train()
+    assert trainer.state.global_step == 6 and watch.tracker.missed == [4] and watch.tracker.budget == 768 // 2
+    assert sorted(set(watch.tracker.history.step)) == [0, 2, 6]
+    assert [r['step'] for r in trainer.state.log_history if r.get('displacement/error')] == [4]
+    assert json.loads((tmp_path/'seen'/'summary.json').read_text())['missed'] == [4]
+
+def test_no_memory_at_the_start_is_tried_again_in_smaller_batches(tmp_path, monkeypatch):
+    from ches_align.training import tracker
+    real = tracker.measure_probes
+    def small_only(model, pairs, budget, **options):
+        if budget > 200: raise torch.OutOfMemoryError('none left')
+        return real(model, pairs, budget, **options)
+    monkeypatch.setattr(tracker, 'measure_probes', small_only)
+    watch = watcher(tmp_path/'seen')
+    dpo(tmp_path/'run', [watch], max_steps=2).train()
+    assert watch.tracker.budget == 768 // 4 and not watch.mute and sorted(set(watch.tracker.history.step)) == [0, 2]
+
+def test_a_judge_that_breaks_and_a_board_that_hears_of_it(tmp_path, monkeypatch):
+    from ches_align.training import comparison
+    def broken(*args): raise KeyError('no verdict')
+    monkeypatch.setattr(comparison, 'text_verdict', broken)
+    monkeypatch.setattr(integration_utils, 'INTEGRATION_TO_CALLBACK', dict(fake=Fake))
+    Fake.run.clear()
+    with pytest.warns(UserWarning, match='displacement is not measured: KeyError.*training goes on'):
+        trainer = dpo(tmp_path/'run', [watcher(tmp_path/'seen', answers=2)], report_to=['fake'], max_steps=2)
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert [logs['displacement/error'] for _, logs in Fake.run if 'displacement/error' in logs] == [1.]
+
+def test_a_displaced_response_of_one_token_is_no_ruin(tmp_path):
+    "Far below guessing, while the model is sound: it has learned to say something else"
+    rows = [Pair(k, str(k), f'Q{k}:', ' No', ' Never') for k in range(8)]
+    yes = [Pair(k, str(k), f'Q{k}:', ' Yes', ' No') for k in range(8)]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        watch = DisplacementCallback(rows, tmp_path/'seen', every=10)
+        trainer = dpo(tmp_path/'run', [watch], train=yes, max_steps=60, beta=2., learning_rate=3e-2)
+        trainer.train()
+    table = history(tmp_path/'seen')
+    assert trainer.state.global_step == 60 and not watch.tracker.stopped
+    assert (table.chosen_logps[table.step == 60] < -10.8).all() and watch.tracker.metrics[-1]['alert']
+
+def test_a_model_without_next_tokens(tmp_path):
+    from transformers import LlamaForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+    config = small_model().config
+    config.num_labels = 1
+    rows = Dataset.from_list([dict(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected) for p in pairs()[:4]])
+    args = RewardConfig(str(tmp_path/'run'), max_steps=1, report_to=[], use_cpu=True, bf16=False, save_strategy='no',
+                        disable_tqdm=True, gradient_checkpointing=False, per_device_train_batch_size=2)
+    watch = DisplacementCallback(probes(), every=1)
+    trainer = RewardTrainer(LlamaForSequenceClassification(config), args, train_dataset=rows,
+                            processing_class=tokenizer(), callbacks=[watch])
+    with pytest.warns(UserWarning, match='LlamaForSequenceClassification gives no distribution over the next token'):
+        trainer.train()
+    assert trainer.state.global_step == 1 and 'causal language models' in watch.mute
+
+def test_one_process_fails_and_none_waits(tmp_path):
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29619']
+    done = child('fail', tmp_path, before=launch)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(set(history(tmp_path/'seen').step)) == [0, 1, 3]
+    ranks = [json.loads((tmp_path/f'rank{k}.json').read_text()) for k in (0, 1)]
+    assert [r['step'] for r in ranks] == [3, 3] and ranks[0]['budget'] == ranks[1]['budget'] == 768 // 2
+    assert done.stdout.count('1 measurements FAILED') == 1
+
 def test_wrong_inputs(tmp_path):
     def tracker(source=None, folder='t', **options):
         return DisplacementTracker(tokenizer(), source or probes(), tmp_path/folder, max_length=64, **options)
@@ -194,7 +284,8 @@ def test_wrong_inputs(tmp_path):
         tracker(probes()[:2], 'one').start(small_model())
     with pytest.raises(AuditError, match='no probe pair can be measured: rows 0 .identical'):
         tracker([dict(prompt='a', chosen='b', rejected='b')])
-    with pytest.raises(AuditError, match='is there twice'): tracker(probes()[:1] * 2)
+    with pytest.warns(UserWarning, match='1 of 2 probe pairs are there already'):
+        assert len(tracker(probes()[:1] * 2).encoded) == 1
     with pytest.raises(AuditError, match='no such file'): tracker(str(tmp_path/'none.jsonl'))
     foreign = pd.DataFrame(dict(row_hash=['x'], ches=[0.], ln_ches=[0.]))
     with pytest.raises(AuditError, match='none of the probes'):
@@ -217,4 +308,17 @@ if __name__ == '__main__':
         trainer = dpo(out/'run', [watcher(out/'seen', 1)], learning_rate=1e3, ddp_backend='gloo')
         trainer.train()
         said = dict(step=trainer.state.global_step, weight=next(trainer.model.parameters()).double().sum().item())
+        (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(said))
+    if what == 'fail':
+        from ches_align.training import tracker
+        real, calls = tracker.measure_probes, []
+        def flaky(*args, **options):
+            calls.append(args)
+            if len(calls) == 4 and os.environ['RANK'] == '1': raise torch.OutOfMemoryError('none left')
+            return real(*args, **options)
+        tracker.measure_probes = flaky
+        watch = watcher(out/'seen', 1)
+        trainer = dpo(out/'run', [watch], max_steps=3, learning_rate=1e-4, ddp_backend='gloo')
+        trainer.train()
+        said = dict(step=trainer.state.global_step, budget=watch.tracker.budget)
         (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(said))

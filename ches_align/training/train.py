@@ -34,7 +34,7 @@ from ..audit.runs import json_bytes, plain, read_object, refuse_sources, write_f
 from .callback import DisplacementCallback
 from .config import config_dict, load_config, needs_reference
 from ..audit.workers import processes
-from .pair_trainer import (PairLossTrainer, as_dataset, hold_out, usable,
+from .pair_trainer import (PairLossTrainer, as_dataset, hold_out, need_trl, usable,
                                               warn_if_stuck)
 from .train_config import (
     HALF, TrainConfig, check, lora_adapters, training_loss, trl_arguments)
@@ -227,6 +227,7 @@ def train_preferences(
     resume: bool = False, # continue what `config.out` holds; from the start when it holds no checkpoint
 ) -> dict[str, Any]:      # the manifest; weights are in OUT/model, the log in OUT/log.jsonl
     "Train on preference pairs. Raises `AuditError` for what configuration, data or model make impossible."
+    need_trl()
     out, clock = Path(config.out).expanduser(), time.perf_counter()
     refuse_sources([out/'manifest.json', out/'log.jsonl'], [config.data, config.eval_data])
     lm = load_trainable(config)
