@@ -32,6 +32,9 @@ class ModelParts(NamedTuple):
     def whole_tokenizer(self) -> bool: # has the adapter a tokenizer of its own?
         return self.adapter is not None and (self.adapter/'tokenizer_config.json').exists()
     @property
+    def tokenizer(self) -> str:        # its folder or hub name
+        return str(self.adapter) if self.whole_tokenizer else self.base
+    @property
     def tokenizer_from(self) -> str:   # for a manifest
         if self.whole_tokenizer: return 'adapter'
         own = self.adapter is not None and (self.adapter/'chat_template.jinja').exists()

@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from .files import AuditError
+from .files import AuditError, shorten
 
 # %% ../../nbs/audit/111_model_files.ipynb #2764dd5c
 class LoadError(AuditError):
@@ -221,9 +221,11 @@ def model_source(
 ) -> str:      # a folder or a hub name
     "What Transformers reads under a model's name. Raises `LoadError` for a path that is not there."
     if name in EMBEDDED: return str(gguf_folder(embedded_gguf(name)))
-    path = Path(name).expanduser()
-    if path.suffix == '.gguf' and path.is_file(): return str(gguf_folder(path))
-    if path.is_dir(): return str(path)
+    try: path, there = Path(name).expanduser(), Path(name).expanduser().exists()
+    except (OSError, RuntimeError, ValueError) as e:  # a name that is too long, a user that is not there
+        raise LoadError(f'model {shorten(name, 200)}: cannot be read ({told(e, 80)})') from None
+    if there and path.suffix == '.gguf' and path.is_file(): return str(gguf_folder(path))
+    if there and path.is_dir(): return str(path)
     if path.is_absolute() or name.startswith(('.', '~')) or name.count('/') > 1 or path.suffix == '.gguf':
         raise LoadError(f'model {name}: no such file or folder')
     return name

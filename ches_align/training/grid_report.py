@@ -16,8 +16,8 @@ from typing import Any, Sequence
 import numpy as np
 import pandas as pd
 
+from ..audit.adapters import model_parts
 from ..audit.files import AuditError
-from ..audit.model_files import model_source
 from ..audit.page import md_escape
 from ..audit.runs import load_runs, read_object, write_files
 from .grid_config import SinglePromptConfig
@@ -45,7 +45,7 @@ def _tokens(cfg: SinglePromptConfig) -> str:
     "The pairs' token ids, or why they are not known"
     from transformers import AutoTokenizer
     words = dict.fromkeys(w for p in cfg.pairs for w in (p.chosen, p.rejected))
-    try: tokenizer = AutoTokenizer.from_pretrained(model_source(cfg.model), local_files_only=True)
+    try: tokenizer = AutoTokenizer.from_pretrained(model_parts(cfg.model).tokenizer, local_files_only=True)
     except Exception as e:  # the hub's client has many error types
         return f"tokens: no tokenizer at hand ({type(e).__name__}); {', '.join(words)} are looked up when the grid runs"
     return 'tokens: ' + ', '.join(f'{w} = {single_token(tokenizer, w)}' for w in words)
