@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['fixed_precision', 'unwrapped', 'inner_model', 'AdapterState', 'adapter_state', 'LengthRule', 'length_rules',
-           'length_key', 'forget_lengths', 'trial_rows', 'trial_width', 'product_error', 'check_model', 'check_lengths']
+           'length_key', 'forget_lengths', 'token_limit', 'trial_rows', 'trial_width', 'product_error', 'check_model',
+           'check_lengths', 'behaviour', 'behaves_as']
 
 # %% ../../nbs/audit/115_model_checks.ipynb #d45efec6
 import sys
@@ -150,9 +151,12 @@ def forget_lengths(
             if hasattr(module, 'original_max_seq_len'):
                 setattr(module, f'{prefix}max_seq_len_cached', module.original_max_seq_len)
 
-# %% ../../nbs/audit/115_model_checks.ipynb #04065a24
-def _token_limit(model: nn.Module, head: Head) -> int:
-    "Ids from here on have no embedding, or no logit"
+# %% ../../nbs/audit/115_model_checks.ipynb #aedb271c
+def token_limit(
+    model: nn.Module, # a Transformers model
+    head: Head,       # its output layer
+) -> int:
+    "Token ids from here on have no embedding, or no logit."
     table = model.get_input_embeddings()
     rows = getattr(table, 'num_embeddings', None) or table.weight.shape[0]
     return min(int(rows), len(head.weight))
@@ -168,7 +172,7 @@ def trial_rows(
     configs = [model.config, model.config.get_text_config()]
     special = {v for c in configs for k, v in vars(c).items()
                if k.endswith(('_token_id', '_token_index')) and isinstance(v, int)}
-    limit = _token_limit(model, head)
+    limit = token_limit(model, head)
     usual = [i for i in range(min(3, limit - 1), limit) if i not in special] or list(range(limit))
     at = torch.randint(len(usual), (count, length), generator=torch.Generator().manual_seed(seed))
     return [[usual[i] for i in line] for line in at.tolist()]
@@ -423,3 +427,25 @@ def check_lengths(
     if _moved(whole[:half], part, rounding._replace(limit=2 * rounding.limit, every=False)):
         raise AuditError(f'model {name}: the first {half} states of a row are others when the row has {longest} tokens: '
                          'they depend on its length, so no batch would be right; give a smaller --max_length')
+
+# %% ../../nbs/audit/115_model_checks.ipynb #7fb3dbe1
+def behaviour(
+    model: nn.Module,    # a Transformers model
+    backbone: nn.Module, # the part of it that gives hidden states
+    head: Head,          # its output layer
+) -> list[float]:        # 8 numbers
+    "Mean states of a trial row along fixed directions of plus and minus one, over the norm of a state."
+    with fixed_precision():
+        states = _states(model, backbone, head, trial_rows(model, head, trial_width(model), 1))[0].double()
+    signs = torch.randint(2, (states.shape[1], 7), generator=torch.Generator().manual_seed(0)).to(states) * 2 - 1
+    size = states.norm(dim=1).mean()
+    return [size.log().item(), *(states.mean(0) @ signs / size).tolist()]
+
+def behaves_as(
+    found: Sequence[float],    # from `behaviour`
+    expected: Sequence[float], # the same, of an earlier run
+    dtype: str,                # of the weights: 'float32' ...
+) -> bool:
+    "Are two fingerprints the same up to rounding?"
+    limit = 1e-3 if dtype in ('float32', 'float64') else 5e-2
+    return len(found) == len(expected) and all(abs(a - b) <= limit for a, b in zip(found, expected))
