@@ -51,7 +51,7 @@ def fixed_precision() -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
-# %% ../../nbs/audit/115_model_checks.ipynb #c3a53636
+# %% ../../nbs/audit/115_model_checks.ipynb #af63339c
 def unwrapped(
     model: nn.Module, # as a trainer has it
 ) -> nn.Module:       # what it runs; PEFT and unknown wrappers stay
@@ -69,8 +69,8 @@ def inner_model(
     "Take everything off; `check_model` tests whether that changed what is computed."
     model = unwrapped(given)
     if hasattr(model, 'get_base_model'): return unwrapped(model.get_base_model())
-    if hasattr(model, 'peft_config') and hasattr(getattr(model, 'base_model', None), 'tuner_layer_cls'):
-        return unwrapped(model.base_model.model)  # PEFT's mixed models
+    if type(model).__module__.startswith('peft.'):  # its mixed models
+        return inner_model(model._modules.get('base_model') or model._modules['model'])
     inner = getattr(model, 'module', None) or getattr(model, 'pretrained_model', None)
     return model if inner is None else inner_model(inner)
 
@@ -106,7 +106,7 @@ def adapter_state(
     kinds = {type(layer).__module__.split('.')[2] for layer in layers.values()}
     return AdapterState(sorted(acting), sorted(there - acting), sorted(kinds), scaling)
 
-# %% ../../nbs/audit/115_model_checks.ipynb #362ba262
+# %% ../../nbs/audit/115_model_checks.ipynb #6695e0e7
 class LengthRule(NamedTuple):
     "A rotary embedding whose frequencies depend on the length."
     kind: str     # 'longrope' or 'dynamic'
@@ -124,10 +124,10 @@ def length_rules(
         named = kinds if isinstance(kinds, dict) else {None: kinds}
         params = getattr(config, 'rope_parameters', None) or {}
         for layer, kind in named.items():
-            own, most = params.get(layer, params) if layer else params, config.max_position_embeddings
+            own, most = params.get(layer, params) if layer else params, getattr(config, 'max_position_embeddings', 0)
             if kind == 'longrope':
                 found.add(LengthRule(kind, int(own.get('original_max_position_embeddings') or most)))
-            elif kind and 'dynamic' in kind:
+            elif isinstance(kind, str) and 'dynamic' in kind:
                 found.add(LengthRule('dynamic', int(getattr(module, 'original_max_seq_len', most))))
     return sorted(found)
 
@@ -199,7 +199,7 @@ def _states(model: nn.Module, backbone: nn.Module, head: Head, rows: Sequence[Se
     hidden = backbone(input_ids=ids.to(_device(model, head)), use_cache=False).last_hidden_state
     return [hidden[k, :len(row)].to(head.weight.device) for k, row in enumerate(rows)]
 
-# %% ../../nbs/audit/115_model_checks.ipynb #77dc40a5
+# %% ../../nbs/audit/115_model_checks.ipynb #29450918
 def _leak(model: nn.Module, backbone: nn.Module, head: Head, width: int) -> str:
     "By gradients: what early states depend on that they should not; '' if nothing, or if there are no gradients"
     rows, kept, cut = torch.tensor(trial_rows(model, head, min(width, 8), 2, seed=1)), [], min(width, 8) // 2
@@ -213,6 +213,8 @@ def _leak(model: nn.Module, backbone: nn.Module, head: Head, width: int) -> str:
             pull = torch.autograd.grad(hidden[1, :cut].float().square().sum(), kept[0])[0].nan_to_num(0).abs().float()
     except (RuntimeError, NotImplementedError, IndexError, TypeError): return ''  # kernels without gradients
     finally: hook.remove()
+    if pull.shape[:2] != rows.shape: pull = pull.transpose(0, 1)  # XLNet puts positions first
+    if pull.shape[:2] != rows.shape: return ''
     own, later, other = (part.max().item() for part in (pull[1, :cut], pull[1, cut:], pull[0]))
     if later > 1e-6 * own: return 'later tokens'
     return 'the other rows of a batch' if other > 1e-6 * own else ''
@@ -370,7 +372,7 @@ def _check_given(given: nn.Module, parts: _Parts) -> None:
     raise AuditError(f'model {parts.name}: {type(outer).__name__} computes other logits than the '
                      f'{type(parts.model).__name__} inside it, which would be scored; give a model that needs no wrapper')
 
-# %% ../../nbs/audit/115_model_checks.ipynb #cd97a46f
+# %% ../../nbs/audit/115_model_checks.ipynb #8bb995d6
 def check_model(
     given: nn.Module,    # the object as it was given: PeftModel, wrapper, or the model itself
     model: nn.Module,    # the Transformers model inside, from `inner_model`
@@ -386,7 +388,8 @@ def check_model(
             _check_head(parts)
             _check_given(given, parts)
             _check_states(parts)
-    except (TypeError, AttributeError, KeyError, IndexError, ValueError, NotImplementedError) as e:
+    except (AuditError, torch.OutOfMemoryError): raise
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as e:
         raise AuditError(f'model {name}: {type(model).__name__} cannot be run on token ids alone '
                          f'({type(e).__name__}: {str(e)[:150]})') from e
     finally: forget_lengths(model)
