@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['fixed_precision', 'unwrapped', 'inner_model', 'AdapterState', 'adapter_state', 'LengthRule', 'length_rules',
-           'length_key', 'forget_lengths', 'trial_rows', 'trial_width', 'product_error', 'check_model', 'check_lengths']
+           'length_key', 'forget_lengths', 'token_limit', 'trial_rows', 'trial_width', 'product_error', 'check_model',
+           'check_lengths', 'behaviour', 'behaves_as']
 
 # %% ../../nbs/audit/115_model_checks.ipynb #d45efec6
 import sys
@@ -50,7 +51,7 @@ def fixed_precision() -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
-# %% ../../nbs/audit/115_model_checks.ipynb #c3a53636
+# %% ../../nbs/audit/115_model_checks.ipynb #af63339c
 def unwrapped(
     model: nn.Module, # as a trainer has it
 ) -> nn.Module:       # what it runs; PEFT and unknown wrappers stay
@@ -68,8 +69,8 @@ def inner_model(
     "Take everything off; `check_model` tests whether that changed what is computed."
     model = unwrapped(given)
     if hasattr(model, 'get_base_model'): return unwrapped(model.get_base_model())
-    if hasattr(model, 'peft_config') and hasattr(getattr(model, 'base_model', None), 'tuner_layer_cls'):
-        return unwrapped(model.base_model.model)  # PEFT's mixed models
+    if type(model).__module__.startswith('peft.'):  # its mixed models
+        return inner_model(model._modules.get('base_model') or model._modules['model'])
     inner = getattr(model, 'module', None) or getattr(model, 'pretrained_model', None)
     return model if inner is None else inner_model(inner)
 
@@ -105,7 +106,7 @@ def adapter_state(
     kinds = {type(layer).__module__.split('.')[2] for layer in layers.values()}
     return AdapterState(sorted(acting), sorted(there - acting), sorted(kinds), scaling)
 
-# %% ../../nbs/audit/115_model_checks.ipynb #362ba262
+# %% ../../nbs/audit/115_model_checks.ipynb #6695e0e7
 class LengthRule(NamedTuple):
     "A rotary embedding whose frequencies depend on the length."
     kind: str     # 'longrope' or 'dynamic'
@@ -123,10 +124,10 @@ def length_rules(
         named = kinds if isinstance(kinds, dict) else {None: kinds}
         params = getattr(config, 'rope_parameters', None) or {}
         for layer, kind in named.items():
-            own, most = params.get(layer, params) if layer else params, config.max_position_embeddings
+            own, most = params.get(layer, params) if layer else params, getattr(config, 'max_position_embeddings', 0)
             if kind == 'longrope':
                 found.add(LengthRule(kind, int(own.get('original_max_position_embeddings') or most)))
-            elif kind and 'dynamic' in kind:
+            elif isinstance(kind, str) and 'dynamic' in kind:
                 found.add(LengthRule('dynamic', int(getattr(module, 'original_max_seq_len', most))))
     return sorted(found)
 
@@ -150,9 +151,12 @@ def forget_lengths(
             if hasattr(module, 'original_max_seq_len'):
                 setattr(module, f'{prefix}max_seq_len_cached', module.original_max_seq_len)
 
-# %% ../../nbs/audit/115_model_checks.ipynb #04065a24
-def _token_limit(model: nn.Module, head: Head) -> int:
-    "Ids from here on have no embedding, or no logit"
+# %% ../../nbs/audit/115_model_checks.ipynb #aedb271c
+def token_limit(
+    model: nn.Module, # a Transformers model
+    head: Head,       # its output layer
+) -> int:
+    "Token ids from here on have no embedding, or no logit."
     table = model.get_input_embeddings()
     rows = getattr(table, 'num_embeddings', None) or table.weight.shape[0]
     return min(int(rows), len(head.weight))
@@ -168,7 +172,7 @@ def trial_rows(
     configs = [model.config, model.config.get_text_config()]
     special = {v for c in configs for k, v in vars(c).items()
                if k.endswith(('_token_id', '_token_index')) and isinstance(v, int)}
-    limit = _token_limit(model, head)
+    limit = token_limit(model, head)
     usual = [i for i in range(min(3, limit - 1), limit) if i not in special] or list(range(limit))
     at = torch.randint(len(usual), (count, length), generator=torch.Generator().manual_seed(seed))
     return [[usual[i] for i in line] for line in at.tolist()]
@@ -195,7 +199,7 @@ def _states(model: nn.Module, backbone: nn.Module, head: Head, rows: Sequence[Se
     hidden = backbone(input_ids=ids.to(_device(model, head)), use_cache=False).last_hidden_state
     return [hidden[k, :len(row)].to(head.weight.device) for k, row in enumerate(rows)]
 
-# %% ../../nbs/audit/115_model_checks.ipynb #77dc40a5
+# %% ../../nbs/audit/115_model_checks.ipynb #29450918
 def _leak(model: nn.Module, backbone: nn.Module, head: Head, width: int) -> str:
     "By gradients: what early states depend on that they should not; '' if nothing, or if there are no gradients"
     rows, kept, cut = torch.tensor(trial_rows(model, head, min(width, 8), 2, seed=1)), [], min(width, 8) // 2
@@ -209,6 +213,8 @@ def _leak(model: nn.Module, backbone: nn.Module, head: Head, width: int) -> str:
             pull = torch.autograd.grad(hidden[1, :cut].float().square().sum(), kept[0])[0].nan_to_num(0).abs().float()
     except (RuntimeError, NotImplementedError, IndexError, TypeError): return ''  # kernels without gradients
     finally: hook.remove()
+    if pull.shape[:2] != rows.shape: pull = pull.transpose(0, 1)  # XLNet puts positions first
+    if pull.shape[:2] != rows.shape: return ''
     own, later, other = (part.max().item() for part in (pull[1, :cut], pull[1, cut:], pull[0]))
     if later > 1e-6 * own: return 'later tokens'
     return 'the other rows of a batch' if other > 1e-6 * own else ''
@@ -366,7 +372,7 @@ def _check_given(given: nn.Module, parts: _Parts) -> None:
     raise AuditError(f'model {parts.name}: {type(outer).__name__} computes other logits than the '
                      f'{type(parts.model).__name__} inside it, which would be scored; give a model that needs no wrapper')
 
-# %% ../../nbs/audit/115_model_checks.ipynb #cd97a46f
+# %% ../../nbs/audit/115_model_checks.ipynb #8bb995d6
 def check_model(
     given: nn.Module,    # the object as it was given: PeftModel, wrapper, or the model itself
     model: nn.Module,    # the Transformers model inside, from `inner_model`
@@ -382,7 +388,8 @@ def check_model(
             _check_head(parts)
             _check_given(given, parts)
             _check_states(parts)
-    except (TypeError, AttributeError, KeyError, IndexError, ValueError, NotImplementedError) as e:
+    except (AuditError, torch.OutOfMemoryError): raise
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as e:
         raise AuditError(f'model {name}: {type(model).__name__} cannot be run on token ids alone '
                          f'({type(e).__name__}: {str(e)[:150]})') from e
     finally: forget_lengths(model)
@@ -423,3 +430,25 @@ def check_lengths(
     if _moved(whole[:half], part, rounding._replace(limit=2 * rounding.limit, every=False)):
         raise AuditError(f'model {name}: the first {half} states of a row are others when the row has {longest} tokens: '
                          'they depend on its length, so no batch would be right; give a smaller --max_length')
+
+# %% ../../nbs/audit/115_model_checks.ipynb #7fb3dbe1
+def behaviour(
+    model: nn.Module,    # a Transformers model
+    backbone: nn.Module, # the part of it that gives hidden states
+    head: Head,          # its output layer
+) -> list[float]:        # 8 numbers
+    "Mean states of a trial row along fixed directions of plus and minus one, over the norm of a state."
+    with fixed_precision():
+        states = _states(model, backbone, head, trial_rows(model, head, trial_width(model), 1))[0].double()
+    signs = torch.randint(2, (states.shape[1], 7), generator=torch.Generator().manual_seed(0)).to(states) * 2 - 1
+    size = states.norm(dim=1).mean()
+    return [size.log().item(), *(states.mean(0) @ signs / size).tolist()]
+
+def behaves_as(
+    found: Sequence[float],    # from `behaviour`
+    expected: Sequence[float], # the same, of an earlier run
+    dtype: str,                # of the weights: 'float32' ...
+) -> bool:
+    "Are two fingerprints the same up to rounding?"
+    limit = 1e-3 if dtype in ('float32', 'float64') else 5e-2
+    return len(found) == len(expected) and all(abs(a - b) <= limit for a, b in zip(found, expected))

@@ -7,6 +7,7 @@ __all__ = ['FROM_STATES', 'FROM_HEAD', 'COLUMNS', 'blank_row', 'window_scores', 
 
 # %% ../../nbs/audit/134_pair_scores.ipynb #d70b5225
 import math
+from dataclasses import replace
 from typing import Any, Sequence
 
 import torch
@@ -14,8 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .hidden_states import EncodedPair, default_budget, special_ids
+from .model_checks import fixed_precision, token_limit
 from .models import ScoringModel
 from .shared_prompts import Side, stream_states
+from .token_store import unknown_tokens
 from ..theory.ches import Head, ches_from_sums, head_ches_of, last_hidden_inner, neg_edit_distance, pair_scores
 
 # %% ../../nbs/audit/134_pair_scores.ipynb #45128d1e
@@ -77,6 +80,7 @@ def head_scores(
 
 # %% ../../nbs/audit/134_pair_scores.ipynb #80599b9a
 @torch.no_grad()
+@fixed_precision()
 def score_block(
     lm: ScoringModel,             # from `load_model`
     pairs: Sequence[EncodedPair], # all with status 'ok'
@@ -84,25 +88,29 @@ def score_block(
     head: bool = True,            # also what needs the output layer
     batch_tokens: int | None = None, # rows times longest row of a batch, at most; None: `default_budget`
     share_prompt: bool = False,   # compute each prompt once, see `can_share_prompt`
-) -> list[dict[str, Any]]:        # a row each; status 'nonfinite' where a score is NaN or inf
+) -> list[dict[str, Any]]:        # a row each; status 'nonfinite' for NaN or inf, 'bad_token' for unknown token ids
     "Score pairs. Sums and log-probabilities are in fp32, products of sums in fp64, whatever dtype the weights have."
-    values: list = [None] * len(pairs)
+    limit = token_limit(lm.model, lm.head)
+    known = [p for p in pairs if not unknown_tokens(p, limit)]
+    values: list = [None] * len(known)
     waiting: dict[int, tuple[Side, Side]] = {}  # for the output layer, which is read once for many pairs
     room = batch_tokens or default_budget(lm)
     def read_head():
         for k, more in zip(waiting, head_scores(lm.head, list(waiting.values()))):
             values[k] = torch.cat([values[k], more])
         waiting.clear()
-    for k, chosen, rejected in stream_states(lm, pairs, share_prompt, batch_tokens):
+    for k, chosen, rejected in stream_states(lm, known, share_prompt, batch_tokens):
         values[k] = window_scores(chosen.states, rejected.states, convention)
         if not head: continue
         waiting[k] = chosen, rejected
         if sum(len(side.ids) for both in waiting.values() for side in both) >= room: read_head()
     if waiting: read_head()
-    special, rows = special_ids(lm.tokenizer), []
-    for pair, numbers in zip(pairs, torch.stack(values).tolist()):
-        row = blank_row(pair, special)
-        if all(map(math.isfinite, numbers)): row.update(zip(FROM_STATES + FROM_HEAD, numbers))
-        else: row.update(status='nonfinite', neg_edit_distance=math.nan)
-        rows.append(row)
-    return rows
+    special, numbers = special_ids(lm.tokenizer), iter(torch.stack(values).tolist() if known else [])
+    return [_filled(pair, None if unknown_tokens(pair, limit) else next(numbers), special) for pair in pairs]
+
+def _filled(pair: EncodedPair, numbers: list[float] | None, special: set[int]) -> dict[str, Any]:
+    "The row of a pair, with its scores or the reason why it has none"
+    if numbers is None: return blank_row(replace(pair, status='bad_token'), special)
+    row = blank_row(pair, special)
+    if all(map(math.isfinite, numbers)): return row | dict(zip(FROM_STATES + FROM_HEAD, numbers))
+    return row | dict(status='nonfinite', neg_edit_distance=math.nan)

@@ -27,11 +27,13 @@ from tqdm.auto import tqdm
 from .data import Pair, iter_pairs
 from .files import AuditError
 from .hidden_states import default_budget
-from .models import ScoringModel, compile_backbone, load_model, weights_hash
+from .model_checks import behaves_as, behaviour, check_lengths, token_limit
+from .model_identity import differences, number_switches
+from .models import ScoringModel, compile_backbone, load_model, model_now
 from .options import named, one_of, only_with, path_of, whole
 from .pair_scores import COLUMNS, blank_row, score_block
 from .runs import (
-    json_bytes, read_object, refuse_sources, refuse_unwritable, write_files, writing)
+    json_bytes, plain, read_object, refuse_sources, refuse_unwritable, write_files, writing)
 from .shared_prompts import Sizes, choose_sharing
 from .token_store import TokenStore, token_store
 from ..theory.ches import CONVENTIONS
@@ -44,12 +46,14 @@ def run_identity(
     data_hash: str,             # of all pairs' ids and contents, in order
     rows: int,                  # how many there are
     settings: dict[str, Any],   # everything else that changes a number
-) -> dict[str, Any]:            # JSON-able; a resumed run must have the same
+    fresh: bool = False,        # the model was loaded for this run: nothing can have changed it since
+) -> dict[str, Any]:            # JSON values; a resumed run must have the same
     "What makes a table of scores what it is."
     libraries = {name: version(name) for name in ('ches_align', 'torch', 'transformers', 'tokenizers')}
     kept = {k: v for k, v in lm.provenance.items() if k not in ('model', 'revision')}  # names: the hashes say more
-    kept |= dict(weights_hash=weights_hash(lm.model))                                   # as they are now
-    return dict(**kept, data_hash=data_hash, rows=rows, **settings, device=lm.device.type, versions=libraries)
+    if not fresh: kept |= model_now(lm)
+    return plain(dict(**kept, data_hash=data_hash, rows=rows, **settings, device=lm.device.type,
+                      switches=number_switches(), versions=libraries))
 
 def check_identity(
     manifest: dict, # found in the output folder
@@ -57,9 +61,17 @@ def check_identity(
     out: Path,      # named in the error
 ) -> None:
     "Refuse to continue another run. Raises `AuditError` naming the first differences."
-    if differ := [k for k in identity if manifest.get(k) != identity[k]]:
-        says = '; '.join(f'{k} was {manifest.get(k)}, is {identity[k]}' for k in differ[:3])
-        raise AuditError(f'{out} holds the scores of another run ({says}); choose another --out or remove that folder')
+    keys = [k for k in identity if k != 'token_hash' or manifest.get('data_hash') == identity.get('data_hash')]
+    if found := differences({k: manifest.get(k) for k in keys}, {k: identity[k] for k in keys}):
+        raise AuditError(f'{out} holds the scores of another run ({"; ".join(found[:3])}); '
+                         'choose another --out or remove that folder')
+
+def _check_behaviour(manifest: dict, about: dict, out: Path) -> None:
+    "Refuse a model that computes something else with the same weights and settings: a hook, a patched layer"
+    then, now = manifest.get('behaviour'), about.get('behaviour')
+    if then is not None and now is not None and not behaves_as(now, then, str(manifest.get('dtype'))):
+        raise AuditError(f'{out} holds the scores of another run: with the same weights and settings the model computes '
+                         'other hidden states (a hook or a changed layer?); choose another --out or remove that folder')
 
 # %% ../../nbs/audit/140_scoring.ipynb #fef3a240
 def score_table(
@@ -205,17 +217,19 @@ def score_dataset(
     lm = model if isinstance(model, ScoringModel) else load_model(model, dtype, device, **(model_options or {}))
     max_length, batch_tokens, start = max_length or lm.max_length, batch_tokens or default_budget(lm), time.time()
     if compile: compile_backbone(lm)
-    with token_store(pairs, lm.tokenizer, max_length, convention, progress=progress) as store:
+    limit = token_limit(lm.model, lm.head)
+    with token_store(pairs, lm.tokenizer, max_length, convention, progress=progress, limit=limit) as store:
+        _check_tokens(lm, store, limit)
         shares, says = choose_sharing(lm, store.sizes, share_prompt)
         settings = dict(convention=convention, head=head, batch_tokens=batch_tokens, share_prompt=shares)
         plan, form = plan_shards(store.sizes, by_prompt=shares), 'text' if store.has_text else 'messages'
         fixed = {k: v for k, v in settings.items() if k != 'batch_tokens'}  # it decides on memory, not on a score
-        identity = run_identity(lm, store.data_hash, len(store), fixed | dict(
-            max_length=max_length, compiled=compile, shards=_plan_hash(plan)))
+        hashes = dict(token_hash=store.token_hash, max_length=max_length, compiled=compile, shards=_plan_hash(plan))
+        identity = run_identity(lm, store.data_hash, len(store), hashes | fixed, fresh=lm is not model)
         source = str(data) if isinstance(data, (str, Path)) else None  # from memory: nowhere to be read again
         about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, form=form,
                      seed=loading.get('seed'), loading=loading, sharing=says, hardware=_hardware(lm),
-                     batch_tokens=batch_tokens)
+                     batch_tokens=batch_tokens, behaviour=behaviour(lm.model, lm.backbone, lm.head))
         return _score_store(lm, store, _Work(plan, settings, identity, about), out, progress, start)
 
 # %% ../../nbs/audit/140_scoring.ipynb #c94ce066
@@ -251,6 +265,17 @@ def _hardware(lm: ScoringModel) -> str:
     mixed = ' (mixed: the table is that of one kind up to rounding, not to the bit)' * (len(kinds) > 1)
     return ' and '.join(kinds) + mixed
 
+def _check_tokens(lm: ScoringModel, store: TokenStore, limit: int) -> None:
+    "Tell of ids without an embedding, and refuse rows that the model cannot read"
+    if store.unknown:
+        shown = ', '.join(f'{i} ({str(lm.tokenizer.convert_ids_to_tokens(i))[:30]})' for i in sorted(store.unknown)[:5])
+        warnings.warn(f'token ids that model {lm.name} has no embedding for ({limit} rows): {shown}; pairs with them are '
+                      'flagged bad_token: resize the embedding or give the tokenizer that the model was trained with')
+    ok, sizes = store.sizes.ok, store.sizes
+    if ok.any():
+        total = 2 * sizes.prompt[ok].sum() + sizes.chosen[ok].sum() + sizes.rejected[ok].sum()
+        check_lengths(lm.model, lm.backbone, lm.head, lm.name, int(sizes.length[ok].max()), int(total))
+
 def _plan_hash(plan: Sequence[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for shard in plan: digest.update(shard.astype(np.int64).tobytes() + b';')
@@ -269,7 +294,9 @@ def _open(folder: Path, identity: dict, about: dict) -> None:
     "Check the folder against its manifest, and begin one"
     with writing(folder): (folder/'scores').mkdir(exist_ok=True)
     if (folder/'manifest.json').exists():
-        check_identity(read_object(folder/'manifest.json'), identity, folder)
+        manifest = read_object(folder/'manifest.json')
+        check_identity(manifest, identity, folder)
+        _check_behaviour(manifest, about, folder)
     elif any((folder/'scores').glob('*.parquet')):
         raise AuditError(f'{folder}: scores without a manifest; choose another --out')
     _write_manifest(folder, identity | about | dict(complete=False))
