@@ -10,7 +10,7 @@ __all__ = ['fixed_precision', 'unwrapped', 'inner_model', 'AdapterState', 'adapt
 # %% ../../nbs/audit/115_model_checks.ipynb #d45efec6
 import sys
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
