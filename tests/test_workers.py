@@ -59,7 +59,7 @@ def test_two_processes_audit_rewards(place):
              '--max_new_tokens', '6', '--low', '0', '--high', '1', '--batch_tokens', '100', '--out']
     assert run(place, 'ches_reward_std', *asked, 'audit1').returncode == 0
     done = run_two(place, 'ches_reward_std', *asked, 'audit2')
-    assert done.returncode == 0 and done.stdout.count('8 prompts') == 1, done.stderr
+    assert done.returncode == 0 and done.stdout.count('8 prompts, ') == 1, done.stderr
     for name in ('table.csv', 'rows.jsonl'):
         assert (place/'audit1'/name).read_text() == (place/'audit2'/name).read_text()
     assert (place/'audit2'/'round0'/'responses-1.jsonl').exists()
