@@ -125,6 +125,7 @@ def _read_json(path: Path) -> Iterator[dict]:
         raise AuditError(f'{path}: must hold a list of objects, or one with such a list under "data"')
     return iter(rows)
 
+# %% ../../nbs/audit/100_files.ipynb #70b5e3fa
 @contextmanager
 def _wide_cells() -> Iterator[None]:
     "Responses are longer than the csv module's 128 KB"
@@ -243,6 +244,7 @@ def _folder_splits(path: Path) -> dict[str, list[Path]]:
     if groups := _group(files, lambda f: _stem(f) if _split_word(f.name) else None): return groups
     return _group(files, _stem if all(f.parent == Path('.') for f in files) else lambda f: 'train')
 
+# %% ../../nbs/audit/100_files.ipynb #c5f1d803
 def _pick_split(splits: Mapping, split: str | None, where: str):
     "One split of several; without a wish the one for preference training"
     wish = [split] if split else ['train_prefs', 'train', 'preference', *(splits if len(splits) == 1 else ())]
@@ -251,7 +253,6 @@ def _pick_split(splits: Mapping, split: str | None, where: str):
     what = f'no split {split!r}' if split else 'several splits'
     raise AuditError(f"{where}: {what}; choose --split from {', '.join(map(str, splits))}")
 
-# %% ../../nbs/audit/100_files.ipynb #c5f1d803
 def _read_saved(path: Path, split: str | None) -> Iterator[dict]:
     from datasets import Dataset, load_from_disk
     try:
@@ -269,6 +270,7 @@ def _read_saved(path: Path, split: str | None) -> Iterator[dict]:
         raise AuditError(f'{path}: one data set has no splits; leave --split {split} out')
     return iter(data)
 
+# %% ../../nbs/audit/100_files.ipynb #1bd97c46
 def _read_folder(path: Path, split: str | None) -> Iterator[dict]:
     if (path/'dataset_dict.json').exists() or (path/'state.json').exists(): return _read_saved(path, split)
     groups = _folder_splits(path)
@@ -322,6 +324,7 @@ def _checked(rows: Iterable[Any], where: str, any_depth: bool) -> Iterator[dict]
                              'leave it out')
         yield row
 
+# %% ../../nbs/audit/100_files.ipynb #cd40e917
 def _plain_cell(value: Any) -> Any:
     "A frame's cell as a row's; pandas holds lists in NumPy arrays"
     from pandas import isna
