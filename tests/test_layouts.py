@@ -216,6 +216,8 @@ def test_splits_of_the_same_word_are_not_mixed(tmp_path):
     with pytest.raises(AuditError, match='several splits; choose --split from'): load_pairs(tmp_path)
     assert [p.prompt for p in load_pairs(tmp_path, 'train_sft')] == ['train_sft']
     assert [p.prompt for p in load_pairs(tmp_path, 'test')] == ['test_gen']
+    write(tmp_path/'train.jsonl', [row | dict(prompt='train')])
+    assert [load_pairs(tmp_path, split)[0].prompt for split in (None, 'test')] == ['train', 'test_gen']
     write(tmp_path/'train_prefs.jsonl', [row])
     assert [p.prompt for p in load_pairs(tmp_path)] == ['q']
 
