@@ -1,5 +1,5 @@
 """Every layout in every format gives the same pairs, in any order of rows, and a preference is never guessed at."""
-import csv, gzip, json, random, warnings
+import bz2, csv, gzip, json, lzma, random, warnings
 
 import pandas as pd
 import pyarrow as pa
@@ -216,6 +216,8 @@ def test_splits_of_the_same_word_are_not_mixed(tmp_path):
     with pytest.raises(AuditError, match='several splits; choose --split from'): load_pairs(tmp_path)
     assert [p.prompt for p in load_pairs(tmp_path, 'train_sft')] == ['train_sft']
     assert [p.prompt for p in load_pairs(tmp_path, 'test')] == ['test_gen']
+    write(tmp_path/'train.jsonl', [row | dict(prompt='train')])
+    assert [load_pairs(tmp_path, split)[0].prompt for split in (None, 'test')] == ['train', 'test_gen']
     write(tmp_path/'train_prefs.jsonl', [row])
     assert [p.prompt for p in load_pairs(tmp_path)] == ['q']
 
@@ -227,6 +229,24 @@ def test_what_is_packed_is_guarded(tmp_path):
     for name, data in (('a.jsonl.gz', b'{"prompt": 1}'), ('b.csv.xz', b'x'), ('c.json.zst', b'[]'), ('d.tsv.bz2', b'')):
         (tmp_path/name).write_bytes(data)
         with pytest.raises(AuditError, match=name): load_pairs(tmp_path/name)
+
+@pytest.mark.parametrize('suffix', ['.gz', '.bz2', '.xz', '.zst'])
+def test_a_packed_file_that_is_cut_short_or_damaged(tmp_path, suffix):
+    "Refused by its name, or read as far as nothing is wrong; never rows that are not there"
+    rows = [dict(prompt=f'question {i} {i*i}', chosen='a'*(i % 7 + 1), rejected='b') for i in range(3000)]
+    text, path = ''.join(json.dumps(r) + '\n' for r in rows).encode(), tmp_path/f'a.jsonl{suffix}'
+    if suffix == '.zst':
+        with pa.CompressedOutputStream(str(path), 'zstd') as f: f.write(text)
+    else: path.write_bytes({'.gz': gzip, '.bz2': bz2, '.xz': lzma}[suffix].compress(text))
+    assert list(read_rows(path)) == rows
+    whole, gen = path.read_bytes(), random.Random(suffix)
+    for _ in range(20):
+        path.write_bytes(whole[:gen.randrange(1, len(whole) - 1)])
+        with pytest.raises(AuditError, match=f'a.jsonl{suffix}'): list(read_rows(path))
+        at = gen.randrange(len(whole))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << gen.randrange(8)]) + whole[at + 1:])
+        try: assert len(list(read_rows(path))) <= len(rows)
+        except AuditError as e: assert path.name in str(e)
 
 def test_settings_of_the_process_stay(tmp_path):
     limit = csv.field_size_limit()

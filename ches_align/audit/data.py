@@ -281,23 +281,6 @@ def _persona(row: dict) -> tuple[Text, Text, Text]:
     return row['question'] + '\n', row['answer_not_matching_behavior'].strip(), row['answer_matching_behavior'].strip()
 
 # %% ../../nbs/audit/110_data.ipynb #44e7a1f5
-def _python_list(text: str) -> Any:
-    "A list in a text as Python prints it, or None"
-    try: return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError): return None
-
-def _earlier_turns(value: Any, column: str) -> list[dict]:
-    "The messages of a `history` column: pairs of question and answer, or messages"
-    if isinstance(value, str):  # as a CSV file has it
-        try: value = json.loads(value)
-        except ValueError: value = _python_list(value)
-    if isinstance(value, (list, tuple)) and all(isinstance(m, dict) for m in value): return list(value)
-    pairs = isinstance(value, (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in value)
-    if not pairs or not all(isinstance(text, str) for pair in value for text in pair): raise _Unfit('missing_field',
-        f'{column} holds neither pairs of question and answer nor messages (--columns {column}= leaves it out)')
-    roles = ('user', 'assistant')
-    return [dict(role=role, content=text) for pair in value for role, text in zip(roles, pair)]
-
 def _with_system(row: dict, parts: tuple[Text, Text, Text], column: str | None = 'system') -> tuple[Text, Text, Text]:
     "A system text makes a conversation of the row; one that stands in the conversation already stays"
     if not column or not _filled(row.get(column)): return parts
@@ -323,6 +306,24 @@ def _implicit(chosen: Text, rejected: Text, words: bool = False) -> tuple[Text, 
         turns = parse_dialogue(chosen), parse_dialogue(rejected)
         return split_messages(*turns) if all(turns) else split_text(chosen, rejected, words)
     return split_messages(_as_messages(chosen, 'assistant'), _as_messages(rejected, 'assistant'))
+
+# %% ../../nbs/audit/110_data.ipynb #93be60a4
+def _python_list(text: str) -> Any:
+    "A list in a text as Python prints it, or None"
+    try: return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError): return None
+
+def _earlier_turns(value: Any, column: str) -> list[dict]:
+    "The messages of a `history` column: pairs of question and answer, or messages"
+    if isinstance(value, str):  # as a CSV file has it
+        try: value = json.loads(value)
+        except ValueError: value = _python_list(value)
+    if isinstance(value, (list, tuple)) and all(isinstance(m, dict) for m in value): return list(value)
+    pairs = isinstance(value, (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in value)
+    if not pairs or not all(isinstance(text, str) for pair in value for text in pair): raise _Unfit('missing_field',
+        f'{column} holds neither pairs of question and answer nor messages (--columns {column}= leaves it out)')
+    roles = ('user', 'assistant')
+    return [dict(role=role, content=text) for pair in value for role, text in zip(roles, pair)]
 
 # %% ../../nbs/audit/110_data.ipynb #1fc8a4d3
 RESPONSES = re.compile('response|output|answer|completion|conversation|generation|candidate|summary|reply|assistant|'
@@ -363,6 +364,7 @@ def _advice(found: set[str]) -> str:
     return (f'if {column!r} says which response is preferred, make columns chosen and rejected by it, row by row; '
             'if columns do, name them: --columns chosen=COLUMN,rejected=COLUMN')
 
+# %% ../../nbs/audit/110_data.ipynb #a7f2c951
 def _names_a_side(value: Any) -> bool:
     "Whether a cell names a response (`model_a`, `response 1`, 0, `tie`) and is none itself"
     kind = '(model|response|output|answer|completion|assistant|candidate|human_ref)?'
@@ -423,6 +425,7 @@ def _general(names: dict[str, str | None], responses: list[str], chat: bool) -> 
         return _with_system(row, parts, names['system'])
     return convert
 
+# %% ../../nbs/audit/110_data.ipynb #f36e8b02
 FIXED = ((_alpacafarm, {'instruction', 'output_1', 'output_2', 'preference'}),
          (_persona, {'question', 'answer_matching_behavior', 'answer_not_matching_behavior'}))
 

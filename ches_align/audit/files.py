@@ -125,6 +125,7 @@ def _read_json(path: Path) -> Iterator[dict]:
         raise AuditError(f'{path}: must hold a list of objects, or one with such a list under "data"')
     return iter(rows)
 
+# %% ../../nbs/audit/100_files.ipynb #70b5e3fa
 @contextmanager
 def _wide_cells() -> Iterator[None]:
     "Responses are longer than the csv module's 128 KB"
@@ -243,6 +244,7 @@ def _folder_splits(path: Path) -> dict[str, list[Path]]:
     if groups := _group(files, lambda f: _stem(f) if _split_word(f.name) else None): return groups
     return _group(files, _stem if all(f.parent == Path('.') for f in files) else lambda f: 'train')
 
+# %% ../../nbs/audit/100_files.ipynb #c5f1d803
 def _pick_split(splits: Mapping, split: str | None, where: str):
     "One split of several; without a wish the one for preference training"
     wish = [split] if split else ['train_prefs', 'train', 'preference', *(splits if len(splits) == 1 else ())]
@@ -251,7 +253,6 @@ def _pick_split(splits: Mapping, split: str | None, where: str):
     what = f'no split {split!r}' if split else 'several splits'
     raise AuditError(f"{where}: {what}; choose --split from {', '.join(map(str, splits))}")
 
-# %% ../../nbs/audit/100_files.ipynb #c5f1d803
 def _read_saved(path: Path, split: str | None) -> Iterator[dict]:
     from datasets import Dataset, load_from_disk
     try:
@@ -269,18 +270,24 @@ def _read_saved(path: Path, split: str | None) -> Iterator[dict]:
         raise AuditError(f'{path}: one data set has no splits; leave --split {split} out')
     return iter(data)
 
+# %% ../../nbs/audit/100_files.ipynb #1bd97c46
+def _files_of(groups: dict[str, list[Path]], split: str | None, where: str) -> list[Path]:
+    "The files of a split. Where no name speaks of one, `train` is all of them; train_mine is `train` where it is alone"
+    if not any(map(_split_word, groups)):
+        if split == 'train': return list(chain.from_iterable(groups.values()))
+        if not split and len(groups) > 1 and 'preference' not in groups:
+            raise AuditError(f"{where}: several files; name one, choose --split from {', '.join(groups)}, "
+                             'or read them all with --split train')
+    exact = {split} if split else {'train_prefs', 'train', 'preference'}
+    alike = [name for name in groups if _split_word(name) == (split or 'train')]
+    if not exact & {*groups} and len(alike) == 1: return groups[alike[0]]
+    return _pick_split(groups, split, where)
+
 def _read_folder(path: Path, split: str | None) -> Iterator[dict]:
     if (path/'dataset_dict.json').exists() or (path/'state.json').exists(): return _read_saved(path, split)
     groups = _folder_splits(path)
     if not groups: raise AuditError(f'{path}: no data files ({FORMATS})')
-    alike = [name for name in groups if _split_word(name) == (split or 'train')]
-    if split == 'train' and not any(map(_split_word, groups)): some = list(chain.from_iterable(groups.values()))
-    elif split not in groups and len(alike) == 1 and not {'train_prefs', 'train', 'preference'} & set(groups):
-        some = groups[alike[0]]  # `train` is the training split where the files say train_mine
-    elif len(groups) > 1 and not split and not any(map(_split_word, groups)) and 'preference' not in groups:
-        raise AuditError(f"{path}: several files; name one, choose --split from {', '.join(groups)}, "
-                         'or read them all with --split train')
-    else: some = _pick_split(groups, split, str(path))
+    some = _files_of(groups, split, str(path))
     if len({data_suffix(f) for f in some}) > 1:  # the same rows twice, as likely as not
         raise AuditError(f"{path}: {shorten(', '.join(map(str, some)), 300)} are of several formats; name one file")
     return chain.from_iterable(_read_file(path/f) for f in some)
@@ -322,6 +329,7 @@ def _checked(rows: Iterable[Any], where: str, any_depth: bool) -> Iterator[dict]
                              'leave it out')
         yield row
 
+# %% ../../nbs/audit/100_files.ipynb #cd40e917
 def _plain_cell(value: Any) -> Any:
     "A frame's cell as a row's; pandas holds lists in NumPy arrays"
     from pandas import isna
