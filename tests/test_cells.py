@@ -22,8 +22,8 @@ WRITTEN = {
     'JSON': json.dumps, 'indented JSON': lambda m: json.dumps(m, indent=2), 'Python': str,
     'numpy': lambda m: str(np.array(m, dtype=object)), 'from and value': as_sharegpt,
     'from and value in JSON': lambda m: json.dumps(as_sharegpt(m)),
-    'capital roles': lambda m: [x | dict(role=x['role'].upper()) for x in m], 'array': lambda m: np.array(m, dtype=object),
-    'tuple': tuple}
+    'capital roles': lambda m: [x | dict(role=x['role'].upper()) for x in m],
+    'array': lambda m: np.array(m, dtype=object), 'tuple': tuple}
 
 @pytest.mark.parametrize('way', WRITTEN)
 def test_messages_however_they_are_written(way):
@@ -39,8 +39,8 @@ def test_a_csv_file_that_pandas_wrote(tmp_path):
     for name in ('a.parquet', 'arrays.csv', 'lists.csv'):
         assert [p.row_hash for p in load_pairs(tmp_path/name)] == [p.row_hash for p in load_pairs(ROWS)], name
 
-STAYS = ['[1] says so', '[{"a": 1}]', '["a", "b"]', '{"role": "x"}', '[{"role": "user", "content": "x"}] is JSON', '[', '{}',
-         '[{"role": "narrator", "content": "x"}]']
+STAYS = ['[1] says so', '[{"a": 1}]', '["a", "b"]', '{"role": "x"}', '[{"role": "user", "content": "x"}] is JSON', '[',
+         '{}', '[{"role": "narrator", "content": "x"}]']
 
 @pytest.mark.parametrize('text', STAYS)
 def test_text_that_starts_with_a_bracket_stays_text(text):
