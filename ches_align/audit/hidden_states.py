@@ -77,7 +77,7 @@ def render(
         assert isinstance(pair.chosen, str) and isinstance(pair.rejected, str)  # a pair is text or messages
         return pair.prompt, *(closed(pair.prompt + side) for side in sides), False
     assert not isinstance(pair.chosen, str) and not isinstance(pair.rejected, str)
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None and 'chat_template' not in pair.template:
         opening = dialogue_text(pair.prompt) + '\n\nAssistant:'
         return opening, *(closed(f'{opening} {_plain_response(side)}') for side in sides), False
     opening, *wholes = _templated(pair, tokenizer)
