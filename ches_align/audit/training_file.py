@@ -169,8 +169,9 @@ def scored_as_text(
 def _sides(pair: Pair, as_text: bool) -> tuple[Any, Any, Any]:
     "Prompt and responses as they are written"
     if not as_text or pair.problem or isinstance(pair.prompt, str): return pair.prompt, pair.chosen, pair.rejected
-    opening, *whole, _ = render(pair, SimpleNamespace(chat_template=None, eos_token=None), end=False)
-    return opening, *(text[len(opening):] for text in whole)
+    no_template = SimpleNamespace(chat_template=None, eos_token=None)
+    opening, chosen, rejected, _ = render(pair, no_template, end=False)
+    return opening, chosen[len(opening):], rejected[len(opening):]
 
 def cell_of(
     column: str, # its name
