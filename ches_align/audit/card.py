@@ -95,7 +95,7 @@ def _composition(selection: pd.DataFrame, ranked: pd.Series) -> dict[str, dict[s
     columns = {'kind', strata} & set(selection)
     def count(rows, column): return pd.Series(stratum_names(selection.loc[rows, column])).value_counts().sort_index()
     both = {c: (count(ranked, c), count(selection.selected, c)) for c in sorted(columns)}
-    return {c: {v: dict(before=n, after=after.get(v, 0)) for v, n in before.items()}
+    return {c: {str(v): dict(before=n, after=after.get(v, 0)) for v, n in before.items()}
             for c, (before, after) in both.items() if len(before) <= 50}
 
 # %% ../../nbs/audit/170_card.ipynb #820764cc

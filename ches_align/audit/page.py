@@ -45,7 +45,8 @@ def md_escape(
     "A value as literal text for Markdown and the HTML inside it; control characters are shown."
     if isinstance(value, Markup): return value
     text = html.escape(printable(value, keep='\n\r\t'), quote=False)
-    return re.sub(r'\s+', ' ', re.sub(r'([\\`*_{}\[\]#|~!$])', r'\\\1', text))
+    marks = r'([\\`*{}\[\]#|~!$]|(?<![^\W_])_|_(?![^\W_]))'  # an underscore within a word is one
+    return re.sub(r'\s+', ' ', re.sub(marks, r'\\\1', text))
 
 def mark_differences(
     text: str,

@@ -162,7 +162,7 @@ def worst_pairs(
     highest: bool = True,            # False: from the other end
 ) -> list[dict]:                     # scores, percentile and `texts` (prompt, chosen, rejected) or None
     "The pairs with the highest ln-CHES: most displacement foretold first."
-    ok, n = scores[scores.status == 'ok'].copy(), whole('worst', n, 0)
+    ok, n = scores[scores.status == 'ok'].copy(), whole('worst', n, 0) or 0
     ok['percentile'] = 100 * ok.ln_ches.rank(pct=True)
     ok = ok.sort_values(['ln_ches', 'row_id'], ascending=[False, True])  # the two ends share no pair, ties or not
     ok = ok.head(n) if highest else ok[::-1].head(n)

@@ -169,14 +169,16 @@ def scored_as_text(
 def _sides(pair: Pair, as_text: bool) -> tuple[Any, Any, Any]:
     "Prompt and responses as they are written"
     if not as_text or pair.problem or isinstance(pair.prompt, str): return pair.prompt, pair.chosen, pair.rejected
-    opening, *whole, _ = render(pair, SimpleNamespace(chat_template=None, eos_token=None), end=False)
-    return opening, *(text[len(opening):] for text in whole)
+    no_template = SimpleNamespace(chat_template=None, eos_token=None)
+    opening, chosen, rejected, _ = render(pair, no_template, end=False)
+    return opening, chosen[len(opening):], rejected[len(opening):]
 
 def cell_of(
     column: str, # its name
     value: Any,  # as it stands in the data
 ) -> Any:        # as TRL reads it
     "Columns that TRL hands to the chat template: tools as JSON text, arguments never missing."
+    if value is pd.NaT or value is pd.NA: return None
     if column == 'tools' and isinstance(value, (list, dict)): return _json_text(value)
     return {} if column == 'chat_template_kwargs' and value is None else value
 
@@ -224,7 +226,7 @@ def training_rows(
         if pair.row_id not in weight: continue
         own = dict(zip(SIDES, map(plain, _sides(pair, survey.as_text))), row_id=pair.row_id)
         if weights: own['weight'] = float(weight[pair.row_id])
-        yield own | {k: _cell(pair, k, hows[k], native) for k in own_columns(survey, own)}
+        yield own | {str(k): _cell(pair, k, hows[k], native) for k in own_columns(survey, own)}
 
 def column_forms(
     survey: Survey,
@@ -233,9 +235,11 @@ def column_forms(
     "How each column is to be written. Raises `AuditError` for what TRL reads and JSON would not load."
     if native: return {k: 'json' if _holds(kind, ('deep',)) else '' for k, kind in survey.kinds.items()}
     hows = {k: how_to_write(survey.early[k], kind) for k, kind in survey.kinds.items()}
-    if odd := [k for k in (*SIDES, 'chat_template_kwargs') if hows.get(k)]:
-        raise AuditError(f'{odd[0]}: its shape or type changes from row to row, so that JSON would not load: '
-                         'name a .parquet file')
+    for k in {*SIDES, 'chat_template_kwargs'} & set(hows):  # TRL reads them as they are
+        hows[k] = ''
+        if survey.early[k] != survey.kinds[k] or _holds(survey.kinds[k], ('stamp', 'deep')):
+            raise AuditError(f'{k}: its shape or type changes from row to row, or it holds nothing but dates, so that '
+                             'JSON would load as something else: name a .parquet file')
     return hows
 
 def own_columns(
@@ -292,7 +296,8 @@ def parquet_bytes(
             pq.write_table(pa.table({name: columns[name][:0]}), pa.BufferOutputStream())  # a struct without fields
         except (pa.ArrowException, OverflowError, TypeError, ValueError, RecursionError) as e:
             if name in SIDES:
-                raise AuditError(f'{name}: Parquet has no type for these messages ({str(e)[:200]})') from None
+                raise AuditError(f'{name}: Parquet has no type for these messages ({str(e)[:200]}): '
+                                 'name a .jsonl file') from None
             columns[name], told[name] = pa.array(map(_json_text, values)), REWRITTEN['json']
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
