@@ -131,7 +131,8 @@ def find_states(
     if any(p.device.type == 'meta' for p in model.parameters()): raise AuditError(f'{named}: {_OFFLOADED}')
     try: head = read_head(model)
     except AuditError as e: raise AuditError(f'{named}: {e}') from None
-    ids, fallback = _some_ids(model, head), None
+    ids = _some_ids(model, head)
+    fallback: tuple[nn.Module, Head] | None = None
     try: logits = model(input_ids=ids, use_cache=False).logits.to(head.weight.device).float()
     except Exception as e:  # a model of other inputs may raise anything
         said = ' '.join(str(e).split())[:200]
@@ -147,7 +148,9 @@ def find_states(
             wide = hidden.dtype in (torch.float32, torch.float64)
             off = (head_logits(tried, hidden) - logits).abs().max() / logits.abs().max()
             if off <= (1e-4 if wide else 0.02): return body, tried
-    return fallback  # no reading fits, or a weight is not finite: `check_model` says so
+    if fallback: return fallback  # no reading fits, or a weight is not finite: `check_model` says so
+    raise AuditError(f'{named}: no part of {type(model).__name__} gives last states that its output layer reads; '
+                     'give a causal language model')
 
 # %% ../../nbs/audit/120_models.ipynb #ec44e39b
 def check_model(
