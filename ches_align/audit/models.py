@@ -115,9 +115,9 @@ def _bodies(model: nn.Module) -> Iterator[nn.Module]:
 
 def _some_ids(model: nn.Module, head: Head) -> Tensor: # [1, 16]
     "Token ids over the whole vocabulary; none that stands for an image or a sound"
-    config = model.config
-    special = {v for c in (config, config.get_text_config()) for k, v in vars(c).items() if k.endswith('_token_id')
-               and isinstance(v, int)}
+    configs = model.config, model.config.get_text_config(decoder=True)
+    told = {k: v for config in configs for k, v in vars(config).items() if k.endswith(('_token_id', '_token_index'))}
+    special = {v for v in told.values() if isinstance(v, int)}
     ids = [i for i in torch.linspace(3, len(head.weight) - 1, 32).long().tolist() if i not in special][:16]
     return torch.tensor([ids], device=head.weight.device)
 

@@ -28,7 +28,7 @@ from ..audit.data import Pair, load_pairs
 from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair
 from ..audit.model_files import EMBEDDED
-from ..audit.models import ScoringModel, load_model
+from ..audit.models import ScoringModel, load_model, read_head
 from ..audit.runs import json_bytes, plain, read_object, write_files
 from .callback import DisplacementCallback
 from .config import config_dict, load_config, needs_reference
@@ -46,6 +46,7 @@ def load_trainable(
     device = 'cpu' if sharded else str(processes().device)
     lm = load_model(config.model, config.dtype, device, revision=config.revision)
     plain_weights(lm.model)
+    lm.head = read_head(lm.model, (lm.head.scale, lm.head.softcap))  # an adapter may have had its own
     if config.model in EMBEDDED: lm.model.name_or_path = config.model  # what an adapter names as its base
     return lm
 
