@@ -12,6 +12,7 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any, Iterator
 
 import torch
@@ -233,14 +234,14 @@ def _tokenizer_text(tokenizer: Any) -> str:
     return fast.to_str() if fast is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
 
 # %% ../../nbs/audit/120_models.ipynb #15f4bffc
-def _automatic(config: Any, parts: ModelParts) -> list[Any]:
+def _automatic(config: Any, adapter: Path | None = None) -> list[Any]:
     "Classes of Transformers that may load this config, the language model alone before one of several modalities"
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or 'AutoModelForCausalLM' in getattr(config, 'auto_map', {})
     image = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     classes = [AutoModelForCausalLM] * (causal or not image) + [AutoModelForImageTextToText] * image
-    whole = parts.adapter and any('language_model' in name for name in stored_shapes(parts.adapter))
+    whole = adapter and any('language_model' in name for name in stored_shapes(adapter))
     return classes[::-1] if whole else classes  # an adapter of the whole model
 
 def _load_weights(parts: ModelParts, dtype: str, device: str, quantize: str | None, trust: bool) -> nn.Module:
@@ -251,7 +252,7 @@ def _load_weights(parts: ModelParts, dtype: str, device: str, quantize: str | No
     placed = quantize or device == 'auto'  # by Accelerate, while loading
     more = dict(quantization_config=_quantization(quantize, name)) if quantize else {}
     missing = []
-    for automatic in _automatic(config, parts):
+    for automatic in _automatic(config, parts.adapter):
         model, info = automatic.from_pretrained(
             parts.base, dtype=dtype, use_safetensors=True, output_loading_info=True,
             device_map=device if placed else None, **kw, **more)
