@@ -195,8 +195,8 @@ def put_adapter(
         made = PeftModel.from_pretrained(model, str(folder))
         if made.active_peft_config.is_prompt_learning:
             kind = parts.settings.get('peft_type')
-            raise LoadError(f'adapter {folder}: it ({kind}) puts learned vectors before each prompt, which'
-                            '  stay out of what is read: such adapters are not supported; '
+            raise LoadError(f'adapter {folder}: it ({kind}) puts learned vectors before each prompt, which '
+                            'stay out of what is read: such adapters are not supported; '
                             'give one whose layers can be merged (LoRA ...)')
         least = set(get_peft_model_state_dict(made, save_embedding_layers=False))
         most = set(get_peft_model_state_dict(made, save_embedding_layers=True))
