@@ -94,7 +94,6 @@ def model_parts(
     "Resolve a model's name. Raises `LoadError` for what is not there or does not name its base."
     source = model_source(str(name))
     found = find_adapter(source, revision)
-    if adapter is None and found is None: return ModelParts(str(name), source, revision, None, {})
     if adapter is not None:
         if found: raise LoadError(f'model {name} is an adapter: give its base as model, or leave adapter {adapter} out')
         found = find_adapter(str(adapter))
@@ -103,6 +102,7 @@ def model_parts(
             what = 'no adapter_config.json in it' if folder.is_dir() else 'no such folder, nor an adapter on the hub'
             raise LoadError(f'adapter {adapter}: {what}')
         return ModelParts(str(name), source, revision, found, read_object(found/'adapter_config.json'))
+    if found is None: return ModelParts(str(name), source, revision, None, {})
     settings = read_object(found/'adapter_config.json')
     base_revision = revision if found == Path(source) and revision else settings.get('revision')
     return ModelParts(str(name), _base_of(found, settings), base_revision, found, settings)
@@ -193,6 +193,11 @@ def put_adapter(
     with loading_errors(f'model {parts.name} with the adapter {folder}'):
         fit_vocabulary(model, folder)
         made = PeftModel.from_pretrained(model, str(folder))
+        if made.active_peft_config.is_prompt_learning:
+            kind = parts.settings.get('peft_type')
+            raise LoadError(f'adapter {folder}: it ({kind}) puts learned vectors before each prompt, which '
+                            'stay out of what is read: such adapters are not supported; '
+                            'give one whose layers can be merged (LoRA ...)')
         least = set(get_peft_model_state_dict(made, save_embedding_layers=False))
         most = set(get_peft_model_state_dict(made, save_embedding_layers=True))
     if odd := sorted((least - stored) | (stored - most)):  # PEFT only warns

@@ -13,6 +13,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any, Iterable, Iterator
 
 import torch
@@ -118,9 +119,9 @@ def _bodies(model: nn.Module) -> Iterator[nn.Module]:
 
 def _some_ids(model: nn.Module, head: Head) -> Tensor: # [1, 16]
     "Token ids over the whole vocabulary; none that stands for an image or a sound"
-    config = model.config
-    special = {v for c in (config, config.get_text_config()) for k, v in vars(c).items() if k.endswith('_token_id')
-               and isinstance(v, int)}
+    configs = model.config, model.config.get_text_config(decoder=True)
+    told = {k: v for config in configs for k, v in vars(config).items() if k.endswith(('_token_id', '_token_index'))}
+    special = {v for v in told.values() if isinstance(v, int)}
     ids = [i for i in torch.linspace(3, len(head.weight) - 1, 32).long().tolist() if i not in special][:16]
     return torch.tensor([ids], device=head.weight.device)
 
@@ -134,7 +135,8 @@ def find_states(
     if any(p.device.type == 'meta' for p in model.parameters()): raise AuditError(f'{named}: {_OFFLOADED}')
     try: head = read_head(model)
     except AuditError as e: raise AuditError(f'{named}: {e}') from None
-    ids, fallback = _some_ids(model, head), None
+    ids = _some_ids(model, head)
+    fallback: tuple[nn.Module, Head] | None = None
     try: logits = model(input_ids=ids, use_cache=False).logits.to(head.weight.device).float()
     except Exception as e:  # a model of other inputs may raise anything
         said = ' '.join(str(e).split())[:200]
@@ -150,7 +152,9 @@ def find_states(
             wide = hidden.dtype in (torch.float32, torch.float64)
             off = (head_logits(tried, hidden) - logits).abs().max() / logits.abs().max()
             if off <= (1e-4 if wide else 0.02): return body, tried
-    return fallback  # no reading fits, or a weight is not finite: `check_model` says so
+    if fallback: return fallback  # no reading fits, or a weight is not finite: `check_model` says so
+    raise AuditError(f'{named}: no part of {type(model).__name__} gives last states that its output layer reads; '
+                     'give a causal language model')
 
 # %% ../../nbs/audit/120_models.ipynb #024a55ef
 @dataclass
@@ -210,14 +214,14 @@ def _tokenizer_text(tokenizer: Any) -> str:
     return special + (fast.to_str() if fast is not None else json.dumps(sorted(tokenizer.get_vocab().items())))
 
 # %% ../../nbs/audit/120_models.ipynb #15f4bffc
-def _automatic(config: Any, parts: ModelParts) -> list[Any]:
+def _automatic(config: Any, adapter: Path | None = None) -> list[Any]:
     "Classes of Transformers that may load this config, the language model alone before one of several modalities"
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or 'AutoModelForCausalLM' in getattr(config, 'auto_map', {})
     image = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     classes = [AutoModelForCausalLM] * (causal or not image) + [AutoModelForImageTextToText] * image
-    whole = parts.adapter and any('language_model' in name for name in stored_shapes(parts.adapter))
+    whole = adapter and any('language_model' in name for name in stored_shapes(adapter))
     return classes[::-1] if whole else classes  # an adapter of the whole model
 
 def _load_weights(parts: ModelParts, dtype: str, device: str, quantize: str | None, trust: bool) -> nn.Module:
@@ -228,7 +232,7 @@ def _load_weights(parts: ModelParts, dtype: str, device: str, quantize: str | No
     placed = quantize or device == 'auto'  # by Accelerate, while loading
     more = dict(quantization_config=_quantization(quantize, name)) if quantize else {}
     missing = []
-    for automatic in _automatic(config, parts):
+    for automatic in _automatic(config, parts.adapter):
         model, info = automatic.from_pretrained(
             parts.base, dtype=dtype, use_safetensors=True, output_loading_info=True,
             device_map=device if placed else None, **kw, **more)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..audit.adapters import model_parts
 from ..audit.files import AuditError
 from ..audit.model_files import LoadError, check_gguf, told
+from ..audit.models import _automatic, _bodies
 
 # %% ../../nbs/training/190_memory.ipynb #c6b0f8f4
 def read_architecture(
@@ -88,8 +89,8 @@ def measure_architecture(
     adapters: Any = None, # a `peft.LoraConfig`
 ) -> Sizes:
     "Pass a batch through a model without storage. Raises `AuditError` for what is no causal language model."
-    from transformers import AutoModelForCausalLM
-    def build(): return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    automatic = _automatic(config)[0]  # of a model that also reads images: its language model reads a text
+    def build(): return automatic.from_config(config, dtype=torch.float32)
     try:
         with torch.device('meta'): model = build()
     except ValueError as e: raise AuditError(f"architecture: {' '.join(str(e).split())[:200]}") from None
@@ -98,7 +99,7 @@ def measure_architecture(
         from peft import get_peft_model
         model = get_peft_model(model, adapters)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    with FakeTensorMode(): kept = saved_bytes(build().base_model.train(), rows, length)  # of full training
+    with FakeTensorMode(): kept = saved_bytes(next(_bodies(build().train())), rows, length)  # of full training
     return Sizes(total, trained, config.get_text_config().num_hidden_layers, *head, kept)
 
 # %% ../../nbs/training/190_memory.ipynb #a7a90328

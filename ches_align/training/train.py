@@ -29,7 +29,7 @@ from ..audit.data import Pair, load_pairs
 from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair
 from ..audit.model_files import EMBEDDED
-from ..audit.models import ScoringModel, load_model
+from ..audit.models import ScoringModel, load_model, read_head
 from ..audit.runs import json_bytes, plain, read_object, refuse_sources, write_files
 from .callback import DisplacementCallback
 from .config import config_dict, load_config, needs_reference
@@ -48,6 +48,7 @@ def load_trainable(
     device = 'cpu' if sharded else str(processes().device)
     lm = load_model(config.model, config.dtype, device, revision=config.revision)
     plain_weights(lm.model)
+    lm.head = read_head(lm.model, (lm.head.scale, lm.head.softcap))  # an adapter may have had its own
     if any(p.dtype == torch.float16 for p in lm.model.parameters()):  # dtype auto, and a model kept in float16
         raise AuditError(f'{config.model}: {HALF}')
     if config.model in EMBEDDED: lm.model.name_or_path = config.model  # what an adapter names as its base
