@@ -7,10 +7,10 @@ __all__ = ['fixed_precision', 'unwrapped', 'inner_model', 'AdapterState', 'adapt
            'length_key', 'forget_lengths', 'token_limit', 'trial_rows', 'trial_width', 'product_error', 'check_model',
            'check_lengths', 'behaviour', 'behaves_as']
 
-# %% ../../nbs/audit/115_model_checks.ipynb #d45efec6
+# %% ../../nbs/audit/115_model_checks.ipynb #04a715da
 import sys
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn

@@ -244,7 +244,7 @@ def _similarity(self: DisplacementTracker, model: nn.Module | None) -> pd.DataFr
     if model is None: return blank
     try:
         with evaluating(model), weights_dtype(model):
-            rows = score_block(wrap_model(core_model(model), self.tokenizer), self.encoded, head=False)
+            rows = score_block(wrap_model(model, self.tokenizer), self.encoded, head=False)
     except (AuditError, RuntimeError, AttributeError, TypeError) as e:
         self.tell(f'CHES of the probes was not computed ({str(e)[:150]})')
         return blank
