@@ -121,6 +121,7 @@ def _load_parts(name: str, dtype: str, device: str | None, revision: str | None,
                          'and would be random; give a whole causal language model')
     return model if placed else model.to(device), AutoTokenizer.from_pretrained(name, **kw)
 
+# %% ../../nbs/audit/120_models.ipynb #8b516587
 def _check_purpose(config: Any, unexpected: Iterable[str], name: str) -> None:
     "Refuse a reward model or classifier: with tied embeddings it would pass for a language model"
     heads = ('score', 'classifier', 'classification_head', 'reward_head', 'rm_head', 'regression_head', 'qa_outputs')

@@ -30,7 +30,7 @@ SCHEMA = pa.schema(dict(
     chosen_truncated=pa.bool_(), rejected_truncated=pa.bool_()))
 
 class TokenStore:
-    "Encoded pairs on disk: `sizes`, `data_hash` of rows, `token_hash` of token ids, `has_text`: a prompt is plain text."
+    "Encoded pairs on disk: `sizes`, `data_hash` of rows, `token_hash` of token ids, `has_text`: one is plain text."
     def __init__(self,
         path: Path,          # an Arrow file of `SCHEMA` in blocks of equal size
         sizes: Sequence[Sizes], # of each block
@@ -82,6 +82,7 @@ def token_hash(
     for pair in pairs: _add_tokens(digest, pair)
     return digest.hexdigest()[:16]
 
+# %% ../../nbs/audit/133_token_store.ipynb #d7c12c56
 @contextmanager
 def token_store(
     pairs: Iterable[Pair],         # read once, in order
