@@ -61,7 +61,7 @@ class Words:
     def get_vocab(self): return {str(i): i for i in range(300)}
     def convert_ids_to_tokens(self, i): return str(i)
 
-def rows(lengths, gen=None):
+def rows(lengths):
     gen = torch.Generator().manual_seed(1)
     def words(n): return ' '.join(map(str, torch.randint(3, 300, (n,), generator=gen).tolist()))
     return [dict(prompt=words(p), chosen=' ' + words(c), rejected=' ' + words(r)) for p, c, r in lengths]
@@ -108,13 +108,13 @@ class Changed(torch.nn.Module):
     def forward(self, x, *args, **kw): return self.change(self.inner(x, *args, **kw))
 
 def drop_when_full(x):
-    "A router that has room for three tokens of a batch, for each half of them"
+    "A router with room for twelve tokens of a batch"
     flat = x.reshape(-1, x.shape[-1])
     room = torch.arange(len(flat), device=x.device) < 12
     return (flat * room[:, None]).view_as(x)
 
-CHANGES = {'later tokens': lambda x: x + .05 * x.flip(1).cumsum(1).flip(1), 'batch mates': lambda x: x - .05 * x.mean(0),
-           'capacity': drop_when_full, 'norm over the batch': lambda x: x / x.std((0, 1))}
+CHANGES = {'later tokens': lambda x: x + .05 * x.flip(1).cumsum(1).flip(1), 'capacity': drop_when_full,
+           'batch mates': lambda x: x - .05 * x.mean(0), 'norm over the batch': lambda x: x / x.std((0, 1))}
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('change', CHANGES)
@@ -184,8 +184,10 @@ def test_adapters_as_given():
         with pytest.warns(UserWarning, match='switched off'): off = wrap_model(model, Words(), 'tiny')
         assert off.provenance['adapters']['off'] == ['default', 'second']
         assert near(off) == pytest.approx([w for w, _ in own_logps(base, encoded)], rel=1e-4)
+    on_head = peft.LoraConfig(target_modules=['lm_head'], **lora)
     with pytest.raises(AuditError, match='lora adapter acts on its output layer.*merge it'):
-        wrap_model(peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=['lm_head'], **lora)), Words())
-    mixed = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=['q_proj'], **lora), mixed=True)
+        wrap_model(peft.get_peft_model(copy.deepcopy(base), on_head), Words())
+    on_queries = peft.LoraConfig(target_modules=['q_proj'], **lora)
+    mixed = peft.get_peft_model(copy.deepcopy(base), on_queries, mixed=True)
     lm = wrap_model(mixed, Words(), 'mixed')
     assert near(lm) == pytest.approx([w for w, _ in own_logps(mixed, encoded)], rel=1e-4)

@@ -7,7 +7,7 @@ __all__ = ['fixed_precision', 'unwrapped', 'inner_model', 'AdapterState', 'adapt
            'length_key', 'forget_lengths', 'token_limit', 'trial_rows', 'trial_width', 'product_error', 'check_model',
            'check_lengths', 'behaviour', 'behaves_as']
 
-# %% ../../nbs/audit/115_model_checks.ipynb #d45efec6
+# %% ../../nbs/audit/115_model_checks.ipynb #04a715da
 import sys
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Iterator, NamedTuple, Sequence
@@ -106,7 +106,7 @@ def adapter_state(
     kinds = {type(layer).__module__.split('.')[2] for layer in layers.values()}
     return AdapterState(sorted(acting), sorted(there - acting), sorted(kinds), scaling)
 
-# %% ../../nbs/audit/115_model_checks.ipynb #6695e0e7
+# %% ../../nbs/audit/115_model_checks.ipynb #f448571e
 class LengthRule(NamedTuple):
     "A rotary embedding whose frequencies depend on the length."
     kind: str     # 'longrope' or 'dynamic'
@@ -138,11 +138,14 @@ def length_key(
     "Rows that get the same frequencies alone have the same key."
     return tuple(0 if length <= rule.original else length if rule.kind == 'dynamic' else 1 for rule in rules)
 
+# %% ../../nbs/audit/115_model_checks.ipynb #b1c96495
 def forget_lengths(
     model: nn.Module, # a Transformers model
 ) -> None:
-    "Give rotary embeddings the frequencies that they were made with, whatever lengths they have met."
+    "Give rotary embeddings that depend on the length what they were made with, whatever lengths they have met."
     for module in model.modules():
+        kinds = str(getattr(module, 'rope_type', ''))
+        if 'dynamic' not in kinds and 'longrope' not in kinds: continue
         for name in [n for n in vars(module).keys() | module._buffers.keys() if n.endswith('original_inv_freq')]:
             made, prefix = getattr(module, name), name.removesuffix('original_inv_freq')
             now = getattr(module, f'{prefix}inv_freq', None)
@@ -151,7 +154,7 @@ def forget_lengths(
             if hasattr(module, 'original_max_seq_len'):
                 setattr(module, f'{prefix}max_seq_len_cached', module.original_max_seq_len)
 
-# %% ../../nbs/audit/115_model_checks.ipynb #aedb271c
+# %% ../../nbs/audit/115_model_checks.ipynb #023e94de
 def token_limit(
     model: nn.Module, # a Transformers model
     head: Head,       # its output layer
@@ -177,6 +180,7 @@ def trial_rows(
     at = torch.randint(len(usual), (count, length), generator=torch.Generator().manual_seed(seed))
     return [[usual[i] for i in line] for line in at.tolist()]
 
+# %% ../../nbs/audit/115_model_checks.ipynb #cb432d22
 def trial_width(
     model: nn.Module,
     wish: int = 16,   # tokens
@@ -266,14 +270,14 @@ def _check_states(parts: _Parts) -> None:
         raise AuditError(f'model {name}: its hidden states depend on {why}, so they are no states that predict the '
                          f'next token; give a causal language model ({type(model).__name__} is not one as it is set)')
 
-# %% ../../nbs/audit/115_model_checks.ipynb #c433ab14
+# %% ../../nbs/audit/115_model_checks.ipynb #4efb5767
 def product_error(
     head: Head,     # the output layer
     hidden: Tensor, # [n dim] the states that it saw
     logits: Tensor, # [n vocab] what came out
     block: int = 8192, # vocabulary rows at a time
 ) -> tuple[float, float, float]: # error over the bound of @eq-headrounding, over the largest logit; largest product
-    "How far logits are from the head's reading of the states; the first number is at most 1 where rounding explains it."
+    "How far logits are from the head's reading of the states; the first number is at most 1 if rounding explains it."
     wide = torch.promote_types(hidden.dtype, torch.float32)
     eps = [torch.finfo(t).eps / 2 for t in (wide, hidden.dtype, head.weight.dtype)]
     steps = 1 + (head.bias is not None) + (head.scale != 1) + 3 * (head.softcap is not None)
@@ -293,6 +297,7 @@ def product_error(
         worst, off = max(worst, (apart / (allowed + 1e-30)).max().item()), max(off, apart.max().item())
     return worst, off / max(logits.abs().max().item(), 1e-30), peak
 
+# %% ../../nbs/audit/115_model_checks.ipynb #370ddbce
 def _head_run(parts: _Parts, row: list[int], factor: float = 1.) -> tuple[Tensor, Tensor | None]:
     "Logits of a row, and the states that the output layer saw, which are scaled on their way"
     seen, where = [], parts.head.weight.device
@@ -307,15 +312,15 @@ def _head_run(parts: _Parts, row: list[int], factor: float = 1.) -> tuple[Tensor
     finally: hook.remove()
     return logits[0].to(where), seen[-1].reshape(-1, seen[-1].shape[-1])[-len(row):].to(where) if seen else None
 
-# %% ../../nbs/audit/115_model_checks.ipynb #5310234b
+# %% ../../nbs/audit/115_model_checks.ipynb #58c5cb6c
 def _check_head(parts: _Parts) -> None:
     "Refuse logits that are not the head's product of the last states; an adapter on the head is named"
     model, backbone, head, name = parts
     layer = model.get_output_embeddings()
     if layer in _tuner_layers(model).values() and _acting(layer) and not layer.merged:
         kind = type(layer).__module__.split('.')[2]
-        raise AuditError(f'model {name}: a {kind} adapter acts on its output layer, whose weights would be read without '
-                         'it: merge it (merge_and_unload) and score the merged model')
+        raise AuditError(f'model {name}: a {kind} adapter acts on its output layer, whose weights would be read '
+                         'without it: merge it (merge_and_unload) and score the merged model')
     row = trial_rows(model, head, trial_width(model), 1)[0]
     hidden, (logits, seen) = _states(model, backbone, head, [row])[0], _head_run(parts, row)
     _check_finite(parts, hidden, logits)
@@ -340,7 +345,7 @@ def _check_finite(parts: _Parts, hidden: Tensor, logits: Tensor) -> None:
     why = f'NaN or inf in {bad[0]}, {len(bad)} tensors in all' if bad else f'overflow in {hidden.dtype}'
     raise AuditError(f'model {parts.name}: hidden states are not finite ({why}); load sound weights or a wider --dtype')
 
-# %% ../../nbs/audit/115_model_checks.ipynb #8910f9c6
+# %% ../../nbs/audit/115_model_checks.ipynb #3b606859
 def _peft_configs(given: nn.Module) -> dict[str, Any]:
     "PEFT's settings of the adapters that a wrapper holds"
     found = getattr(unwrapped(given), 'peft_config', None)
@@ -366,11 +371,11 @@ def _check_given(given: nn.Module, parts: _Parts) -> None:
     learned = [c for c in configs.values() if getattr(c, 'is_prompt_learning', False)]
     if learned:
         kind = str(getattr(learned[0].peft_type, 'value', learned[0].peft_type)).lower().replace('_', ' ')
-        raise AuditError(f'model {parts.name}: its adapter ({kind}) puts learned vectors before each prompt, and scores '
-                         'would be those of the bare base model: such adapters are not supported; score the base, or '
-                         'an adapter that can be merged (LoRA ...)')
+        raise AuditError(f'model {parts.name}: its adapter ({kind}) puts learned vectors before each prompt, and '
+                         'scores would be those of the bare base model: such adapters are not supported; score the '
+                         'base, or an adapter that can be merged (LoRA ...)')
     raise AuditError(f'model {parts.name}: {type(outer).__name__} computes other logits than the '
-                     f'{type(parts.model).__name__} inside it, which would be scored; give a model that needs no wrapper')
+                     f'{type(parts.model).__name__} inside it, which would be scored; give a model without a wrapper')
 
 # %% ../../nbs/audit/115_model_checks.ipynb #8bb995d6
 def check_model(
@@ -398,7 +403,7 @@ def check_model(
     if getattr(unwrapped(given), '_adapters_disabled', False): off = off or sorted(_peft_configs(given))
     return f"its adapter is switched off ({', '.join(off)}): the base model is scored" if off else ''
 
-# %% ../../nbs/audit/115_model_checks.ipynb #fcf8eb55
+# %% ../../nbs/audit/115_model_checks.ipynb #ce705e29
 def check_lengths(
     model: nn.Module,    # a Transformers model that `check_model` has passed
     backbone: nn.Module, # the part of it that gives hidden states
@@ -428,8 +433,8 @@ def check_lengths(
     rules, rounding = length_rules(model), _rounding(model, head)
     if length_key(rules, half) != length_key(rules, longest): return  # known: such rows never share a batch
     if _moved(whole[:half], part, rounding._replace(limit=2 * rounding.limit, every=False)):
-        raise AuditError(f'model {name}: the first {half} states of a row are others when the row has {longest} tokens: '
-                         'they depend on its length, so no batch would be right; give a smaller --max_length')
+        raise AuditError(f'model {name}: the first {half} states of a row are others when the row has {longest} '
+                         'tokens: they depend on its length, so no batch would be right; give a smaller --max_length')
 
 # %% ../../nbs/audit/115_model_checks.ipynb #7fb3dbe1
 def behaviour(

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .model_checks import adapter_state, fixed_precision, unwrapped
 from .runs import plain
 
-# %% ../../nbs/audit/116_model_identity.ipynb #fbb72025
+# %% ../../nbs/audit/116_model_identity.ipynb #d9e3a9a4
 PIECE = 1 << 25  # bytes hashed at a time
 
 def _offloaded(model: nn.Module, name: str) -> Tensor:
@@ -41,6 +41,7 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 def _digest(piece: Tensor) -> bytes:
     return hashlib.sha256(memoryview(piece.cpu().contiguous().view(torch.uint8).numpy())).digest()
 
+# %% ../../nbs/audit/116_model_identity.ipynb #c53bf358
 def weights_hash(
     model: nn.Module, # any module
 ) -> str:             # 16 hex digits
@@ -65,7 +66,7 @@ def weights_hash(
     bar.close()
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/audit/116_model_identity.ipynb #e7f1b742
+# %% ../../nbs/audit/116_model_identity.ipynb #5ccbba38
 NAMES = {'_name_or_path', 'name_or_path', '_commit_hash', 'transformers_version', 'architectures', 'auto_map', 'dtype',
          'torch_dtype', 'use_cache', 'return_dict', 'output_attentions', 'output_hidden_states', 'id2label', 'label2id',
          'problem_type', 'base_model_name_or_path', 'revision', 'inference_mode', 'peft_version', 'auto_mapping',
@@ -94,6 +95,7 @@ def flat_settings(
         found[f'{prefix}{key}'] = value if len(text) <= 80 else f'sha256 {text_hash(text)}'
     return found
 
+# %% ../../nbs/audit/116_model_identity.ipynb #9e48465c
 def config_identity(
     model: nn.Module, # a Transformers model
 ) -> dict[str, Any]:  # flat and JSON-able
@@ -110,19 +112,21 @@ def adapter_identity(
     configs = getattr(unwrapped(given), 'peft_config', None) or getattr(model, 'peft_config', None)
     configs = configs if isinstance(configs, dict) else {}
     if not (configs or state.active or state.off): return None
-    strength = {name: sorted({layer[name] for layer in state.scaling.values() if name in layer}) for name in state.active}
+    strength = {name: sorted({layer[name] for layer in state.scaling.values() if name in layer})
+                for name in state.active}
     settings = {name: flat_settings(config.to_dict()) for name, config in configs.items()}
     return plain(dict(active=state.active, off=state.off, scaling=strength, settings=settings,
                       layers=text_hash(json.dumps(state.scaling, sort_keys=True))))
 
-# %% ../../nbs/audit/116_model_identity.ipynb #bab93904
+# %% ../../nbs/audit/116_model_identity.ipynb #eca7e3b8
 def number_switches() -> dict[str, Any]:
     "Global switches of torch, as they stand while scores are made."
     cuda, names = torch.backends.cuda, ('flash_sdp', 'mem_efficient_sdp', 'math_sdp', 'cudnn_sdp')
     with fixed_precision():
         found = {name: bool(getattr(cuda, f'{name}_enabled')()) for name in names if hasattr(cuda, f'{name}_enabled')}
         return found | dict(
-            float32_matmul='highest', autocast=False, default_dtype='float32', mkldnn=bool(torch.backends.mkldnn.enabled),
+            float32_matmul='highest', autocast=False, default_dtype='float32',
+            mkldnn=bool(torch.backends.mkldnn.enabled),
             deterministic=torch.are_deterministic_algorithms_enabled(),
             cudnn_benchmark=bool(torch.backends.cudnn.benchmark))
 

@@ -70,8 +70,9 @@ def _check_behaviour(manifest: dict, about: dict, out: Path) -> None:
     "Refuse a model that computes something else with the same weights and settings: a hook, a patched layer"
     then, now = manifest.get('behaviour'), about.get('behaviour')
     if then is not None and now is not None and not behaves_as(now, then, str(manifest.get('dtype'))):
-        raise AuditError(f'{out} holds the scores of another run: with the same weights and settings the model computes '
-                         'other hidden states (a hook or a changed layer?); choose another --out or remove that folder')
+        raise AuditError(f'{out} holds the scores of another run: with the same weights and settings the model '
+                         'computes other hidden states (a hook or a changed layer?); choose another --out or remove '
+                         'that folder')
 
 # %% ../../nbs/audit/140_scoring.ipynb #fef3a240
 def score_table(
@@ -269,8 +270,9 @@ def _check_tokens(lm: ScoringModel, store: TokenStore, limit: int) -> None:
     "Tell of ids without an embedding, and refuse rows that the model cannot read"
     if store.unknown:
         shown = ', '.join(f'{i} ({str(lm.tokenizer.convert_ids_to_tokens(i))[:30]})' for i in sorted(store.unknown)[:5])
-        warnings.warn(f'token ids that model {lm.name} has no embedding for ({limit} rows): {shown}; pairs with them are '
-                      'flagged bad_token: resize the embedding or give the tokenizer that the model was trained with')
+        warnings.warn(f'token ids that model {lm.name} has no embedding for ({limit} rows): {shown}; pairs with them '
+                      'are flagged bad_token: resize the embedding or give the tokenizer that the model was trained '
+                      'with')
     ok, sizes = store.sizes.ok, store.sizes
     if ok.any():
         total = 2 * sizes.prompt[ok].sum() + sizes.chosen[ok].sum() + sizes.rejected[ok].sum()

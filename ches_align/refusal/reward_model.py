@@ -15,8 +15,9 @@ import torch
 from ..audit.adapters import load_classifier
 from ..audit.files import AuditError
 from ..audit.hidden_states import plan_batches
+from ..audit.model_checks import inner_model
 from ..audit.model_files import LoadError, check_device
-from ..audit.models import weights_hash
+from ..audit.model_identity import adapter_identity, config_identity, weights_hash
 from .judges import _as_text
 
 # %% ../../nbs/refusal/370_reward_model.ipynb #df203e18
@@ -49,7 +50,8 @@ class RewardScorer:
             raise AuditError('reward model: its tokenizer has no pad token; set one that it was trained with')
         model.config.pad_token_id = tokenizer.pad_token_id  # by which the model finds a row's last token
         self.room = min(getattr(model.config, 'max_position_embeddings', None) or math.inf, tokenizer.model_max_length)
-        self.identity = dict(reward_model=weights_hash(model), form=self.form)
+        self.identity = dict(reward_model=weights_hash(model), form=self.form, config=config_identity(model),
+                             adapters=adapter_identity(model, inner_model(model)))
 
     def encode(self, row: dict) -> list[int]:
         prompt = row['prompt']

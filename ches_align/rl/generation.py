@@ -8,6 +8,7 @@ __all__ = ['Engine', 'choose_engine', 'generate_responses']
 # %% ../../nbs/rl/310_generation.ipynb #2c571b81
 import hashlib
 import importlib.util
+import json
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from ..audit.data import Text
 from ..audit.files import AuditError
 from ..audit.hidden_states import plan_batches
 from ..audit.model_files import model_source
-from ..audit.models import ScoringModel, weights_hash
+from ..audit.models import ScoringModel, model_now, weights_hash
 from ..audit.options import whole
 from ..audit.runs import add_run, open_runs
 from ..audit.scoring import out_of_memory
@@ -80,12 +81,14 @@ def _check_room(lm: ScoringModel, encoded: list[list[int]], new: int) -> None:
             raise AuditError(f'prompt {i} has {len(ids)} tokens; with max_new_tokens {new} that is more than the '
                              f'{room} that model {lm.name} was made for; shorten it or lower max_new_tokens')
 
-def _identity(lm, prompts, sampling, **more) -> dict:
+def _identity(lm, prompts, encoded, sampling, **more) -> dict:
     kept = {k: v for k, v in lm.provenance.items() if k not in ('model', 'revision')}  # names: the hashes say more
-    kept |= dict(weights_hash=weights_hash(lm.model), end_tokens=end_tokens(lm))        # as they are now
+    kept |= model_now(lm) | dict(end_tokens=end_tokens(lm))                             # as they are now
     hashes = hashlib.sha256(' '.join(map(prompt_hash, prompts)).encode()).hexdigest()[:16]
     libraries = {name: version(name) for name in ('ches_align', 'torch', 'transformers', 'tokenizers')}
-    return dict(**kept, prompts_hash=hashes, prompts=len(prompts), sampling=asdict(sampling), **more,
+    ids = json.dumps([list(ids) for ids in encoded])  # a template may print the date
+    return dict(**kept, prompts_hash=hashes, prompts=len(prompts),
+                token_hash=hashlib.sha256(ids.encode()).hexdigest()[:16], sampling=asdict(sampling), **more,
                 device=lm.device.type, versions=libraries)
 
 def _responses(folder: Path, identity: dict, about: dict) -> list[dict]:
@@ -143,7 +146,7 @@ def generate_responses(
                     finished=bool(ids) and ids[-1] in ends) | (dict(ids=list(ids)) if keep_ids else {})
     more = {} if names is None or list(names) == hashes else dict(names=prompt_hash(list(names)))
     more |= dict(keep_ids=True) if keep_ids else {}
-    identity = _identity(lm, prompts, sampling, chat=chat, engine=name, **more)  # the batch decides on memory only
+    identity = _identity(lm, prompts, encoded, sampling, chat=chat, engine=name, **more)  # the batch decides on memory only
     about = dict(model=lm.name, revision=lm.provenance['revision'], batch_tokens=budget)
     same_everywhere(identity)
     with main_writer(out) as folder:

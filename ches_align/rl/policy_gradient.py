@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..audit.files import AuditError
-from ..audit.models import ScoringModel, weights_hash
+from ..audit.models import ScoringModel, model_now
 from ..audit.runs import plain
 from .rewards import Reward, call_reward
 from .sampling import Sampling, answer_ids, encode_prompts, generate_batch, prompt_hash, row_seed
@@ -236,7 +236,7 @@ def train_policy(
 # %% ../../nbs/rl/340_policy_gradient.ipynb #ca96842e
 def _identity(lm: ScoringModel, tasks: list[dict], save: Any, **more: Any) -> dict:
     "Of a training that is to be saved"
-    return dict(tasks=prompt_hash(plain(tasks)), start=weights_hash(lm.model), **more) if save else {}
+    return dict(tasks=prompt_hash(plain(tasks)), start=model_now(lm), **more) if save else {}
 
 def _zero_share(got: dict) -> float:
     "Share of prompts with several responses whose rewards are equal; NaN for groups of one"

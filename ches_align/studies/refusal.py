@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..audit.data import load_pairs
 from ..audit.files import AuditError, read_rows
 from ..audit.hidden_states import EncodedPair, encode_pairs
-from ..audit.models import ScoringModel, weights_hash
+from ..audit.models import ScoringModel, model_now
 from ..audit.runs import load_runs, only_writer, open_runs, plain
 from ..audit.scoring import score_dataset
 from ..refusal.judges import JUDGE_PROMPT, ChatJudge, RuleJudge, judge_responses, sorry_judge
@@ -204,7 +204,7 @@ def _identity(study: RefusalStudy, lm: ScoringModel, prompts: list, judge: Any, 
     free = ('out', 'model', 'prompts', 'architecture', 'template', 'reward_model', 'gold', 'seeds', 'arms')
     kept = {k: v for k, v in config_dict(study).items() if k not in free}
     digest = hashlib.sha256(' '.join(prompt_hash(p['prompt']) for p in prompts).encode()).hexdigest()[:16]
-    return plain(dict(study=kept, weights_hash=weights_hash(lm.model), tokenizer_hash=lm.provenance['tokenizer_hash'],
+    return plain(dict(study=kept, **model_now(lm), tokenizer_hash=lm.provenance['tokenizer_hash'],
                       dtype=lm.provenance['dtype'], prompts_hash=digest, judge=judge.identity,
                       gold_hash=value_hash(gold) if study.gold else None,
                       reward_model=scorer.identity if scorer else None))

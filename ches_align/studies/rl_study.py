@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..audit.files import AuditError
-from ..audit.models import ScoringModel, weights_hash
+from ..audit.models import ScoringModel, model_now
 from ..audit.runs import add_run, load_runs, only_writer, open_runs, plain
 from ..rl.generation import generate_responses
 from ..rl.policy_gradient import train_policy, train_supervised
@@ -132,7 +132,7 @@ def _start_line(lm: ScoringModel, study: RLStudy, tasks: list[dict], reward: Rew
 def _identity(study: RLStudy, lm: ScoringModel, tasks: list[dict]) -> dict:
     free = ('out', 'model', 'tasks', 'split', 'architecture', 'seeds', 'arms', 'batch_tokens', 'save_steps')
     kept = {k: v for k, v in asdict(study).items() if k not in free}
-    return plain(dict(study=kept, weights_hash=weights_hash(lm.model), tokenizer_hash=lm.provenance['tokenizer_hash'],
+    return plain(dict(study=kept, **model_now(lm), tokenizer_hash=lm.provenance['tokenizer_hash'],
                       tasks_hash=prompt_hash(plain(tasks))))
 
 def _about(study: RLStudy) -> dict:

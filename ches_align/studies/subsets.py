@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from ..audit.data import Pair, load_pairs, template_columns
 from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair, encode_pairs
+from ..audit.model_identity import differences
 from ..audit.runs import load_runs, only_writer, open_runs, plain, write_files
 from ..audit.scoring import load_scores, score_dataset
 from ..audit.selection import order_values
@@ -134,10 +135,9 @@ def check_scores(
 ) -> pd.DataFrame:                    # the rows of the study
     "Refuse scores of another model or other pairs. Raises `AuditError`."
     made = scores.attrs.get('manifest', {})
-    for key in ('weights_hash', 'tokenizer_hash', 'template_hash'):
-        if made.get(key) != provenance[key]:
-            raise AuditError(f'the scores are of another model ({key} {made.get(key)}, the start has '
-                             f'{provenance[key]}): score it again')
+    keys = 'weights_hash', 'config', 'adapters', 'tokenizer_hash', 'template_hash'
+    if found := differences({k: made.get(k) for k in keys}, {k: provenance[k] for k in keys}):
+        raise AuditError(f'the scores are of another model ({found[0]} at the start): score it again')
     mine = scores[scores.row_id.isin(encoded)]
     hashes = dict(zip(mine.row_id, mine.row_hash))
     other = [r for r, e in encoded.items() if hashes.get(r) != e.row_hash]
@@ -214,7 +214,7 @@ def open_bench(study: SubsetStudy, progress: bool = True) -> tuple[Bench, dict]:
     free = ('out', 'scores', 'model', 'data', 'architecture', 'measures', 'quantiles', 'seeds')
     settings = {k: v for k, v in config_dict(study).items() if k not in free}
     rows = hashlib.sha256(' '.join(f'{r}:{e.row_hash}' for r, e in encoded.items()).encode()).hexdigest()[:16]
-    hashes = {k: lm.provenance[k] for k in ('weights_hash', 'tokenizer_hash', 'dtype')}
+    hashes = {k: lm.provenance[k] for k in ('weights_hash', 'config', 'adapters', 'tokenizer_hash', 'dtype')}
     return bench, dict(study=settings, **hashes, data_hash=rows,
                        processes=processes().num_processes)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..audit.files import AuditError, read_rows
-from ..audit.models import ScoringModel, load_model, weights_hash
+from ..audit.models import ScoringModel, load_model, model_now
 from ..audit.runs import add_run, load_runs, only_writer, open_runs, plain, write_files
 from ..theory.losses import LOSSES
 from ..theory.single_token import logp_rates, pair_geometry
@@ -124,7 +124,7 @@ def _manifest(cfg: SinglePromptConfig, lm: ScoringModel) -> dict:
     free = ('out', 'architecture', 'data', 'model', 'device', 'keep_distributions')
     config = {k: v for k, v in plain(config_dict(cfg)).items() if k not in free}
     model = {k: v for k, v in lm.provenance.items() if k != 'model'}
-    model['weights_hash'] = weights_hash(lm.model)  # as it is now
+    model |= model_now(lm)
     return dict(config=config, model=model, data_hash=hashlib.sha256(rows.encode()).hexdigest()[:16])
 
 def _about(cfg: SinglePromptConfig, lm: ScoringModel) -> dict:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..audit.data import Pair, load_pairs, row_hash
 from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair, encode_pairs, plan_batches
+from ..audit.model_checks import forget_lengths, length_key, length_rules
 from ..audit.runs import write_files
 
 # %% ../../nbs/training/220_probes.ipynb #888de098
@@ -254,8 +255,11 @@ def measure_probes(
              for k, ids in enumerate((p.chosen_ids, p.rejected_ids))]
     logps, forks, at = [[], []], [[] for _ in pairs], [fork_index(p) for p in pairs]
     for side in logps: side.extend([None] * len(pairs))
+    rules = length_rules(core_model(model))
+    keys = [length_key(rules, len(row)) for _, _, row, _ in sides]  # each row is read as it would be alone
     with evaluating(model):
-        for batch in plan_batches([len(row) for _, _, row, _ in sides], budget):
+        for batch in plan_batches([len(row) for _, _, row, _ in sides], budget, keys):
+            if rules: forget_lengths(core_model(model))
             some = [sides[j] for j in batch]
             keep = max(n for *_, n in some) + 1
             inputs = left_padded(model, [row for _, _, row, _ in some], keep)

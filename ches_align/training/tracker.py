@@ -314,7 +314,7 @@ def _similarity(self: DisplacementTracker, model: nn.Module | None) -> pd.DataFr
     if model is None: return blank
     try:
         with evaluating(model), weights_dtype(model):
-            rows = score_block(wrap_model(core_model(model), self.tokenizer), self.encoded, head=False)
+            rows = score_block(wrap_model(model, self.tokenizer), self.encoded, head=False)
     except Exception as error:
         self.tell(f'CHES of the probes was not computed ({reason(error)[:150]})')
         return blank

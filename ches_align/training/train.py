@@ -31,6 +31,7 @@ from ..audit.hidden_states import EncodedPair
 from ..audit.model_files import EMBEDDED
 from ..audit.models import ScoringModel, load_model, read_head
 from ..audit.runs import json_bytes, plain, read_object, refuse_sources, write_files
+from ..audit.token_store import token_hash
 from .callback import DisplacementCallback
 from .config import config_dict, load_config, needs_reference
 from ..audit.workers import processes
@@ -95,7 +96,8 @@ def run_identity(
     "What a continued run must share with its beginning."
     settings = {k: v for k, v in config_dict(config).items() if k not in FREE}
     said = [' '.join(f'{e.row_id}:{e.row_hash}' for e in part) for part in data[:3]]
-    hashes = {k: lm.provenance[k] for k in ('weights_hash', 'tokenizer_hash', 'template_hash')}
+    hashes = {k: lm.provenance[k] for k in ('weights_hash', 'config', 'adapters', 'tokenizer_hash', 'template_hash')}
+    hashes |= dict(token_hash=token_hash([*data.train, *data.held]))
     return plain(dict(settings=settings, **hashes, data_hash=hashlib.sha256('|'.join(said).encode()).hexdigest()[:16],
                       processes=processes().num_processes))
 
