@@ -77,8 +77,7 @@ class DisplacementTracker:
         self.classes, self.answers, self.tolerance, self.budget = classes, answers, tolerance, budget
         if isinstance(classes, list) and len(classes) != len(self.pairs):
             raise AuditError(f'{len(classes)} classes for {len(self.pairs)} probes: give one a probe that is measured')
-        self.stop_destroyed = stop_destroyed
-        self.reference, self.scores, self.train_data = reference, scores, train_data
+        self.reference, self.scores, self.train_data, self.stop_destroyed = reference, scores, train_data, stop_destroyed
         self.history, self.baseline, self.floor = pd.DataFrame(columns=HISTORY), None, tolerance
         self.metrics: list[dict] = []  # of every measurement
         self.notes: list[str] = []     # alerts and warnings, in words
@@ -185,7 +184,8 @@ def ruined(
     guessing, on both sides, that no sound softmax is. A displaced response is none of these."""
     bad, guess = rows.verdict == 'destroyed', math.log(vocab)
     if bad.any():
-        return f'log-probabilities of {bad.sum()} of {len(rows)} probes are not finite', bool(2 * bad.sum() >= len(rows))
+        most = bool(2 * bad.sum() >= len(rows))
+        return f'log-probabilities of {bad.sum()} of {len(rows)} probes are not finite', most
     per_token = rows[['chosen_logps', 'rejected_logps']].to_numpy(float) / tokens
     limit = -guess * (10 if tokens.mean() >= 4 else 20)  # one token can be displaced far; a whole response cannot
     if (per_token < limit).all(1).mean() >= share:
@@ -353,7 +353,8 @@ def summary(self: DisplacementTracker) -> dict[str, Any]:
     "What a run left, as JSON values; the numbers are those of the last measurement that was finite"
     whole = [m for m in self.metrics if 'chosen_change' in m]
     return plain(dict(probes=len(self.pairs), measurements=len(self.metrics), missed=self.missed, floor=self.floor,
-                      stopped=self.stopped, notes=self.notes, start_seconds=self.start_seconds, measuring_seconds=self.spent,
+                      stopped=self.stopped, notes=self.notes,
+                      start_seconds=self.start_seconds, measuring_seconds=self.spent,
                       overhead=self.metrics[-1].get('overhead') if self.metrics else None,
                       last=whole[-1] if whole else {}))
 
