@@ -8,7 +8,6 @@ __all__ = ['DisplacementCallback', 'Tried']
 # %% ../../nbs/training/240_callback.ipynb #4e9f0210
 import inspect
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
@@ -26,7 +25,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..audit.files import AuditError
 from .probes import ProbeState, join_states, read_probes
-from .tracker import DisplacementTracker, OtherRun, check_watch, reason
+from .tracker import DisplacementTracker, OtherRun, check_watch, reason, say
 
 # %% ../../nbs/training/240_callback.ipynb #039f8886
 _RUNNING: WeakSet = WeakSet() # callbacks; two of one trainer must not write to one place
@@ -62,7 +61,7 @@ class DisplacementCallback(TrainerCallback):
             self.tracker.start_seconds = self.tracker.clock - began
         if not self.mute: self.mute = self._on_first(open_history).why
         if not self.mute: return
-        if PartialState().is_main_process: warnings.warn(f'displacement is not measured: {self.mute}; training goes on')
+        if PartialState().is_main_process: say(f'displacement is not measured: {self.mute}; training goes on')
         self._on_first(lambda: self._report(args, state, control, model, dict(error=1.)))
 
 # %% ../../nbs/training/240_callback.ipynb #ec503377
@@ -78,7 +77,7 @@ def on_train_end(self: DisplacementCallback, args, state, control, model=None, l
         if not self.tracker.stopped: self._measure(args, state, control, model, lr_scheduler)
     close = self.tracker.close if not self.mute else lambda: f'displacement: not measured; {self.mute}'
     closed = self._on_first(lambda: print(close()))
-    if closed.why and PartialState().is_main_process: warnings.warn(f'displacement: {closed.why}')
+    if closed.why and PartialState().is_main_process: say(f'displacement: {closed.why}')
     for reporter in self.reporters or []:
         with suppress(Exception): reporter.tb_writer.close()
     self.run = None
@@ -223,7 +222,7 @@ def _report(self: DisplacementCallback, args, state, control, model, logs: dict[
     "Into `state.log_history` and to every integration; one that fails is told once and left out"
     logs = {f'{self.prefix}/{k}': v for k, v in logs.items()}
     state.log_history.append(logs | dict(epoch=state.epoch, step=state.global_step))
-    tell = self.tracker.tell if self.tracker else warnings.warn
+    tell = self.tracker.tell if self.tracker else say
     if self.reporters is None:
         self.reporters = []
         for kind in get_reporting_integration_callbacks(args.report_to):
