@@ -3,7 +3,6 @@ they were fixed before, and looked at on the seeds 100 and 101 alone."""
 import copy
 import math
 import random
-import warnings
 
 import pytest
 import torch

@@ -187,7 +187,16 @@ def test_a_slip_in_the_file(tmp_path, change, says):
 def test_wrong_input(settings, home, tmp_path):
     with pytest.raises(AuditError, match='no such file'): train_preferences(settings(data='no.jsonl'))
     with pytest.raises(AuditError, match='no such file or folder'): train_preferences(settings(model='./no/model'))
-    with pytest.raises(AuditError, match='lora: '): train_preferences(settings(lora=Lora(target_modules=['query'])))
+    for targets, says in ((['query', 'q_proj'], 'has no query; its linear layers are down_proj, gate_proj'),
+                          ('.*query', r'has no \.\*query')):
+        with pytest.raises(AuditError, match=f'lora.target_modules: the model {says}'):
+            train_preferences(settings(lora=Lora(target_modules=targets)))
+        fresh(tmp_path/'out')
+    half = load_model(str(home/'tiny')).model.to(torch.float16)
+    half.save_pretrained(tmp_path/'half')
+    AutoTokenizer.from_pretrained(home/'tiny').save_pretrained(tmp_path/'half')
+    with pytest.raises(AuditError, match='weights in float16 cannot be trained'):
+        train_preferences(settings(model=str(tmp_path/'half'), dtype='auto'))
     fresh(tmp_path/'out')
     with pytest.raises(AuditError, match='cannot be set up: tensorbord'):
         train_preferences(settings(report_to='tensorbord'))
@@ -212,6 +221,16 @@ def test_committed_launch_files_parse():
     made = {p.stem: load_config_from_file(str(p)) for p in (ROOT/'configs/accelerate').glob('*.yaml')}
     assert {k: v.num_processes for k, v in made.items()} == dict(one_gpu=1, ddp_2gpu=2, fsdp_2gpu=2, fsdp_4gpu=4)
     assert all(v.fsdp_config['fsdp_version'] == 2 for k, v in made.items() if k.startswith('fsdp'))
+
+def test_one_process_where_two_were_asked_for_is_told(home, tmp_path):
+    (tmp_path/'run.yaml').write_text(f"kind: preference\nmodel: {home/'tiny'}\ndata: {home/'pairs.jsonl'}\nbatch: 2\n"
+                                     f'accumulation: 1\nmax_steps: 1\nout: {tmp_path}/out\n')
+    launch = ['accelerate.commands.launch', '--config_file', ROOT/'configs/accelerate/ddp_2gpu.yaml', '--cpu',
+              '--num_processes', '2', '-m', 'ches_align.training.train', tmp_path/'run.yaml']
+    done = subprocess.run([sys.executable, '-m', *map(str, launch)], capture_output=True, text=True, timeout=120,
+                          env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count('asked for several processes and has started one') == 1, done.stderr[-2000:]
 
 def test_two_processes(settings, home, tmp_path):
     "Both see half of each step's pairs; the weights are those of one process with the same pairs a step"

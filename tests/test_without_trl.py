@@ -14,9 +14,8 @@ BLOCK = "import sys; sys.modules['trl'] = sys.modules['peft'] = None; "
 
 def python(code, *args):
     "Run code in a process that has neither"
-    env = os.environ | dict(OMP_NUM_THREADS='1')
-    return subprocess.run([sys.executable, '-c', BLOCK + code, *map(str, args)], capture_output=True, text=True, timeout=240,
-                          env=env)
+    return subprocess.run([sys.executable, '-c', BLOCK + code, *map(str, args)], capture_output=True, text=True,
+                          timeout=240, env=os.environ | dict(OMP_NUM_THREADS='1'))
 
 READERS = ('studies.refusal_report', 'studies.subset_report', 'studies.refusal_plan', 'studies.arms', 'training.train',
            'training.train_config', 'training.callback', 'training.grid_report', 'rl.spread_watch')
@@ -53,7 +52,7 @@ def test_a_preference_run_is_checked_and_training_says_what_is_missing(place):
     done = ches_train(place, preference(place, lora={}), '--check')
     assert done.returncode == 1 and 'PEFT is not installed' in done.stderr and 'Traceback' not in done.stderr
 
-@pytest.mark.parametrize('path', ['persona/smollm2_dpo.yaml', 'grue/daily_dialog.yaml'])
+@pytest.mark.parametrize('path', ['persona/smollm2_dpo.yaml', 'grue/smollm2_heuristics.yaml'])
 def test_other_kinds_are_checked(place, path):
     done = ches_train(place, ROOT/'configs'/path, '--check')
     print(done.stdout, done.stderr)

@@ -8,7 +8,6 @@ __all__ = ['DisplacementCallback', 'Tried']
 # %% ../../nbs/training/240_callback.ipynb #4e9f0210
 import inspect
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
@@ -26,7 +25,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..audit.files import AuditError
 from .probes import ProbeState, join_states, read_probes
-from .tracker import DisplacementTracker, OtherRun, check_watch, reason
+from .tracker import DisplacementTracker, OtherRun, check_watch, reason, say
 
 # %% ../../nbs/training/240_callback.ipynb #039f8886
 _RUNNING: WeakSet = WeakSet() # callbacks; two of one trainer must not write to one place
@@ -62,23 +61,26 @@ class DisplacementCallback(TrainerCallback):
             self.tracker.start_seconds = self.tracker.clock - began
         if not self.mute: self.mute = self._on_first(open_history).why
         if not self.mute: return
-        if PartialState().is_main_process: warnings.warn(f'displacement is not measured: {self.mute}; training goes on')
+        if PartialState().is_main_process: say(f'displacement is not measured: {self.mute}; training goes on')
         self._on_first(lambda: self._report(args, state, control, model, dict(error=1.)))
 
-    def on_step_end(self, args, state, control, model=None, lr_scheduler=None, **kwargs):
-        if self.run is None or self.mute or state.global_step % self.every: return
-        self._measure(args, state, control, model, lr_scheduler)
+# %% ../../nbs/training/240_callback.ipynb #ec503377
+@patch
+def on_step_end(self: DisplacementCallback, args, state, control, model=None, lr_scheduler=None, **kwargs):
+    if self.run is None or self.mute or state.global_step % self.every: return
+    self._measure(args, state, control, model, lr_scheduler)
 
-    def on_train_end(self, args, state, control, model=None, lr_scheduler=None, **kwargs):
-        if self.run is None: return
-        if not self.mute and state.global_step % self.every and not args.load_best_model_at_end:
-            if not self.tracker.stopped: self._measure(args, state, control, model, lr_scheduler)
-        close = self.tracker.close if not self.mute else lambda: f'displacement: not measured; {self.mute}'
-        closed = self._on_first(lambda: print(close()))
-        if closed.why and PartialState().is_main_process: warnings.warn(f'displacement: {closed.why}')
-        for reporter in self.reporters or []:
-            with suppress(Exception): reporter.tb_writer.close()
-        self.run = None
+@patch
+def on_train_end(self: DisplacementCallback, args, state, control, model=None, lr_scheduler=None, **kwargs):
+    if self.run is None: return
+    if not self.mute and state.global_step % self.every and not args.load_best_model_at_end:
+        if not self.tracker.stopped: self._measure(args, state, control, model, lr_scheduler)
+    close = self.tracker.close if not self.mute else lambda: f'displacement: not measured; {self.mute}'
+    closed = self._on_first(lambda: print(close()))
+    if closed.why and PartialState().is_main_process: say(f'displacement: {closed.why}')
+    for reporter in self.reporters or []:
+        with suppress(Exception): reporter.tb_writer.close()
+    self.run = None
 
 # %% ../../nbs/training/240_callback.ipynb #529cff3f
 class Tried(NamedTuple):
@@ -113,7 +115,8 @@ def _prepare(self: DisplacementCallback, args, state, model, processing_class, o
         length = dict(max_length=theirs) if hasattr(args, 'max_length') else {}
         out = self.out or Path(args.output_dir)/'displacement'
         self.tracker = DisplacementTracker(tokenizer, self.probes, out, self.every, **length | self.options)
-    if any(c.tracker is self.tracker for c in others): raise AuditError('two callbacks share a tracker: give each its own')
+    if any(c.tracker is self.tracker for c in others):
+        raise AuditError('two callbacks share a tracker: give each its own')
     taken = {c.tracker.out for c in others if c.tracker}
     self.tracker.out = next(folder for folder in _folders(self.tracker.out) if folder not in taken)
     if not PartialState().is_main_process: return
@@ -182,6 +185,7 @@ def _twice(self: DisplacementCallback, model: nn.Module, tries: int = 5) -> list
     self.mute = single.why
     return [] if single.why else [batches.value, single.value]
 
+# %% ../../nbs/training/240_callback.ipynb #a7c99fbf
 @patch
 def _open(self: DisplacementCallback, model: nn.Module, step: int, twice: list[ProbeState]) -> None:
     "Begin the history; where the folder is another run's, in the next free one"
@@ -218,7 +222,7 @@ def _report(self: DisplacementCallback, args, state, control, model, logs: dict[
     "Into `state.log_history` and to every integration; one that fails is told once and left out"
     logs = {f'{self.prefix}/{k}': v for k, v in logs.items()}
     state.log_history.append(logs | dict(epoch=state.epoch, step=state.global_step))
-    tell = self.tracker.tell if self.tracker else warnings.warn
+    tell = self.tracker.tell if self.tracker else say
     if self.reporters is None:
         self.reporters = []
         for kind in get_reporting_integration_callbacks(args.report_to):

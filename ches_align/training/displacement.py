@@ -268,9 +268,10 @@ class Rule:
         if all(limit is None for limit in asdict(self).values()):
             raise AuditError(f'a rule without a limit never speaks: give one of {", ".join(asdict(self))}')
         for name, limit in asdict(self).items():
-            shares = name.startswith('share')
-            if limit is not None and not (0 < limit < math.inf and (limit <= 1 or not shares)):
-                raise AuditError(f'rule {name} = {limit}: above 0' + (', at most 1' if shares else ', in nats per token'))
+            share = name.startswith('share')
+            if limit is not None and not (0 < limit < math.inf and (limit <= 1 or not share)):
+                range_ = 'at most 1' if share else 'in nats per token'
+                raise AuditError(f'rule {name} = {limit}: above 0, {range_}')
 
     def broken(self, metrics: dict[str, float]) -> list[str]: # in words; empty: all is within the limits
         names = dict(mean_fall='chosen_fall_sure', margin_fall='margin_fall_sure')

@@ -240,6 +240,7 @@ def _token_logits(model: nn.Module, inputs: dict[str, Any], largest: int) -> Ten
                          'is measured on causal language models alone')
     return logits
 
+# %% ../../nbs/training/220_probes.ipynb #beed858c
 def measure_probes(
     model: nn.Module,             # a causal language model, wrapped or not
     pairs: Sequence[EncodedPair], # from `encode_pairs`; only those with status 'ok' are measured

@@ -55,6 +55,7 @@ def load_trainable(
     if config.model in EMBEDDED: lm.model.name_or_path = config.model  # what an adapter names as its base
     return lm
 
+# %% ../../nbs/training/260_train.ipynb #395f50da
 class RunData(NamedTuple):
     "What a run reads."
     train: list[EncodedPair]
@@ -188,6 +189,7 @@ def _check_targets(config: TrainConfig, model: nn.Module) -> None:
         raise AuditError(f'lora.target_modules: the model has no {", ".join(missing)}; its linear layers are '
                          f'{", ".join(last)[:200]}')
 
+# %% ../../nbs/training/260_train.ipynb #8c8c9230
 def make_trainer(
     config: TrainConfig, # what to do
     lm: ScoringModel,    # a loaded model
