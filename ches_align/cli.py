@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import threading
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -86,6 +87,7 @@ def _quiet() -> None:
     from transformers.utils import logging
     disable_progress_bar(); set_verbosity_error()
     logging.disable_progress_bar(); logging.set_verbosity_error()
+    warnings.filterwarnings('ignore', r'\d+ of \d+ rows: ')  # remarks on scored rows, which the summary prints
 
 # %% ../nbs/600_cli.ipynb #56dcebc4
 def _summary(scores) -> str:
