@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from .files import AuditError
 from ..theory.ches import Head
 
-# %% ../../nbs/audit/115_model_checks.ipynb #54d62a9f
+# %% ../../nbs/audit/115_model_checks.ipynb #1d3fb8ff
 def _wanted() -> list[tuple[Any, str, Any]]:
     "Switches of torch's back ends that move numbers, and how scoring wants them"
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    fixed = [(cuda, 'allow_bf16_reduced_precision_reduction', False),
-             (cuda, 'allow_fp16_reduced_precision_reduction', False)]
+    fixed: list[tuple[Any, str, Any]] = [(cuda, 'allow_bf16_reduced_precision_reduction', False),
+                                         (cuda, 'allow_fp16_reduced_precision_reduction', False)]
     try: torch.get_float32_matmul_precision()
     except RuntimeError:  # set through the newer switches, with which the old ones cannot be mixed
         mkldnn = torch.backends.mkldnn
@@ -403,7 +403,7 @@ def check_model(
     if getattr(unwrapped(given), '_adapters_disabled', False): off = off or sorted(_peft_configs(given))
     return f"its adapter is switched off ({', '.join(off)}): the base model is scored" if off else ''
 
-# %% ../../nbs/audit/115_model_checks.ipynb #ce705e29
+# %% ../../nbs/audit/115_model_checks.ipynb #aa240db6
 def check_lengths(
     model: nn.Module,    # a Transformers model that `check_model` has passed
     backbone: nn.Module, # the part of it that gives hidden states
@@ -416,8 +416,7 @@ def check_lengths(
     if longest <= trial_width(model): return
     for where, table in model.named_modules():
         named = any(part in where.split('.')[-1] for part in ('wpe', 'position', 'pos_emb'))
-        learned = named and isinstance(table, nn.Embedding)
-        if learned and table.num_embeddings < longest:
+        if named and isinstance(table, nn.Embedding) and table.num_embeddings < longest:
             raise AuditError(f'model {name}: a row has {longest} tokens and {where} {table.num_embeddings} positions: '
                              f'give --max_length {table.num_embeddings} or less')
     homes = {type(module).__module__.split('.')[0] for module in model.modules()}
