@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 import torch
 
-trl = pytest.importorskip('trl')
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 import transformers.integrations.integration_utils as utils
@@ -13,6 +12,7 @@ import transformers.integrations.integration_utils as utils
 from ches_align.audit.model_files import model_source
 from ches_align.rl.spread_watch import SpreadCallback, SpreadWatch, read_rollouts, watch_reward
 
+trl = pytest.importorskip('trl')
 TOKENIZER = AutoTokenizer.from_pretrained(model_source('smollm2-135m'))
 
 
