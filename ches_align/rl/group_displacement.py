@@ -18,9 +18,10 @@ from ..audit.files import AuditError
 from ..audit.hidden_states import response_states
 from ..audit.models import ScoringModel
 from .policy_gradient import policy_logps
-from .sampling import Sampling, answer_ids, encode_prompts, prompt_hash
+from .sampling import Sampling, answer_ids, encode_prompts
 from .spread import clean_rewards
 from ..theory.ches import Head, token_grams
+from .tasks import name_groups
 
 # %% ../../nbs/rl/341_group_displacement.ipynb #4788386c
 def group_gram(
@@ -82,7 +83,7 @@ def group_displacement(
         said = {'response', 'response_ids'} & set(r)
         if lost := [k for k in ('prompt', 'reward') if k not in r] or ([] if said else ['response']):
             raise AuditError(f"row {i}: no {lost[0]}; it has {', '.join(sorted(map(str, r)))}")
-        groups.setdefault(prompt_hash(r['prompt']), []).append(i)
+    for i, name in enumerate(name_groups(rows)[0]): groups.setdefault(name, []).append(i)
     if not groups: raise AuditError('no rows')
     prompts = encode_prompts(lm, [rows[mine[0]]['prompt'] for mine in groups.values()], chat)
     made: list[Any] = [None]*len(rows)

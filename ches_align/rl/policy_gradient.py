@@ -23,7 +23,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from ..audit.files import AuditError
 from ..audit.models import ScoringModel, model_now
 from ..audit.runs import plain
-from .rewards import Reward, call_reward
+from .rewards import Reward, call_reward, reward_columns, reward_identity
 from .sampling import Sampling, answer_ids, encode_prompts, generate_batch, prompt_hash, row_seed
 from .spread import merge_equal
 from .training_state import TrainingState
@@ -156,8 +156,8 @@ def _rollout(lm: ScoringModel, reference: ScoringModel | None, tasks: list[dict]
     prompts, seeds = [encoded[i] for i in picked], [row_seed(c.seed, f'{step}', j) for j in range(len(picked))]
     with _precision(lm, c.bf16): responses = generate_batch(lm, prompts, seeds, c.sampling)
     texts = lm.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    columns = {k: [tasks[i].get(k) for i in picked] for k in tasks[0] if k != 'prompt'}
-    made = call_reward(reward, [tasks[i]['prompt'] for i in picked], texts, **columns)
+    columns = reward_columns([tasks[i] for i in picked], tasks)
+    made = call_reward(reward, [tasks[i]['prompt'] for i in picked], texts, responses, step, **columns)
     ok = [j for j, (r, _) in enumerate(made) if r is not None and responses[j]]
     if not ok: raise AuditError(f'step {step}: no response got a reward ({made[0][1]})')
     out = dict(prompts=[prompts[j] for j in ok], responses=[responses[j] for j in ok], picked=[picked[j] for j in ok],
@@ -212,9 +212,9 @@ def train_policy(
     if reference: reference.model = copy.deepcopy(lm.model).eval().requires_grad_(False)
     trained = [p for p in lm.model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, c.learning_rate, weight_decay=0.)
-    named = getattr(reward, '__name__', type(reward).__name__)
+    named = reward_identity(reward)[0] if save else {}
     state = TrainingState(save, lm.model, optimiser,
-                          _identity(lm, tasks, save, config=asdict(c), chat=chat, reward=named))
+                          _identity(lm, tasks, save, config=asdict(c), chat=chat, **named))
     told = state.load() or dict(kl=c.kl, lines=[])
     kl, lines = told['kl'], [{k: float('nan') if v is None else v for k, v in line.items()} for line in told['lines']]
     quiet = None if progress else True

@@ -428,6 +428,7 @@ def try_reward(
     name: str = '',        # of the reward, for the message
 ) -> None:
     "Call a reward on made-up responses to the first task. Raises `AuditError` with the reason where all of it fails."
+    if not tasks: return
     task, name = tasks[0], name or callable_name(reward)
     call_reward(reward, [], [])  # no function at all
     columns, known = reward_columns([task]*2, tasks), task.get('answer')

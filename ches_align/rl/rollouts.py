@@ -15,6 +15,7 @@ from typing import Any, Iterator
 import numpy as np
 
 from ..audit.files import READERS, AuditError, read_rows, shorten
+from .rewards import completion_text
 from .sampling import prompt_hash
 from .tasks import name_tasks
 
@@ -123,10 +124,12 @@ def rollout_rows(
         made = {k: v for k, v in row.items() if k not in mapped}
         made |= {role: row.get(column) for role, column in found.items() if role != 'reward'}
         made |= dict(reward=value, reward_error=f'{place}: {error}' if error else '')
+        if isinstance(made.get('response'), list): made['response'] = completion_text(made['response'])
         if made.get('raw_reward') is not None: made['raw_reward'] = _reward_cell(made['raw_reward'])[0]
         if made.get('step') is None and number is not None: made['step'] = number
         rows.append(made)
     told = ['columns: ' + ', '.join(f'{role}={column}' for role, column in found.items())]
+    if 'step' not in found and rows[0].get('step') is not None: told.append('step: the number of the file')
     failed = [r['reward_error'] for r in rows if r['reward_error']]
     if len(failed) == len(rows): raise AuditError(f'none of {len(rows)} rewards is a number: {failed[0]}')
     if failed: told.append(f'{len(failed)} of {len(rows)} rewards are no numbers, the first in {failed[0]}')

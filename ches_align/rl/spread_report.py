@@ -18,18 +18,19 @@ from jinja2 import Environment, PackageLoader
 from ..audit.data import dialogue_text
 from ..audit.page import figure_png, md_escape, percent, short_number
 from ..audit.runs import plain, read_object, write_files
-from .sampling import prompt_hash
+from .tasks import name_groups
 from .spread_table import model_said
 
 # %% ../../nbs/rl/335_spread_report.ipynb #62b86e37
 def _shown(table: pd.DataFrame, rows: Sequence[dict], count: int) -> list[dict]:
     "Prompts with their text and first response, smallest spread first"
-    first = {r.get('prompt_hash') or prompt_hash(r['prompt']): r.get('response', '') for r in reversed(list(rows))}
+    names = reversed(name_groups(list(rows))[0])
+    first = {name: r.get('response', '') for name, r in zip(names, reversed(list(rows)))}
     made = []
     for line in table.sort_values(['std', 'n'], ascending=[True, False]).head(count).to_dict('records'):
         p = line.get('prompt')
         text = p if isinstance(p, str) else dialogue_text(p) if p else ''
-        made.append(line | dict(text=text, example=first.get(line['prompt_hash'], '')))
+        made.append(line | dict(text=text, example=first.get(line['task_hash'], '')))
     return made
 
 def _said(summary: dict) -> str:

@@ -234,7 +234,8 @@ def compare_spread(
     after: pd.DataFrame,   # of the same prompts, later
 ) -> dict[str, Any]:       # prompts, rho (Spearman, std before and |change of mean|), p, medians, newly_none (hashes)
     "What a training did to means and spreads; after Razin et al. (2024), Table 1, with ranks."
-    on = 'task_hash' if 'task_hash' in before and 'task_hash' in after else 'prompt_hash'
+    on = 'prompt_hash' if before.prompt_hash.is_unique and after.prompt_hash.is_unique else 'task_hash'
+    if on not in before or on not in after: raise AuditError('a table of an earlier version: prompts stand twice')
     both = before.merge(after, on=on, suffixes=('', '_after')).dropna(subset=['std', 'std_after'])
     if len(both) < 3: raise AuditError(f'{len(both)} prompts are in both tables: a correlation needs 3')
     change = (both.mean_after - both['mean']).abs()

@@ -181,7 +181,8 @@ ID_COLUMNS = {'id', 'uid', 'task_id', 'group', 'group_id', 'prompt_id', 'problem
 TASK_COLUMNS = ID_COLUMNS | {'answer', 'answers', 'solution', 'target', 'reference', 'references', 'label', 'gold',
                              'ground_truth', 'gts', 'image', 'images', 'data_source'}
 RESPONSE_COLUMNS = {'prompt', 'prompt_hash', 'step', 'reward', 'raw_reward', 'response', 'completion', 'output',
-                    'score', 'reward_error', 'advantage', 'tokens', 'finished', 'k', 'round', 'seconds', 'length'}
+                    'score', 'reward_error', 'advantage', 'tokens', 'finished', 'k', 'round', 'seconds', 'length',
+                    'response_ids', 'completion_ids'}
 
 def name_tasks(
     rows: Sequence[dict],              # a response each: prompt (or prompt_hash, task_hash), perhaps step and columns

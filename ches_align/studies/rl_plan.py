@@ -16,7 +16,7 @@ import torch
 
 from ..audit.files import AuditError
 from ..rl.policy_gradient import RLConfig
-from ..rl.rewards import load_reward
+from ..rl.rewards import check_reward
 from ..rl.sampling import Sampling
 from ..rl.spread_audit import load_tasks
 from ..rl.tasks import cut_prompt
@@ -152,7 +152,7 @@ def check_rl(
     study: RLStudy,
 ) -> str: # lines of text
     "What a study would take, without weights. Raises `AuditError`."
-    if not study.reward.startswith('classifier'): load_reward(study.reward)
+    check_reward(study.reward)  # no model is read, and no module of the user's is run
     name, n = _parameters(study)
     count, prompt, said = _prompt_length(study)
     prompts, length, seeds = count or 0, prompt + study.drawn.max_new_tokens, len(study.seeds)

@@ -9,6 +9,7 @@ __all__ = ['measure_rewards', 'run_rl_arm', 'run_rl']
 import os
 import shutil
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -23,8 +24,9 @@ from ..audit.models import ScoringModel, model_now
 from ..audit.runs import add_run, load_runs, only_writer, open_runs, plain
 from ..rl.generation import generate_responses
 from ..rl.policy_gradient import train_policy, train_supervised
-from ..rl.rewards import Reward, call_reward, load_reward
+from ..rl.rewards import Reward, call_reward, load_reward, reward_columns, reward_identity, try_reward
 from ..rl.sampling import load_generator, prompt_hash
+from ..rl.spread_audit import seed_names
 from .rl_plan import RLStudy, study_tasks
 
 # %% ../../nbs/studies/405_rl_study.ipynb #1008e8d1
@@ -40,10 +42,11 @@ def measure_rewards(
     "Draw, reward, count."
     with torch.autocast(lm.device.type, torch.bfloat16) if study.bf16 else nullcontext():
         rows = generate_responses(lm, [t['prompt'] for t in tasks], replace(study.drawn, count=samples, seed=seed), out,
-                                  study.batch_tokens, chat=study.chat, progress=False)
+                                  study.batch_tokens, chat=study.chat, progress=False, names=seed_names(tasks),
+                                  keep_ids=True)
     mine = [tasks[r['prompt_index']] for r in rows]
-    columns = {c: [t.get(c) for t in mine] for c in mine[0] if c != 'prompt'}
-    made = call_reward(reward, [t['prompt'] for t in mine], [r['response'] for r in rows], **columns)
+    ids, columns = [r['ids'] for r in rows], reward_columns(mine, tasks)
+    made = call_reward(reward, [t['prompt'] for t in mine], [r['response'] for r in rows], ids, **columns)
     _check_range([v for v, _ in made if v is not None], study, made[0][1])
     cut = lambda x: [x[i*samples:(i + 1)*samples] for i in range(len(tasks))]
     return dict(rewards=cut([v if v is None else round(v, 4) for v, _ in made]), failed=sum(v is None for v, _ in made),
@@ -99,7 +102,7 @@ def run_rl(
     with only_writer(out):
         lm = _fresh(study)
         train, held = study_tasks(study, lm.tokenizer)
-        lines = open_runs(out, _identity(study, lm, [*train, *held]), _about(study))
+        lines = open_runs(out, _identity(study, lm, [*train, *held], reward), _about(study))
         arms, done = study.arms, {l['key'] for l in lines}
         if other := [l['arm'] for l in lines if l['arm'] in arms and l['settings'] != plain(arms[l['arm']])]:
             raise AuditError(f'{out}: arm {other[0]} was run with other settings: give the new one another name')
@@ -111,6 +114,8 @@ def run_rl(
             shutil.rmtree(work(key), ignore_errors=True)
             bar.update()
         if 'start' not in done:
+            try: try_reward(reward, train, study.reward)
+            except AuditError as e: warnings.warn(str(e).partition(', or skip')[0])
             began = time.perf_counter()
             finish('start', began, **_start_line(lm, study, [*train, *held], reward, out), trained=len(train))
         del lm
@@ -129,10 +134,11 @@ def _start_line(lm: ScoringModel, study: RLStudy, tasks: list[dict], reward: Rew
     return dict(arm='start', seed=None, settings={}, after=found, prompts=[prompt_hash(t['prompt']) for t in tasks],
                 kinds=[str(t.get('kind', '')) for t in tasks])
 
-def _identity(study: RLStudy, lm: ScoringModel, tasks: list[dict]) -> dict:
+def _identity(study: RLStudy, lm: ScoringModel, tasks: list[dict], reward: Reward) -> dict:
     free = ('out', 'model', 'tasks', 'split', 'architecture', 'seeds', 'arms', 'batch_tokens', 'save_steps')
     kept = {k: v for k, v in asdict(study).items() if k not in free}
-    return plain(dict(study=kept, **model_now(lm), tokenizer_hash=lm.provenance['tokenizer_hash'],
+    source = reward_identity(reward)[0]['reward_source']
+    return plain(dict(study=kept, reward_source=source, **model_now(lm), tokenizer_hash=lm.provenance['tokenizer_hash'],
                       tasks_hash=prompt_hash(plain(tasks))))
 
 def _about(study: RLStudy) -> dict:
