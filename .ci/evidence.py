@@ -102,7 +102,8 @@ def blind_checks(tree: ast.AST) -> list[tuple[int, str]]:
             found.append((node.lineno, 'asserts a constant'))
         if not is_check(node): continue
         pairs = [(c.left, c.comparators[0]) for c in ast.walk(node) if isinstance(c, ast.Compare)]
-        if isinstance(node, ast.Call) and node.func.id != 'test_fail' and len(node.args) > 1: pairs.append(node.args[:2])
+        calls_test = isinstance(node, ast.Call) and node.func.id != 'test_fail'
+        if calls_test and len(node.args) > 1: pairs.append(node.args[:2])
         if any(ast.dump(left) == ast.dump(right) and not calls(left) for left, right in pairs):
             found.append((node.lineno, 'compares a thing with itself'))
         if isinstance(node, ast.Call) and node.func.id == 'test_fail':

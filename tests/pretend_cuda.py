@@ -108,7 +108,8 @@ class PretendCuda(TorchFunctionMode):
         if name == '__setitem__': free = [t for t in free if len(args) < 3 or t is not args[2]]
         places = {said(t) for t in free}
         if len(places) > 1 and name not in MIXERS:
-            raise DeviceMix(f"Expected all tensors to be on the same device, but found {sorted(map(str, places))} in {name}")
+            found = sorted(map(str, places))
+            raise DeviceMix(f'Expected all tensors to be on the same device, but found {found} in {name}')
         return said(args[0]) if name in MIXERS else next(iter(places or {said(t) for t in given}))
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ def home(tmp_path_factory):
     shutil.rmtree(place/'base'/'chat_template.jinja', ignore_errors=True)
     for file in place.glob('base/chat_template*'): file.unlink()
     lm.tokenizer.save_pretrained(place/'base')
-    (place/'prompts.jsonl').write_text(''.join(json.dumps(dict(prompt=f'Say {i}', answer='a')) + '\n' for i in range(3)))
+    rows = [dict(prompt=f'Say {i}', answer='a') for i in range(3)]
+    (place/'prompts.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     return place
 
 def manifest(folder): return json.loads((folder/'manifest.json').read_text())
@@ -59,7 +60,8 @@ def kept(size=200 << 20):
     "Does the C library keep a large block that was freed?"
     def resident(): return int(open('/proc/self/statm').read().split()[1])*4096
     libc = ctypes.CDLL('libc.so.6')
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
     before, block = resident(), libc.malloc(size)
     ctypes.memset(block, 1, size)
     libc.free(block)
@@ -67,7 +69,8 @@ def kept(size=200 << 20):
 
 lm = load_model('someone/lora', device='cpu')
 library = kept()
-print(json.dumps([lm.provenance['tokenizer_from'], lm.provenance['weights_hash'], library, keep_freed_memory(), kept()]))
+said = [lm.provenance[key] for key in ('tokenizer_from', 'weights_hash')]
+print(json.dumps([*said, library, keep_freed_memory(), kept()]))
 """
 
 def test_an_adapter_in_the_cache_of_the_hub_and_no_memory_is_kept(home, tmp_path):

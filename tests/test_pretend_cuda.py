@@ -66,7 +66,8 @@ def test_weights_left_on_the_disk(folders, tmp_path):
     lm = load_model(str(folders/'tied'), device='cpu')
     places = {place: 'cpu' for place in PLACES} | {'model.layers.1': 'disk', 'lm_head': 'cpu'}
     spread = dispatch_model(lm.model, places, main_device='cpu', offload_dir=str(tmp_path), force_hooks=True)
-    with pytest.raises(AuditError, match='do not fit on the GPUs here.*--quantize 4bit'): wrap_model(spread, lm.tokenizer)
+    with pytest.raises(AuditError, match='do not fit on the GPUs here.*--quantize 4bit'):
+        wrap_model(spread, lm.tokenizer)
 
 def test_a_gpu_that_is_not_there(folders):
     with pretend(2), pytest.raises(AuditError, match='device cuda:7: this machine has 2, cuda:0 to cuda:1'):

@@ -242,6 +242,7 @@ def _load_weights(parts: ModelParts, dtype: str, device: str, quantize: str | No
     raise LoadError(f'model {name}: {len(missing)} weights are missing from the checkpoint (first: {missing[0]}) '
                     'and would be random; give a whole causal language model')
 
+# %% ../../nbs/audit/120_models.ipynb #8b516587
 def quantize_settings(
     quantize: str, # 4bit or 8bit
 ) -> dict[str, Any]: # for `transformers.BitsAndBytesConfig`
@@ -264,36 +265,6 @@ def _quantization(quantize: str, name: str):
     if importlib.util.find_spec('bitsandbytes') is None:
         raise AuditError(f'model {name} in {quantize}: pip install bitsandbytes')
     return BitsAndBytesConfig(**quantize_settings(quantize))
-
-# %% ../../nbs/audit/120_models.ipynb #8b516587
-def _check_purpose(config: Any, unexpected: Iterable[str], name: str) -> None:
-    "Refuse a reward model or classifier: with tied embeddings it would pass for a language model"
-    heads = ('score', 'classifier', 'classification_head', 'reward_head', 'rm_head', 'regression_head', 'qa_outputs')
-    odd = [key for key in sorted(unexpected) if key.split('.')[0] in heads]
-    made_for = [kind for kind in config.architectures or () if kind.endswith(('Classification', 'RewardModel'))]
-    if odd or made_for:
-        why = f'its checkpoint has {odd[0]}' if odd else f'its config says {made_for[0]}'
-        raise AuditError(f'model {name}: {why}, so it is a reward model or classifier; give a causal language model')
-
-def _quantization(quantize: str, name: str):
-    from transformers import BitsAndBytesConfig
-    if quantize not in ('4bit', '8bit'): raise AuditError(f'quantize {quantize!r}: 4bit or 8bit')
-    if importlib.util.find_spec('bitsandbytes') is None:
-        raise AuditError(f'model {name} in {quantize}: pip install bitsandbytes')
-    return BitsAndBytesConfig(**{f'load_in_{quantize}': True})
-
-def _check_adapter(folder: Path) -> None:
-    "It is there, and not pickled"
-    if not folder.is_dir(): raise AuditError(f'adapter {folder}: no such folder; download the adapter first')
-    if not (folder/'adapter_model.safetensors').exists():
-        raise AuditError(f'{folder}: no adapter_model.safetensors; save it as safetensors (pickled ones are not read)')
-
-def _adapter_base(folder: Path) -> str:
-    "The base model that a LoRA folder names"
-    _check_adapter(folder)
-    if base := read_object(folder/'adapter_config.json').get('base_model_name_or_path'): return base
-    raise AuditError(f'{folder}: adapter_config.json names no base model; '
-                     'give the base as model and this folder as adapter')
 
 # %% ../../nbs/audit/120_models.ipynb #48859bf8
 def load_model(

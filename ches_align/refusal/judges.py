@@ -207,8 +207,9 @@ def judge_responses(
     with only_writer(out) as folder:
         have = {v['row']: v for v in (open_runs(folder, identity, about, 'judged') if folder else [])}
         if have and code['unseen']:
-            warnings.warn(f"{out}: the verdicts there are kept, though nobody can see whether {', '.join(code['unseen'])} "
-                          'of the judge changed; name another folder if it did')
+            unseen = ', '.join(code['unseen'])
+            warnings.warn(f'{out}: the verdicts there are kept, though nobody can see whether {unseen} changed in the '
+                          'judge; name another folder if it did')
         todo = [i for i in range(len(rows)) if have.get(i, dict(judge_error='new'))['judge_error']]
         for some in (todo[k:k + batch] for k in range(0, len(todo), batch)):
             made = {i: Verdict(None, '', no_text(rows[i].get('response'))) for i in some}

@@ -221,8 +221,8 @@ def write_preferences(
     usable = [p for p in pairs if p['use']]
     if not usable: raise AuditError('no usable pair: every one is undecided or has the same response twice')
     if test and len(usable) > 1 and len({p['prompt_hash'] for p in usable}) == 1:
-        raise AuditError(f'all {len(usable)} pairs ask one question (id {usable[0]["id"]}): give each question an id of '
-                         'its own, or leave id out')
+        raise AuditError(f'all {len(usable)} pairs ask one question (id {usable[0]["id"]}): give each question an id '
+                         'of its own, or leave id out')
     held = split_prompts([p['prompt_hash'] for p in usable], test, seed)
     files: dict[str, list] = {name: [] for name in ('train', 'test', 'left_out', 'gold_train', 'gold_test')}
     for p in pairs:

@@ -146,7 +146,8 @@ def generate_responses(
                     finished=bool(ids) and ids[-1] in ends) | (dict(ids=list(ids)) if keep_ids else {})
     more = {} if names is None or list(names) == hashes else dict(names=prompt_hash(list(names)))
     more |= dict(keep_ids=True) if keep_ids else {}
-    identity = _identity(lm, prompts, encoded, sampling, chat=chat, engine=name, **more)  # the batch decides on memory only
+    more |= dict(chat=chat, engine=name)  # and not batch_tokens, which decides on memory alone
+    identity = _identity(lm, prompts, encoded, sampling, **more)
     about = dict(model=lm.name, revision=lm.provenance['revision'], batch_tokens=budget)
     same_everywhere(identity)
     with main_writer(out) as folder:

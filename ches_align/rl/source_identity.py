@@ -16,11 +16,11 @@ from typing import Any, Callable
 
 from datasets.fingerprint import Hasher
 
-import ches_align
+from ..audit.files import __file__ as _FILES
 
 # %% ../../nbs/rl/312_source_identity.ipynb #c0de0011
 _LIBRARIES = [Path(sysconfig.get_path(place)).resolve() for place in ('stdlib', 'purelib', 'platlib')]
-_PACKAGE = Path(ches_align.__file__).resolve().parent
+_PACKAGE = Path(_FILES).resolve().parents[1]
 
 def is_user_file(
     file: str | Path, # of a module or a frame
@@ -37,6 +37,10 @@ def _source_file(name: str | None) -> Path | None:
     path = Path(file).resolve()
     return path if is_user_file(path) or path.is_relative_to(_PACKAGE) else None
 
+def _module_name(value: Any) -> str:
+    "Of a module, or of what defines a function or class"
+    return value.__name__ if isinstance(value, types.ModuleType) else getattr(value, '__module__', None) or ''
+
 def _module_files(
     names: set[str], # of modules
 ) -> dict[str, str]: # name -> hash of its file
@@ -50,7 +54,7 @@ def _module_files(
         found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         if not is_user_file(path): continue
         for value in vars(sys.modules[name]).values():
-            todo.add(value.__name__ if isinstance(value, types.ModuleType) else getattr(value, '__module__', None) or '')
+            todo.add(_module_name(value))
     return found
 
 # %% ../../nbs/rl/312_source_identity.ipynb #c0de0017
@@ -79,7 +83,7 @@ def _modules_of(function: Any) -> set[str]:
         value = todo.pop()
         if id(value) in seen: continue
         seen[id(value)] = value
-        names.add(value.__name__ if isinstance(value, types.ModuleType) else getattr(value, '__module__', None) or '')
+        names.add(_module_name(value))
         if callable(value) and not isinstance(value, type): todo += _parts(value)
     return names
 

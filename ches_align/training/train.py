@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..audit.adapters import plain_weights
