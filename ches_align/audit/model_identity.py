@@ -134,7 +134,7 @@ def number_switches() -> dict[str, Any]:
 MEANING = dict(
     token_hash='the same pairs give other token ids: other special tokens, another chat template, or one that prints '
                'the date',
-    tokenizer_hash='another tokenizer', template_hash='another chat template')
+    tokenizer_hash='another tokenizer, or other special tokens', template_hash='another chat template')
 
 def differences(
     then: Any,        # an identity, or a part of one, as read from a manifest
