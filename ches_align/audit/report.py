@@ -268,6 +268,6 @@ def audit_report(
     if out is not None:
         folder = Path(out).expanduser()
         page, text = _render(report, _figures(scores, report))
-        pages = dict(html=page, md=text, json=json.dumps(numbers, indent=1, allow_nan=False))
+        pages = dict(json=json.dumps(numbers, indent=1, allow_nan=False), html=page, md=text)  # json says whose they are
         write_files({folder/f'report.{name}': page.encode('utf-8', 'replace') for name, page in pages.items()})
     return numbers
