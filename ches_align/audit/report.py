@@ -269,6 +269,7 @@ def audit_report(
     if out is not None:
         folder = Path(out).expanduser()
         page, text = _render(report, _figures(scores, report))
-        pages = dict(html=page, md=text, json=json.dumps(numbers, indent=1, allow_nan=False))
+        whose = json.dumps(numbers, indent=1, allow_nan=False)  # first: it says that the pages are ours
+        pages = dict(json=whose, html=page, md=text)
         write_files({folder/f'report.{name}': page.encode('utf-8', 'replace') for name, page in pages.items()})
     return numbers
