@@ -204,8 +204,8 @@ def read_object(self: _Reader, value: Any, where: str) -> list:
 def _tokenizer_facts(tokenizer: Any) -> str:
     "Hash of a tokenizer; padding and truncation are left by the last call"
     fast = getattr(tokenizer, 'backend_tokenizer', None)
-    told = json.loads(fast.to_str()) if fast is not None else sorted(tokenizer.get_vocab().items())
-    if fast is not None: told |= dict(padding=None, truncation=None)
+    told: Any = sorted(tokenizer.get_vocab().items())
+    if fast is not None: told = dict(json.loads(fast.to_str()), padding=None, truncation=None)
     text = json.dumps([told, str(getattr(tokenizer, 'chat_template', None))], sort_keys=True)
     return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()
 
