@@ -165,17 +165,16 @@ def watch_reward(
     def kept(made: Any) -> Any:
         "What can be read twice"
         return made if made is None or hasattr(made, '__len__') else list(made)
-    if _is_async(reward):
-        async def watched(prompts, completions, **columns):
-            made = kept(await reward(prompts=prompts, completions=completions, **columns))
-            _measure(watch, prompts, made, columns)
-            return made
-    else:
-        def watched(prompts, completions, **columns):
-            made = kept(reward(prompts=prompts, completions=completions, **columns))
-            _measure(watch, prompts, made, columns)
-            return made
-    return _wrapped_name(reward, watched)
+    function: Callable[..., Any] = reward
+    async def watched_async(prompts, completions, **columns):
+        made = kept(await function(prompts=prompts, completions=completions, **columns))
+        _measure(watch, prompts, made, columns)
+        return made
+    def watched(prompts, completions, **columns):
+        made = kept(function(prompts=prompts, completions=completions, **columns))
+        _measure(watch, prompts, made, columns)
+        return made
+    return _wrapped_name(reward, watched_async if _is_async(reward) else watched)
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #c6de0001
 def _tell(watch: SpreadWatch, text: str) -> None:
