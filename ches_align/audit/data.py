@@ -313,16 +313,9 @@ def _implicit(chosen: Text, rejected: Text, words: bool = False) -> tuple[Text, 
     return split_messages(_as_messages(chosen, 'assistant'), _as_messages(rejected, 'assistant'))
 
 # %% ../../nbs/audit/110_data.ipynb #93be60a4
-def _python_list(text: str) -> Any:
-    "A list in a text as Python prints it, or None"
-    try: return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError): return None
-
 def _earlier_turns(value: Any, column: str) -> list[dict]:
     "The messages of a `history` column: pairs of question and answer, or messages"
-    if isinstance(value, str):  # as a CSV file has it
-        try: value = json.loads(value)
-        except ValueError: value = _python_list(value)
+    if isinstance(value, str): value = _parsed(value)  # as a CSV file has it
     if isinstance(value, (list, tuple)) and all(isinstance(m, dict) for m in value): return list(value)
     pairs = isinstance(value, (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in value)
     if not pairs or not all(isinstance(text, str) for pair in value for text in pair): raise _Unfit('missing_field',
