@@ -13,7 +13,7 @@ import pytest
 from ches_align.audit.data import load_pairs
 from ches_align.audit.scoring import load_scores
 
-SETTINGS = ['--model', 'smollm2-135m', '--dtype', 'bfloat16', '--batch_tokens', '2048']
+SETTINGS = ['--model', 'smollm2-135m', '--dtype', 'float32', '--batch_tokens', '2048']
 
 def start(command, *args, **kw):
     script = Path(sys.executable).with_name(command)
@@ -22,7 +22,7 @@ def start(command, *args, **kw):
 
 def run(command, *args, ok=True, **kw):
     process = start(command, *args, **kw)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert (process.returncode == 0) == ok, out + err
     return out if ok else err
 

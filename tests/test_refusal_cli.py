@@ -80,7 +80,7 @@ def test_judge_pairs_score(start, answers):
     assert counts['train'] + counts['test'] + counts['left_out'] == 6 and f"train {counts['train']}, test" in said
     pairs = load_pairs(place/'pairs'/'train.jsonl')
     assert len(pairs) == counts['train'] >= 4 and not any(p.problem for p in pairs)
-    said = end(start('ches_score', 'pairs/train.jsonl', '--limit', 4, '--dtype', 'bfloat16', '--out', 'scores'))
+    said = end(start('ches_score', 'pairs/train.jsonl', '--limit', 4, '--dtype', 'float32', '--out', 'scores'))
     assert '4 pairs scored by smollm2-135m' in said and 'flagged: none' in said
 
 def test_wrong_input_is_one_line(start, answers):
