@@ -6,7 +6,7 @@ import pytest
 from commands import run, run_two
 from conftest import save_tiny
 
-from ches_align.audit.pair_scores import COLUMNS
+from ches_align.audit.pair_scores import COLUMNS, NOTES
 from ches_align.audit.scoring import load_scores
 
 @pytest.fixture(scope='module')
@@ -28,7 +28,7 @@ def test_the_same_scores(place):
     made = [t.attrs['manifest'] for t in (shared, apart)]
     assert [m['share_prompt'] for m in made] == [True, False]
     assert 'prompts shared' in made[0]['sharing'] and 'as asked' in made[1]['sharing']
-    assert len(shared) == 54 and list(shared) == list(COLUMNS)
+    assert len(shared) == 54 and list(shared) == list(COLUMNS | NOTES)
     # fp32, other kernels; CHES cancels
     pd.testing.assert_frame_equal(shared, apart, check_exact=False, rtol=1e-3, atol=1e-3)
 

@@ -31,7 +31,7 @@ from .model_checks import behaves_as, behaviour, check_lengths, token_limit
 from .model_identity import differences, number_switches
 from .models import ScoringModel, compile_backbone, load_model, model_now
 from .options import named, one_of, only_with, path_of, whole
-from .pair_scores import COLUMNS, blank_row, score_block
+from .pair_scores import COLUMNS, NOTES, blank_row, score_block
 from .runs import (
     json_bytes, plain, read_object, refuse_sources, refuse_unwritable, write_files, writing)
 from .shared_prompts import Sizes, choose_sharing
@@ -77,9 +77,10 @@ def _check_behaviour(manifest: dict, about: dict, out: Path) -> None:
 # %% ../../nbs/audit/140_scoring.ipynb #fef3a240
 def score_table(
     rows: Sequence[dict[str, Any]], # rows of `blank_row` or `score_block`; none is fine
-) -> pd.DataFrame:                  # `COLUMNS` with their types, by row_id
+) -> pd.DataFrame:                  # `COLUMNS` and `NOTES` with their types, by row_id
     "Rows as a table; the types do not depend on what is in them."
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS).sort_values('row_id', ignore_index=True)
+    types = COLUMNS | NOTES
+    return pd.DataFrame(rows, columns=list(types)).astype(types).sort_values('row_id', ignore_index=True)
 
 def _write_manifest(out: Path, manifest: dict) -> None:
     write_files({out/'manifest.json': json_bytes(manifest)})
@@ -97,7 +98,9 @@ def load_scores(
     except (OSError, ValueError) as e: raise AuditError(f'{path}: unreadable scores ({str(e)[:200]})') from None
     if lost := sorted(set(COLUMNS) - set(frame)):
         raise AuditError(f"{path}: not a table of scores, it lacks {', '.join(lost)}")
-    try: frame = frame.astype(COLUMNS).sort_values('row_id', ignore_index=True)
+    for name, kind in NOTES.items():  # not in a table of somebody else's
+        if name not in frame: frame[name] = 0 if kind == 'int64' else ''
+    try: frame = frame.astype(COLUMNS | NOTES).sort_values('row_id', ignore_index=True)
     except (TypeError, ValueError, OverflowError) as e:
         raise AuditError(f'{path}: not a table of scores, a column has another type ({str(e)[:200]})') from None
     if (twice := frame.row_id.duplicated()).any():

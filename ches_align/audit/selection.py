@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from .data import Pair
 from .files import AuditError
 from .options import one_of, real, whole
-from .pair_scores import COLUMNS
+from .pair_scores import COLUMNS, NOTES
 
 # %% ../../nbs/audit/150_selection.ipynb #a8de0afc
 ORDERS = {  # orders that are no columns
@@ -148,7 +148,7 @@ def strata_codes(
     return codes
 
 # %% ../../nbs/audit/150_selection.ipynb #d3d1f8c2
-OWN = {*COLUMNS, *ORDERS, 'random', 'selected', 'weight', 'reason'}  # what a name means in a table of scores
+OWN = {*COLUMNS, *NOTES, *ORDERS, 'random', 'selected', 'weight', 'reason'}  # what a name means in a table of scores
 
 def merge_extra(
     scores: pd.DataFrame,  # the score table
