@@ -75,12 +75,17 @@ def _check_behaviour(manifest: dict, about: dict, out: Path) -> None:
                          'that folder')
 
 # %% ../../nbs/audit/140_scoring.ipynb #fef3a240
+def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+    "By row_id, every column of its type; notes are empty where a table has none"
+    for name, nothing in dict(prompt_cut=0, detail='').items():
+        frame[name] = frame[name].fillna(nothing) if name in frame else nothing
+    return frame.astype(COLUMNS | NOTES).sort_values('row_id', ignore_index=True)
+
 def score_table(
     rows: Sequence[dict[str, Any]], # rows of `blank_row` or `score_block`; none is fine
 ) -> pd.DataFrame:                  # `COLUMNS` and `NOTES` with their types, by row_id
     "Rows as a table; the types do not depend on what is in them."
-    types = COLUMNS | NOTES
-    return pd.DataFrame(rows, columns=list(types)).astype(types).sort_values('row_id', ignore_index=True)
+    return _typed(pd.DataFrame(rows, columns=list(COLUMNS | NOTES)))
 
 def _write_manifest(out: Path, manifest: dict) -> None:
     write_files({out/'manifest.json': json_bytes(manifest)})
@@ -98,9 +103,7 @@ def load_scores(
     except (OSError, ValueError) as e: raise AuditError(f'{path}: unreadable scores ({str(e)[:200]})') from None
     if lost := sorted(set(COLUMNS) - set(frame)):
         raise AuditError(f"{path}: not a table of scores, it lacks {', '.join(lost)}")
-    for name, kind in NOTES.items():  # not in a table of somebody else's
-        if name not in frame: frame[name] = 0 if kind == 'int64' else ''
-    try: frame = frame.astype(COLUMNS | NOTES).sort_values('row_id', ignore_index=True)
+    try: frame = _typed(frame)
     except (TypeError, ValueError, OverflowError) as e:
         raise AuditError(f'{path}: not a table of scores, a column has another type ({str(e)[:200]})') from None
     if (twice := frame.row_id.duplicated()).any():
