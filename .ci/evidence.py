@@ -1,8 +1,9 @@
-"""Checks that cannot fail: found while a notebook or a test module runs, and by reading.
+"""Checks that cannot fail: found while a notebook runs, and by reading.
 
 `all` of nothing is true, a loop over nothing asserts nothing, and `zip` stops at the shorter of two lists. `Evidence`
-rewrites these where an assertion stands, so that they fail when there was nothing to look at. `blind_checks` finds by
-reading what compares a thing with itself, asserts a constant, or accepts any error.
+rewrites these where an assertion stands in a notebook, so that they fail when there was nothing to look at.
+`blind_checks` finds by reading, in notebooks and tests, what compares a thing with itself, asserts a constant, or
+accepts any error. Neither looks into what a check calls, nor at `np.allclose` and its kin of empty arrays.
 """
 import ast
 import builtins
@@ -60,11 +61,13 @@ class Inside(ast.NodeTransformer):
         elif isinstance(node.func, ast.Name) and node.func.id == 'zip':
             return runtime('zip', node.lineno, *node.args, keywords=node.keywords)
         elif isinstance(node.func, ast.Attribute) and node.func.attr == 'all':
-            node.func.value = runtime('array', node.lineno, node.func.value)
+            if ast.unparse(node.func.value) in ('np', 'numpy', 'torch'):
+                node.args[:1] = [runtime('array', node.lineno, value) for value in node.args[:1]]
+            else: node.func.value = runtime('array', node.lineno, node.func.value)
         return node
 
 class Evidence(ast.NodeTransformer):
-    "Rewrite the checks of a cell or module; register with `install`."
+    "Rewrite the checks of a cell; register with `install`."
     def visit_Assert(self, node):
         node.test = Inside().visit(node.test)
         return node
@@ -74,7 +77,7 @@ class Evidence(ast.NodeTransformer):
 
     def visit_For(self, node):
         self.generic_visit(node)
-        if any(is_check(statement) for statement in node.body):
+        if any(is_check(inner) for statement in node.body for inner in ast.walk(statement)):
             node.iter = runtime('items', node.lineno, Inside().visit(node.iter))
         return node
 

@@ -78,18 +78,19 @@ def _audited(prompts: str, model: str, reward: str, out: Path, read: dict, draw:
              chat: bool | None) -> tuple:
     "Draw, reward, and the table"
     from ches_align.audit.workers import first_alone, processes
-    from ches_align.rl.rewards import load_reward, try_reward
+    from ches_align.rl.rewards import load_reward, reward_identity, try_reward
     from ches_align.rl.sampling import Sampling, load_generator
     from ches_align.rl.spread_audit import audit_spread, load_tasks
     judge, sampling, here = load_reward(reward), Sampling(**draw), processes()
     if here.num_processes > 1: load = load | dict(device=load['device'] or str(here.device))
+    known = reward_identity(judge, reward)  # before it is called: an object may count its calls
     tasks, tried = load_tasks(prompts, **read), run.pop('no_try') or (out/'rewards.jsonl').exists()
     if not tried: first_alone(lambda: try_reward(judge, tasks, reward))  # before a model is loaded
     if draw['top_p'] < 1 or draw['temperature'] != 1:
         print(f"sampled at temperature {draw['temperature']}, top_p {draw['top_p']}: "
               'not the distribution that a policy gradient at temperature 1 sees')
     return audit_spread(load_generator(model, **load), tasks, judge, sampling, out=out, name=reward, chat=chat,
-                        try_first=False, **run)
+                        try_first=False, known=known, **run)
 
 def _dumped(prompts: str, split: str | None, limit: int | None, names: dict[str, str]) -> list[dict]:
     "Rewards that are there, all of them of the first so many prompts"

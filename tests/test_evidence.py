@@ -21,12 +21,14 @@ VACUOUS = [
     'for a, b in zip([1], [1, 2]): assert a == b',
     'import numpy as np\nassert (np.zeros(0) < 1).all()',
     'import torch\nassert (torch.zeros(0) < 1).all()',
+    'import torch\nassert torch.all(torch.zeros(0) < 1)', 'for x in []:\n    if x: assert x > 0',
     'import pandas as pd\nassert (pd.DataFrame(dict(a=[])).a < 1).all()',
     'def test_eq(a, b): assert a == b\ntest_eq(all(x for x in []), True)',
 ]
 SOUND = [
     'assert all(x > 0 for x in [1])', 'assert not any(x < 0 for x in (1,))', 'for x in [1]: assert x > 0',
-    'assert all(a == b for a, b in zip([1, 2], [1, 2]))', 'import torch\nassert (torch.zeros(2) < 1).all()',
+    'assert all(a == b for a, b in zip([1, 2], [1, 2]))',
+    'import torch\nassert (torch.zeros(2) < 1).all()', 'import torch\nassert torch.all(torch.ones(2) > 0)',
     'import itertools\nassert all(a >= 0 for a, b in zip(itertools.count(), [1]))', 'assert not []',
     'for x in []: print(x)', 'xs = [all(()), *zip([1], [1, 2])]',
 ]

@@ -53,7 +53,8 @@ def test_right_ones_pass(kind, dtype): assert check(build(*RIGHT[kind], dtype)) 
 
 class Words:
     "As much of a tokenizer as scoring asks for: a word is its number"
-    eos_token_id, all_special_ids, added_tokens_decoder, chat_template, special_tokens_map = 2, [2], {}, None, {}
+    eos_token, eos_token_id, all_special_ids = ' 2', 2, [2]
+    added_tokens_decoder, chat_template, special_tokens_map = {}, None, {}
     def __call__(self, texts, add_special_tokens=True):
         class Found: input_ids = [[int(w) for w in text.split()] for text in texts]
         return Found

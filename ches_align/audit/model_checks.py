@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fixed_precision', 'unwrapped', 'inner_model', 'AdapterState', 'adapter_state', 'LengthRule', 'length_rules',
            'length_key', 'forget_lengths', 'token_limit', 'trial_rows', 'trial_width', 'product_error', 'check_model',
-           'check_lengths', 'behaviour', 'behaves_as']
+           'stated_length', 'check_lengths', 'behaviour', 'behaves_as']
 
 # %% ../../nbs/audit/115_model_checks.ipynb #04a715da
 import sys
@@ -404,6 +404,18 @@ def check_model(
     return f"its adapter is switched off ({', '.join(off)}): the base model is scored" if off else ''
 
 # %% ../../nbs/audit/115_model_checks.ipynb #aa240db6
+def stated_length(
+    config: Any, # of the language model
+) -> int | None: # tokens that it was made for; None: not said
+    "Read the longest sequence of a config, under each of its names."
+    stated = (getattr(config, name, None) for name in ('max_position_embeddings', 'max_seq_len'))
+    return next((n for n in stated if isinstance(n, int)), None)
+
+def _positions(table: nn.Embedding) -> int:
+    "Tokens that a table of learned positions has room for: some families keep its first rows for other things"
+    if table.padding_idx is not None: return table.num_embeddings - table.padding_idx - 1
+    return table.num_embeddings - int(getattr(table, 'offset', 0))
+
 def check_lengths(
     model: nn.Module,    # a Transformers model that `check_model` has passed
     backbone: nn.Module, # the part of it that gives hidden states
@@ -414,13 +426,16 @@ def check_lengths(
 ) -> None:
     "Raise `AuditError` when the longest row cannot be read, or when the length of a row changes its first states."
     if longest <= trial_width(model): return
-    for where, table in model.named_modules():
+    for where, table in backbone.named_modules():
+        if any(part in where for part in ('vision', 'visual', 'image', 'audio')): continue  # not of the text
         named = any(part in where.split('.')[-1] for part in ('wpe', 'position', 'pos_emb'))
-        if named and isinstance(table, nn.Embedding) and table.num_embeddings < longest:
-            raise AuditError(f'model {name}: a row has {longest} tokens and {where} {table.num_embeddings} positions: '
-                             f'give --max_length {table.num_embeddings} or less')
+        if named and isinstance(table, nn.Embedding) and _positions(table) < longest:
+            raise AuditError(f'model {name}: a row has {longest} tokens and {where} {_positions(table)} positions: '
+                             f'give --max_length {_positions(table)} or less')
+    beyond = longest > (stated_length(model.config.get_text_config()) or longest)
     homes = {type(module).__module__.split('.')[0] for module in model.modules()}
-    if homes <= {'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate'} and 2 * longest > .02 * total: return
+    known = homes <= {'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate'}
+    if known and not beyond and 2 * longest > .02 * total: return
     row, half = trial_rows(model, head, longest, 1)[0], longest // 2
     try:
         with fixed_precision():

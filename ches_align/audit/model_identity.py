@@ -70,7 +70,7 @@ def weights_hash(
 NAMES = {'_name_or_path', 'name_or_path', '_commit_hash', 'transformers_version', 'architectures', 'auto_map', 'dtype',
          'torch_dtype', 'use_cache', 'return_dict', 'output_attentions', 'output_hidden_states', 'id2label', 'label2id',
          'problem_type', 'base_model_name_or_path', 'revision', 'inference_mode', 'peft_version', 'auto_mapping',
-         'task_type', 'runtime_config', 'parent_library'}
+         'task_type', 'runtime_config', 'parent_library', 'pad_token_id', 'lora_dropout'}
 
 def text_hash(
     text: str,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .adapters import (
     ModelParts, load_tokenizer, loading_errors, model_parts, put_adapter, stored_shapes)
 from .files import AuditError
-from .model_checks import check_model, fixed_precision, inner_model
+from .model_checks import check_model, fixed_precision, inner_model, stated_length
 from .model_files import LoadError, check_device
 from .model_identity import adapter_identity, config_identity, weights_hash
 from ..theory.ches import Head
@@ -173,7 +173,7 @@ class ScoringModel:
     def device(self) -> torch.device: return self.head.weight.device
     @property
     def max_length(self) -> int | None: # the longest sequence that it was made for, in tokens
-        return getattr(self.model.config.get_text_config(), 'max_position_embeddings', None)
+        return stated_length(self.model.config.get_text_config())
 
 # %% ../../nbs/audit/120_models.ipynb #55dd4887
 def wrap_model(
@@ -211,7 +211,9 @@ def _text_hash(text: str | dict | None) -> str | None:
 
 def _tokenizer_text(tokenizer: Any) -> str:
     fast, special = getattr(tokenizer, 'backend_tokenizer', None), json.dumps(tokenizer.special_tokens_map, default=str)
-    return special + (fast.to_str() if fast is not None else json.dumps(sorted(tokenizer.get_vocab().items())))
+    if fast is None: return special + json.dumps(sorted(tokenizer.get_vocab().items()))
+    told = json.loads(fast.to_str()) | dict(padding=None, truncation=None)  # left there by whoever used it last
+    return special + json.dumps(told, sort_keys=True)
 
 # %% ../../nbs/audit/120_models.ipynb #15f4bffc
 def _automatic(config: Any, adapter: Path | None = None) -> list[Any]:

@@ -85,15 +85,12 @@ def read_object(
 
 # %% ../../nbs/audit/101_runs.ipynb #ea7ee46b
 def _read_by(source: Any) -> tuple[list[Path], list[Path]]:
-    "Files that a source is, and folders of which it reads the data files; none for what is no path"
+    "Files that a source is, and the folder whose data files it reads at any depth; none for what is no path"
     if not isinstance(source, (str, os.PathLike)): return [], []
     try:
         path = Path(source).expanduser()
-        folders = [f for f in (path, path/'data') if f.is_dir()]
-        if not folders: return [path], []
-        files = [f for folder in folders for f in folder.iterdir() if _is_data(f)]
-        if any((path/name).exists() for name in ('dataset_dict.json', 'state.json')): files += path.rglob('*.arrow')
-        return files, folders
+        if not path.is_dir(): return [path], []
+        return [file for file in path.rglob('*') if _is_data(file)], [path]
     except (OSError, RuntimeError, ValueError): return [], []  # who reads it says what is wrong with it
 
 def _is_data(path: Path) -> bool:
@@ -103,6 +100,11 @@ def _is_data(path: Path) -> bool:
 def _same(a: Path, b: Path) -> bool:
     "One file, or one folder, under whatever names"
     try: return a.resolve() == b.resolve() or (a.exists() and b.exists() and os.path.samefile(a, b))
+    except (OSError, RuntimeError): return False
+
+def _is_below(path: Path, folder: Path) -> bool:
+    "In the folder or in one within it, under whatever names"
+    try: return path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError): return False
 
 def refuse_sources(
@@ -115,7 +117,7 @@ def refuse_sources(
         for files, folders in known:
             if any(_same(target, file) for file in files):
                 raise AuditError(f'{target} is read by this command and would be written over: name another --out')
-            if _is_data(target) and any(_same(target.parent, folder) for folder in folders):
+            if _is_data(target) and any(_is_below(target, folder) for folder in folders):
                 raise AuditError(f'{target} would lie in a folder of which all files are read as data: '
                                  'name another --out')
 

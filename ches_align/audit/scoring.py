@@ -227,7 +227,7 @@ def score_dataset(
     limit = token_limit(lm.model, lm.head)
     with token_store(pairs, lm.tokenizer, max_length, convention, progress=progress, limit=limit) as store:
         _check_tokens(lm, store, limit)
-        shares, says = choose_sharing(lm, store.sizes, share_prompt)
+        shares, says = choose_sharing(lm, store.sizes, share_prompt, batch_tokens)
         settings = dict(convention=convention, head=head, batch_tokens=batch_tokens, share_prompt=shares)
         plan, form = plan_shards(store.sizes, by_prompt=shares), 'text' if store.has_text else 'messages'
         fixed = {k: v for k, v in settings.items() if k != 'batch_tokens'}  # it decides on memory, not on a score

@@ -162,7 +162,8 @@ def largest_difference(
     expected: Sequence[tuple[Tensor, ...]], # the same, made another way
 ) -> float:                                 # of a response, relative to the norm of what is expected
     "How far two ways of reading responses are apart."
-    return max(((p - q).float().norm()/q.float().norm()).item() for s, t in zip(found, expected) for p, q in zip(s, t))
+    apart = [((p - q).float().norm()/q.float().norm()).item() for s, t in zip(found, expected) for p, q in zip(s, t)]
+    return max(apart, default=0.)
 
 # %% ../../nbs/audit/132_shared_prompts.ipynb #8d1f62bf
 class Shape(NamedTuple):
@@ -170,6 +171,16 @@ class Shape(NamedTuple):
     prompt: int
     first: int  # the response that stands between the prompt and the second one
     second: int
+    width: int = 0 # of the whole row, filled up with responses as long as the first; 0: these two alone
+
+def _trial_pairs(ids: list[int], shape: Shape) -> list[EncodedPair]:
+    "Pairs of one prompt that fill a row: two responses as the shape says, then more of the first one's length"
+    ends = [shape.prompt, shape.prompt + shape.first, shape.prompt + shape.first + shape.second]
+    ends += [*range(ends[-1] + shape.first, len(ids), shape.first), len(ids)] if len(ids) > ends[-1] else []
+    responses = [ids[a:b] for a, b in zip(ends[:-1], ends[1:])]
+    if len(responses) % 2: responses.append(responses[0])
+    both = zip(responses[::2], responses[1::2])
+    return [EncodedPair(k, '', 'ok', ids[:shape.prompt], *two) for k, two in enumerate(both)]
 
 def can_share_prompt(
     lm: ScoringModel,             # from `load_model`
@@ -179,18 +190,19 @@ def can_share_prompt(
     windows = _windows(lm)
     if other := sorted(set(windows) - {'full_attention', 'sliding_attention'}):
         return f'the model has layers of the kind {other[0]}'
-    ids, ends = trial_rows(lm.model, lm.head, sum(shape), 1)[0], (shape.prompt, shape.prompt + shape.first)
-    trial = [EncodedPair(0, '', 'ok', ids[:ends[0]], ids[ends[0]:ends[1]], ids[ends[1]:])]
+    width = max(shape.width, shape.prompt + shape.first + shape.second)
+    trial = _trial_pairs(trial_rows(lm.model, lm.head, width, 1)[0], shape)
     try:
-        with fixed_precision(): packed, apart = (pair_states(lm, trial, share, sum(shape)) for share in (True, False))
-    except torch.OutOfMemoryError: return f'no memory for a row of {sum(shape)} tokens'
+        with fixed_precision(): packed, apart = (pair_states(lm, trial, share, width) for share in (True, False))
+    except torch.OutOfMemoryError: return f'no memory for a row of {width} tokens'
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as e:  # it takes no masks or positions
         return f'the model takes no mask of its own ({type(e).__name__})'
-    near, far = (largest_difference([(p,)], [(q,)]) for p, q in zip(packed[0], apart[0]))
+    near = largest_difference([packed[0][:1]], [apart[0][:1]])
+    far = max(largest_difference([packed[0][1:]], [apart[0][1:]]), largest_difference(packed[1:], apart[1:]))
     wide = dtype_is_wide(lm)  # the first response stands as it would alone: it shows the rounding of 16 bits
     limit = 2e-4 if wide else min(5e-2, max(2e-2, 4 * near))
     if max(near if wide else 0, far) < limit and near < 5e-2: return ''
-    return f'self-test: packed states are off by {max(near, far):.1%} in a row of {sum(shape)} tokens'
+    return f'self-test: packed states are off by {max(near, far):.1%} in a row of {width} tokens'
 
 def dtype_is_wide(lm: ScoringModel) -> bool: return lm.head.weight.dtype in (torch.float32, torch.float64)
 
@@ -238,6 +250,7 @@ def choose_sharing(
     lm: ScoringModel,      # from `load_model`
     sizes: Sizes,          # of the whole data set
     wish: str = 'auto',    # one of `SHARE`; 'yes' asks whether it holds, not whether it pays
+    batch_tokens: int | None = None, # as for `stream_states`: so wide a row of many pairs may be
 ) -> tuple[bool, str]:     # compute prompts once in this run? And a sentence that says why
     "Does it hold for the model, and does it pay for the data? Raises `AuditError` for an unknown wish."
     if wish not in SHARE: raise AuditError(f"share_prompt {wish!r}: one of {', '.join(SHARE)}")
@@ -247,15 +260,23 @@ def choose_sharing(
     pays = saved > (.08 if dtype_is_wide(lm) else .15)
     if lm.device.type != 'cpu': pays = saved > .15 and sizes.width[sizes.ok].max(initial=0) <= 2048
     if wish == 'auto' and not pays: return False, f'each response apart: too little to share ({says})'
-    if why := _trial(lm, sizes): return False, f'each response apart: {why}'
+    if why := _trial(lm, sizes, batch_tokens or default_budget(lm)): return False, f'each response apart: {why}'
     return True, f'prompts shared: {says}'
 
-def _trial(lm: ScoringModel, sizes: Sizes) -> str:
+def _widest(sizes: Sizes, budget: int) -> int:
+    "Tokens of the widest row that these pairs can make: one pair, or all pairs of a prompt within the budget"
+    ok = sizes.ok
+    _, firsts, group = np.unique(sizes.prompt_key[ok], return_index=True, return_inverse=True)
+    together = sizes.prompt[ok][firsts] + np.bincount(group, sizes.chosen[ok] + sizes.rejected[ok]).astype(int)
+    return int(max(sizes.width[ok].max(), np.minimum(together, budget).max()))
+
+def _trial(lm: ScoringModel, sizes: Sizes, budget: int) -> str:
     "As `can_share_prompt`, in the widest row that these pairs can make"
     if not sizes.ok.any(): return can_share_prompt(lm)
-    width, longest = int(sizes.width[sizes.ok].max()), int(sizes.length[sizes.ok].max())
+    pair, longest = (int(x[sizes.ok].max()) for x in (sizes.width, sizes.length))
+    width = _widest(sizes, budget)
     most = 4096 if lm.device.type == 'cpu' else 16384
-    if width > most: return f'the widest pair has {width} tokens, more than a trial may read ({most})'
+    if width > most: return f'the widest row has {width} tokens, more than a trial may read ({most})'
     first = int(np.maximum(sizes.chosen, sizes.rejected)[sizes.ok].max())
     prompt = max(1, longest - first)
-    return can_share_prompt(lm, Shape(prompt, first, max(1, min(first, width - prompt - first))))
+    return can_share_prompt(lm, Shape(prompt, first, max(1, min(first, pair - prompt - first)), width))

@@ -12,10 +12,11 @@ import math
 import random
 import re
 import unicodedata
+import warnings
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
-from ..audit.data import parse_dialogue
+from ..audit.data import message_text, parse_dialogue
 from ..audit.files import AuditError, read_rows
 from ..audit.runs import json_bytes, plain, write_files
 from .judges import as_refused
@@ -137,8 +138,9 @@ def _make_pair(two: list[dict], scored: list[tuple], seed: int, gold: dict, ques
 # %% ../../nbs/refusal/360_preferences.ipynb #fe3fc954
 def _words(prompt: Any) -> str:
     "A prompt without case, white space and punctuation, whether it is a text or messages"
-    turns = [prompt] if isinstance(prompt, str) else [str(m.get('content', m)) for m in prompt]
+    turns = [prompt] if isinstance(prompt, str) else [message_text(m) for m in prompt]
     text = unicodedata.normalize('NFKC', ' '.join(turns)).casefold()
+    text = ''.join(c for c in text if unicodedata.category(c) != 'Cf')  # zero-width marks
     return ' '.join(re.findall(r'\w+', text)) or ' '.join(text.split())
 
 def question_hashes(
@@ -152,7 +154,8 @@ def question_hashes(
     seen: dict[tuple, int] = {}
     for i, row in enumerate(rows):
         keys = [('words', _words(row['prompt']))]
-        if row.get('id') is not None: keys.append(('id', str(row['id'])))
+        name = str(row.get('id', '')).strip()
+        if name not in ('', 'None', 'nan', 'NaN', '<NA>', 'NaT'): keys.append(('id', name))
         for key in keys: group[root(seen.setdefault(key, i))] = root(i)
     smallest: dict[int, str] = {}
     for i, row in enumerate(rows):
@@ -224,6 +227,8 @@ def write_preferences(
         raise AuditError(f'all {len(usable)} pairs ask one question (id {usable[0]["id"]}): give each question an id '
                          'of its own, or leave id out')
     held = split_prompts([p['prompt_hash'] for p in usable], test, seed)
+    if test and not held: warnings.warn(f'no pair is held out: {test:g} of {len({p["prompt_hash"] for p in usable})} '
+                                        'questions is less than one')
     files: dict[str, list] = {name: [] for name in ('train', 'test', 'left_out', 'gold_train', 'gold_test')}
     for p in pairs:
         part = 'left_out' if not p['use'] else 'test' if p['prompt_hash'] in held else 'train'

@@ -6,17 +6,33 @@
 __all__ = ['is_user_file', 'callable_name', 'source_identity']
 
 # %% ../../nbs/rl/312_source_identity.ipynb #c0de0003
+import ast
 import functools
 import hashlib
 import sys
 import sysconfig
 import types
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Callable
 
 from datasets.fingerprint import Hasher
+from datasets.utils._dill import Pickler
 
 from ..audit.files import __file__ as _FILES
+
+# %% ../../nbs/rl/312_source_identity.ipynb #2364c8f7
+def _save_frozenset(pickler: Any, values: frozenset) -> None:
+    pickler.save_reduce(frozenset, (sorted(values, key=repr),), obj=values)
+
+def _hash(value: Any) -> str:
+    "As `Hasher.hash`, and with the set literals of a function in a fixed order: theirs changes from process to process"
+    before = Pickler.dispatch.get(frozenset)
+    Pickler.dispatch[frozenset] = _save_frozenset
+    try: return Hasher.hash(value)
+    finally:
+        if before is None: del Pickler.dispatch[frozenset]
+        else: Pickler.dispatch[frozenset] = before
 
 # %% ../../nbs/rl/312_source_identity.ipynb #c0de0011
 _LIBRARIES = [Path(sysconfig.get_path(place)).resolve() for place in ('stdlib', 'purelib', 'platlib')]
@@ -32,14 +48,24 @@ def is_user_file(
 
 def _source_file(name: str | None) -> Path | None:
     "The file of a module of the user or of this package; None: a library, or no file"
-    file = getattr(sys.modules.get(name or ''), '__file__', None)
-    if name == '__main__' or not file or not file.endswith('.py'): return None
+    if not name or name == '__main__': return None
+    file = getattr(sys.modules.get(name), '__file__', None)
+    if name not in sys.modules and '.' not in name:  # imported when the function is called
+        file = getattr(PathFinder.find_spec(name), 'origin', None)
+    if not file or not file.endswith('.py'): return None
     path = Path(file).resolve()
     return path if is_user_file(path) or path.is_relative_to(_PACKAGE) else None
 
 def _module_name(value: Any) -> str:
     "Of a module, or of what defines a function or class"
     return value.__name__ if isinstance(value, types.ModuleType) else getattr(value, '__module__', None) or ''
+
+def _imports(content: bytes) -> set[str]:
+    "Modules that a file imports, within its functions too"
+    try: nodes = list(ast.walk(ast.parse(content)))
+    except (SyntaxError, ValueError): return set()
+    return ({alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+            | {node.module or '' for node in nodes if isinstance(node, ast.ImportFrom)})
 
 def _module_files(
     names: set[str], # of modules
@@ -51,10 +77,10 @@ def _module_files(
         name = todo.pop()
         path = _source_file(name)
         if path is None or name in found: continue
-        found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        content = path.read_bytes()
+        found[name] = hashlib.sha256(content).hexdigest()
         if not is_user_file(path): continue
-        for value in vars(sys.modules[name]).values():
-            todo.add(_module_name(value))
+        todo |= _imports(content) | set(map(_module_name, vars(sys.modules.get(name, object)).values()))
     return found
 
 # %% ../../nbs/rl/312_source_identity.ipynb #c0de0017
@@ -84,6 +110,7 @@ def _modules_of(function: Any) -> set[str]:
         if id(value) in seen: continue
         seen[id(value)] = value
         names.add(_module_name(value))
+        if isinstance(value, types.FunctionType): names |= set(value.__code__.co_names)  # what it imports is among them
         if callable(value) and not isinstance(value, type): todo += _parts(value)
     return names
 
@@ -93,9 +120,9 @@ def source_identity(
     "Hash a callable's code and settings: the same in every process of one Python version."
     told, unseen = getattr(function, 'identity', None), []
     content: Any = function if told is None or callable(told) else (type(function), told)
-    try: digest = Hasher.hash(content)
+    try: digest = _hash(content)
     except Exception as e:  # whatever the parts of an object raise when they are to be pickled
         unseen = [f"the settings of {callable_name(function)} ({' '.join(str(e).split())[:100] or type(e).__name__})"]
-        digest = Hasher.hash(type(function))
+        digest = _hash(type(function))
     files = sorted(_module_files(_modules_of(function)).items())
-    return dict(name=callable_name(function), source=Hasher.hash([digest, files])[:16], unseen=unseen)
+    return dict(name=callable_name(function), source=_hash([digest, files])[:16], unseen=unseen)

@@ -121,6 +121,7 @@ def audit_spread(
     name: str = '',                # of the reward, for the manifest
     group: int = 8,                # responses in a group of the training to come, for the chance of a gradient
     try_first: bool = True,        # call the reward on made-up responses before anything is drawn
+    known: tuple | None = None,    # `reward_identity`, where the reward was called before; None: taken here
     progress: bool = True,         # a bar, on a terminal
     **generation: Any,             # for `generate_responses`: batch_tokens, engine, chat
 ) -> tuple[pd.DataFrame, list[dict]]: # `spread_table`, and a row a response
@@ -128,7 +129,7 @@ def audit_spread(
     _check_plan(first, most, group, threshold)
     tasks, repeated = distinct_tasks(list(tasks))
     if repeated: warnings.warn(f'{repeated} tasks repeat an earlier one; each is asked once')
-    named, unseen = reward_identity(reward, name)
+    named, unseen = known or reward_identity(reward, name)
     with main_writer(out) as folder:
         identity = dict(sampling=asdict(replace(sampling, count=1)), first=first, most=most, threshold=threshold,
                         value_range=value_range, alpha=alpha, tasks=prompt_hash([prompt_hash(plain(t)) for t in tasks]),
