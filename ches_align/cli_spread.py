@@ -160,8 +160,6 @@ def ches_reward_std(
     TRL's output folder, verl's or OpenRLHF's files, or a table."""
     with one_line('ches_reward_std'), _plain_warnings():
         names = _named(columns, reward)
-        if against and not (Path(against).expanduser()/'table.csv').is_file():
-            raise AuditError(f'--against {against}: no table of ches_reward_std')
         value_range = _range(low, high)
         real('threshold', threshold, 0, 1, above=True)
         whole('samples', samples, 2)
@@ -173,6 +171,8 @@ def ches_reward_std(
         for name, value in dict(device=device, revision=revision, batch_tokens=batch_tokens, chat=chat,
                                 no_chat=no_chat).items(): only_with(name, value, reward, '--reward')
         folder = _check_places(prompts, out, reward, against)
+        if against and not (Path(against).expanduser()/'table.csv').is_file():
+            raise AuditError(f'--against {against}: no table of ches_reward_std')
         _quiet()
         from ches_align.audit.workers import leave, processes
         from ches_align.rl.spread_audit import write_spread
