@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 import transformers.integrations.integration_utils as utils
 
+from ches_align.audit.files import AuditError
 from ches_align.audit.model_files import model_source
 from ches_align.rl.spread_watch import SpreadCallback, SpreadWatch, read_rollouts, watch_reward
 
@@ -133,3 +134,44 @@ def test_trl_log_is_read(tmp_path):
     else: assert 'groups of 2' in heard[1], heard  # by chance smaller blocks fit too
     alone = read_rollouts(tmp_path, dict(reward='level_pays'), SpreadWatch((0, 1), {}, tell=heard.append))
     assert len(alone.steps) == 3
+
+
+def always_one(completions, log_extra, **_):
+    log_extra('length', [float(i) for i, _ in enumerate(completions)])
+    return [1.]*len(completions)
+
+
+def odd(completions, log_extra, **_):
+    log_extra('length', [float(i) for i, _ in enumerate(completions)])
+    return [float(len(c) % 2) for c in completions]
+
+
+def even(completions, **_): return [1. - len(c) % 2 for c in completions]
+
+
+@pytest.mark.parametrize('scale', ['group', 'batch', 'none'])
+@pytest.mark.parametrize('rewards', [[always_one], [odd]])
+def test_numbers_beside_the_rewards_are_none(tmp_path, rewards, scale):
+    data = [dict(prompt=f'task {i}') for i in range(8)]
+    trainer = trained(tmp_path, rewards, data, log_completions=True, scale_rewards=scale)
+    heard = []
+    watch = read_rollouts(tmp_path, watch=SpreadWatch((0, 1), {}, tell=heard.append))
+    lines = [line for line in trainer.state.log_history if 'reward' in line]
+    assert heard[0].endswith(f'reward={rewards[0].__name__}') and len(lines) == 3, heard
+    assert watch.table()['mean'].tolist() == pytest.approx([line['reward'] for line in lines])
+    if scale != 'batch':  # there TRL counts batches
+        assert watch.table().zero.tolist() == [line['frac_reward_zero_std'] for line in lines]
+
+
+@pytest.mark.parametrize('weights', [[1, 3], [-1, -1], [0, 1]])
+def test_weights_are_named_or_the_log_is_refused(tmp_path, weights):
+    data = [dict(prompt=f'task {i}') for i in range(8)]
+    trainer = trained(tmp_path, [odd, even], data, log_completions=True, reward_weights=list(map(float, weights)))
+    lines = [line for line in trainer.state.log_history if 'reward' in line]
+    if weights != [-1, -1]:  # a constant sum
+        with pytest.raises(AuditError, match='follow from no sum of odd, even, length: name the rewards'):
+            read_rollouts(tmp_path)
+    named = dict(reward=f'odd*{weights[0]}+even*{weights[1]}')
+    watch = read_rollouts(tmp_path, named, SpreadWatch(limits={}, tell=lambda text: None))
+    assert watch.table().zero.tolist() == [line['frac_reward_zero_std'] for line in lines] and len(lines) == 3
+    assert watch.table()['mean'].tolist() == pytest.approx([line['reward'] for line in lines])

@@ -84,6 +84,27 @@ def _accepted(reward: Reward, columns: dict[str, Any], own: dict[str, Any]) -> d
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()): return columns | own
     return columns | {k: v for k, v in own.items() if k in parameters}
 
+# %% ../../nbs/rl/320_rewards.ipynb #c4f10703
+_LOADED_FROM: list[str] = []  # folders of the modules that rewards were loaded from, the latest first
+
+@contextmanager
+def _lazy_imports() -> Iterator[None]:
+    "What a loaded reward imports as it is called is found beside its module, after everything else"
+    folders, written = list(_LOADED_FROM), sys.dont_write_bytecode
+    sys.path.extend(folders)
+    if folders: sys.dont_write_bytecode = True
+    try: yield
+    finally:
+        sys.dont_write_bytecode = written
+        for folder in folders:
+            last = len(sys.path) - 1 - sys.path[::-1].index(folder) if folder in sys.path else None
+            if last is not None: del sys.path[last]
+
+def _loaded_from(head: str) -> None:
+    "Remember the folder of a module or file"
+    folders = [str(Path(head).expanduser().resolve().parent)]*head.endswith('.py') + [os.getcwd()]
+    _LOADED_FROM[:] = dict.fromkeys([*folders, *_LOADED_FROM])
+
 # %% ../../nbs/rl/320_rewards.ipynb #c1de0001
 def _called(reward: Reward, prompts: list, completions: list[str], ids: Sequence | None, step: int,
             columns: dict[str, list]) -> list:
@@ -93,11 +114,12 @@ def _called(reward: Reward, prompts: list, completions: list[str], ids: Sequence
                trainer_state=TrainerState(global_step=step),
                log_extra=lambda column, values: None, log_metric=lambda name, value: None)
     columns = {k: v for k, v in columns.items() if k not in ('prompt', 'completion', *own)}
-    made = reward(prompts=prompts, completions=said, **_accepted(reward, columns, own))
-    if inspect.isawaitable(made): made = asyncio.run_coroutine_threadsafe(_awaited(made), _event_loop()).result()
-    if made is None or isinstance(made, (str, bytes, dict)):
-        raise TypeError(f'the reward gave {str(made)[:40]!r}, not a list')
-    made = list(made)
+    with _lazy_imports():
+        made = reward(prompts=prompts, completions=said, **_accepted(reward, columns, own))
+        if inspect.isawaitable(made): made = asyncio.run_coroutine_threadsafe(_awaited(made), _event_loop()).result()
+        if made is None or isinstance(made, (str, bytes, dict)):
+            raise TypeError(f'the reward gave {str(made)[:40]!r}, not a list')
+        made = list(made)
     if len(made) == len(completions): return made
     raise _WrongLength(f'{len(made)} values for {len(completions)} completions')
 
@@ -317,6 +339,7 @@ def load_reward(
     except AttributeError as e: raise AuditError(f'reward {name!r}: {_reason(e)}') from None
     if not callable(found): raise AuditError(f'reward {name!r}: not a function')
     if inspect.isclass(found): raise AuditError(f'reward {name!r}: a class; name an object of it')
+    _loaded_from(head)
     return found
 
 def _unknown(name: str, why: str = '') -> AuditError:
@@ -434,12 +457,13 @@ def try_reward(
     columns, known = reward_columns([task]*2, tasks), task.get('answer')
     _check_reward_columns(columns)
     def attempt(texts: list[str]) -> str:
-        "What a call raises, or nothing"
+        "What a call raises or gives instead of numbers, or nothing"
         some = {k: v[:len(texts)] for k, v in columns.items()}
-        try: _called(reward, [task['prompt']]*len(texts), texts, None, 0, some)
+        try: made = _called(reward, [task['prompt']]*len(texts), texts, None, 0, some)
         except _WrongLength as e: return str(e)
         except Exception as e: return f'{_reason(e)}{_place(e)}'  # a reward may raise anything
-        return ''
+        wrong = [_number(x)[1] for x in made if x is not None]
+        return wrong[0] if len(wrong) == len(texts) and all(wrong) else ''
     texts = ['An answer.', known if isinstance(known, str) and known else 'Another answer.']
     problem = attempt(texts)
     if not problem or ' values for ' not in problem and not all(attempt([text]) for text in texts): return

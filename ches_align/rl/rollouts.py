@@ -66,15 +66,23 @@ def _chosen(columns: list[str], names: dict[str, str], rows: list[dict], where: 
     "Which column has which role"
     found = {role: next((c for c in usual if c in columns), '') for role, usual in ROLES.items()} | names
     found = {role: c for role, c in found.items() if c and role != 'task'}
-    if 'reward' not in found and 'advantage' in columns:  # TRL: a column a reward function
-        known = {*found.values(), *(c for usual in ROLES.values() for c in usual), 'advantage'}
-        found['reward'] = '+'.join(c for c in columns if c not in known and _is_numeric(c, rows))
+    if 'reward' not in names and 'advantage' in columns and found.get('prompt') in columns:
+        found['reward'] = _trl_rewards(columns, found, rows, where)
     has = ', '.join(sorted(columns)) or 'none'
     for role, column in found.items():
-        for part in column.split('+') if role == 'reward' else [column]:
+        for part in [c for c, _ in _terms(column, columns)] if role == 'reward' else [column]:
             if part not in columns: raise AuditError(f'{where}: no column {part or role}; the columns are {has}')
     for role in ('prompt', 'reward'):
         if role not in found: raise AuditError(f'{where}: no {role} column; name it ({role}=COLUMN) of {has}')
+    return found
+
+def _terms(text: str, columns: list[str]) -> list[tuple[str, float]]:
+    "Columns and their weights in 'a+b' or 'a*1+b*-0.5'"
+    found = []
+    for part in text.split('+'):
+        column, star, weight = part.rpartition('*')
+        weighted = star and part not in columns and re.fullmatch(r'\s*-?(\d+\.?\d*|\.\d+)\s*', weight)
+        found.append((column, float(weight)) if weighted else (part, 1.))
     return found
 
 def _is_numeric(column: str, rows: list[dict]) -> bool:
@@ -90,10 +98,10 @@ def _reward_cell(value: Any) -> tuple[float | None, str]:
     except (TypeError, ValueError, AttributeError): return None, f'{str(value)[:40]!r} is no number'
     return (number, '') if math.isfinite(number) else (None, f'{value} is no number')
 
-def _total(row: dict, columns: str) -> tuple[float | None, str]:
-    "The sum of the rewards that a row has"
-    cells = [_reward_cell(row.get(c)) for c in columns.split('+')]
-    known = [value for value, _ in cells if value is not None]
+def _total(row: dict, terms: list[tuple[str, float]]) -> tuple[float | None, str]:
+    "The sum of the rewards that a row has, each times its weight"
+    cells = [(*_reward_cell(row.get(column)), weight) for column, weight in terms]
+    known = [value*weight for value, _, weight in cells if value is not None]
     return (math.fsum(known), '') if known else (None, cells[0][1])
 
 # %% ../../nbs/rl/322_rollouts.ipynb #c3de0012
@@ -115,11 +123,12 @@ def rollout_rows(
     if hashed: raw = [dict(prompt=None) | row for row in raw]
     columns = list(dict.fromkeys(k for row in raw for k in row))
     found = _chosen(columns, names, raw, where)
-    mapped, rows = {c for column in found.values() for c in (column, *column.split('+'))}, []
+    terms, rows = _terms(found['reward'], columns), []
+    mapped = {*found.values(), *(column for column, _ in terms)}
     for (place, number, _), row in zip(located, raw):
         if row.get(found['prompt']) is None and not hashed:
             raise AuditError(f"{place}: no prompt ({found['prompt']}); it has {', '.join(sorted(map(str, row)))}")
-        value, error = _total(row, found['reward'])
+        value, error = _total(row, terms)
         if row.get('reward_error') and value is None: error = row['reward_error']
         made = {k: v for k, v in row.items() if k not in mapped}
         made |= {role: row.get(column) for role, column in found.items() if role != 'reward'}
@@ -135,35 +144,72 @@ def rollout_rows(
     if failed: told.append(f'{len(failed)} of {len(rows)} rewards are no numbers, the first in {failed[0]}')
     if task := names.get('task'):
         for row, name in zip(rows, name_tasks(rows, task.split('+'))[0]): row['task_hash'] = name
-    elif 'advantage' in columns: told += _trl_groups(rows)
+    elif 'advantage' in columns: told += _trl_groups(rows, found['reward'])
     return rows, told
 
 # %% ../../nbs/rl/322_rollouts.ipynb #c3de0014
-def _trl_groups(rows: list[dict]) -> list[str]:
-    "Name the groups of TRL's log in `task_hash`; what was decided"
+def _trl_rewards(columns: list[str], found: dict[str, str], rows: list[dict], where: str) -> str:
+    "The columns of TRL's log that the advantages follow from: as many of the first as are rewards"
+    usual = found.get('reward')
+    others = {*(c for role, names in ROLES.items() if role != 'reward' for c in names), 'advantage'}
+    others |= {column for role, column in found.items() if role != 'reward'}
+    numeric = [c for c in columns if c not in others and _is_numeric(c, rows)]
+    tried = ['+'.join(numeric[:k]) for k in range(len(numeric), 0, -1)]
+    if usual and usual not in tried: tried.append(usual)
+    sizes = {}
+    for text in tried:
+        terms = _terms(text, columns)
+        sizes[text] = _group_size([dict(prompt=r.get(found['prompt']), step=r.get(found.get('step')),
+                                        reward=_total(r, terms)[0], advantage=r.get('advantage')) for r in rows])
+    if any(sizes.values()): return max(tried, key=lambda text: sizes[text])  # the first, which is longest, of equals
+    if usual or len(numeric) < 2: return usual or ''.join(numeric)
+    one, two = numeric[:2]
+    raise AuditError(f"{where}: the advantages follow from no sum of {', '.join(numeric)}: name the rewards, with the "
+                     f'weights that they had (--columns reward={one}+{two} or reward={one}*1+{two}*0.5)')
+
+def _steps(rows: list[dict]) -> tuple[list[list[dict]], list[list[str]]]:
+    "Rows and hashes of their prompts, step by step"
     by_step = [list(mine) for _, mine in groupby(rows, key=lambda r: r.get('step'))]
-    keys = [[prompt_hash(r['prompt']) for r in mine] for mine in by_step]
-    runs = [len(list(run)) for key in keys for _, run in groupby(key)]
-    longest = math.gcd(*runs)
-    sizes = [d for d in range(longest, 1, -1) if longest % d == 0 and _fits_advantages(by_step, d)]
-    if not sizes:
-        return ['the advantages do not tell the groups: responses to one prompt in one step are taken as one']
-    for key, mine in zip(keys, by_step):
+    return by_step, [[prompt_hash(r['prompt']) for r in mine] for mine in by_step]
+
+def _group_size(rows: list[dict]) -> int:
+    "The largest size of groups for which the advantages follow from the rewards; 0: there is none"
+    by_step, keys = _steps(rows)
+    longest = math.gcd(*(len(list(run)) for key in keys for _, run in groupby(key)))
+    sizes = (d for d in range(longest, 1, -1) if longest % d == 0 and _fits_advantages(by_step, d))
+    return next(sizes, 0)
+
+def _trl_groups(rows: list[dict], reward: str) -> list[str]:
+    "Name the groups of TRL's log in `task_hash`; what was decided"
+    size = _group_size(rows)
+    if not size:
+        return [f'the advantages do not follow from {reward}, so they do not tell the groups: '
+                'responses to one prompt in one step are taken as one']
+    for mine, key in zip(*_steps(rows), strict=True):
         seen: dict[str, int] = {}
-        for at in range(0, len(mine), sizes[0]):
+        for at in range(0, len(mine), size):
             number = seen[key[at]] = seen.get(key[at], -1) + 1
-            for row in mine[at:at + sizes[0]]: row['task_hash'] = prompt_hash([key[at], number]) if number else key[at]
-    return [f'groups of {sizes[0]} responses, as the advantages show']
+            for row in mine[at:at + size]: row['task_hash'] = prompt_hash([key[at], number]) if number else key[at]
+    return [f'groups of {size} responses, as the advantages show']
 
 def _fits_advantages(steps: list[list[dict]], size: int) -> bool:
-    "Are the advantages of all blocks of so many rows a multiple of what a reward exceeds the mean by?"
+    "Are the advantages of all blocks of so many rows a multiple of what a reward exceeds the mean by, 0 without one?"
     for mine in steps:
-        pairs = [(r['reward'], r['advantage']) for r in mine]
+        pairs = [(r['reward'], _reward_cell(r.get('advantage'))[0]) for r in mine]
         blocks = np.array([[math.nan if x is None else x for x in pair] for pair in pairs], float).reshape(-1, size, 2)
+        factors = []  # one of all groups, or over each group's deviation
         for r, a in blocks.transpose(0, 2, 1):
-            if not (np.isfinite(r).all() and np.isfinite(a).all()): continue
+            has = np.isfinite(r)
+            if not np.isfinite(a).all(): continue
+            if np.abs(a[~has]).max(initial=0.) > 1e-6: return False
+            r, a = r[has], a[has]
+            if not len(r): continue
             d, largest = r - r.mean(), np.abs(a).max()
-            flat = np.ptp(r) <= 1e-6*max(1., np.abs(r).max())
-            factor = 0. if flat else (a@d)/(d@d)
-            if not flat and factor <= 1e-6 or np.abs(a - factor*d).max() > 1e-3*largest + 1e-6: return False
+            if np.ptp(r) <= 1e-6*max(1., np.abs(r).max()):  # what rounding of the mean leaves, over TRL's 1e-4
+                if largest > 2.5e-3*np.abs(r).max() + 1e-6: return False
+                continue
+            factor = (a@d)/(d@d)
+            if factor <= 1e-6 or np.abs(a - factor*d).max() > 1e-3*largest + 1e-6: return False
+            factors.append([factor, factor*(r.std(ddof=1) + 1e-4)])
+        if factors and (np.ptp(factors, axis=0) > .02*np.max(factors, axis=0)).all(): return False
     return True

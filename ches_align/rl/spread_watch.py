@@ -25,6 +25,7 @@ from .rollouts import rollout_rows
 from .sampling import prompt_hash
 from .source_identity import callable_name
 from .spread import clean_rewards
+from .spread_table import seen_range
 from .tasks import name_tasks, task_hash
 from ..training.callback import _joined
 
@@ -33,6 +34,10 @@ def _by_prompt(prompt_ids: Sequence[Hashable], rewards: Sequence[float | None]) 
     found: dict[Hashable, list] = defaultdict(list)
     for p, r in zip(prompt_ids, rewards): found[p].append(r)
     return {p: clean_rewards(r)[0] for p, r in found.items()}
+
+def _width(a: float, b: float) -> float:
+    "Of the range; of a constant reward its size, of which rounding is a share, or 1"
+    return (b - a) or max(abs(a), 1.)
 
 def step_spread(
     prompt_ids: Sequence[Hashable],     # one a response: hash, index or text of its prompt
@@ -48,7 +53,7 @@ def step_spread(
         raise AuditError(f'{len(prompt_ids)} prompt ids, {len(rewards)} rewards{raw}')
     groups = {p: r for p, r in _by_prompt(prompt_ids, rewards).items() if len(r) > 1}
     finite = clean_rewards(rewards)[0]
-    a, width = value_range[0], (value_range[1] - value_range[0]) or 1.
+    a, width = value_range[0], _width(*value_range)
     std = np.array([r.std(ddof=1) for r in groups.values()])/width
     mean = (np.array([r.mean() for r in groups.values()]) - a)/width
     zero = std < tolerance
@@ -96,11 +101,11 @@ class SpreadWatch:
         "Take one batch."
         finite = clean_rewards(rewards)[0]
         if len(finite): self._seen = (min(self._seen[0], float(finite.min())), max(self._seen[1], float(finite.max())))
-        a, b = self.value_range or (self._seen if self._seen[0] <= self._seen[1] else (0., 1.))
+        a, b = self.value_range or (seen_range(*self._seen) if self._seen[0] <= self._seen[1] else (0., 1.))
         groups = prompt_ids if groups is None else groups
         made = step_spread(groups, rewards, (a, b), raw_rewards, near=self.near)
         made['failed_share'] = made['failed']/len(rewards) if len(rewards) else 0.
-        self._remember(_by_prompt(groups, rewards), dict(zip(groups, prompt_ids)), (b - a) or 1.)
+        self._remember(_by_prompt(groups, rewards), dict(zip(groups, prompt_ids)), _width(a, b))
         self.steps.append(dict(step=len(self.steps) if step is None else step) | made)
         self._alarm()
         return self.steps[-1] | dict(alarms=sorted(self.alarms))
