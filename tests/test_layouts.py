@@ -142,6 +142,19 @@ def test_a_preference_in_its_own_column_is_never_guessed_at(name, row, column):
     except AuditError as e: assert repr(column) in str(e) and '--columns' not in str(e) and '\n' not in str(e)
     else: assert [p.problem for p in pairs] == ['own_preference']*3
 
+def test_a_multiple_choice_is_a_pair():
+    "Two texts are what TRL would train on, whatever they look like; no text beside a name is none"
+    choice = dict(prompt='Which? A) x B) y', option_a='x', option_b='y')
+    rows = [choice | dict(chosen='A', rejected='B'), dict(prompt='q', answers=['x', 'y'], chosen='B', rejected='A'),
+            dict(prompt='2-1=', response_1='1', response_2='2', chosen='1', rejected='2'),
+            dict(prompt='q', summary_1='x', summary_2='y', chosen='3', rejected='17'),
+            dict(prompt='q', text_1='x', text_2='y', preferred='good answer', dispreferred='bad answer')]
+    read = [load_pairs([row])[0] for row in rows]
+    assert [(p.chosen, p.rejected, p.problem) for p in read] == [
+        ('A', 'B', ''), ('B', 'A', ''), ('1', '2', ''), ('3', '17', ''), ('good answer', 'bad answer', '')]
+    beside = load_pairs([choice | dict(chosen='A', rejected='B'), choice | dict(chosen='A', rejected=None)])
+    assert [p.problem for p in beside] == ['', 'own_preference']
+
 def test_a_side_that_is_named_against_its_preference_is_told():
     row = dict(prompt='q', response_0='a', response_1='b', better_response_id=1)
     with pytest.warns(UserWarning, match="'better_response_id' may say which"):

@@ -368,6 +368,15 @@ def _names_a_side(value: Any) -> bool:
     kind = '(model|response|output|answer|completion|assistant|candidate|human_ref)?'
     return re.fullmatch(f'{kind}[ _-]?(a|b|[0-3])|tie.*|draw|both.*|neither', str(value).strip().lower()) is not None
 
+def _stands_for(text: str, row: dict, responses: list[str]) -> bool:
+    "Whether a text that has another one beside it stands for a response all the same: `model_a`, a place in a list"
+    bare = lambda name: re.sub('[ _-]', '', str(name).lower())
+    lists = [row[name] for name in responses if isinstance(row[name], (list, tuple))]
+    if text.strip().isdecimal() and any(int(text) < len(each) and text not in each for each in lists): return True
+    if text.strip().lower() in ('a', 'b', '0', '1', '2', '3') or any(text == row[name] for name in responses): return False
+    side = re.fullmatch('(model|response|output|completion|assistant|candidate|humanref)(a|b|[0-3])', bare(text.strip()))
+    return side is not None or bare(text.strip()) in map(bare, responses)
+
 # %% ../../nbs/audit/110_data.ipynb #e70a2d80
 BESIDE = ('system', 'input', 'history')  # parts of a prompt with columns of their own
 
@@ -404,10 +413,13 @@ def _carries_prompt(chosen: Any, rejected: Any) -> bool:
 
 def _check_sides(row: dict, names: dict[str, str | None], responses: list[str]) -> None:
     "Refuse a `winner` that only names one of two responses"
-    for part in ('chosen', 'rejected'):
-        value = row.get(names[part])
-        given = any(value == row[name] for name in responses) and not _names_a_side(value)
-        if not given and (_names_a_side(value) or names[part] in ('winner', 'loser', 'preferred', 'dispreferred')):
+    sides = {part: row.get(names[part]) for part in ('chosen', 'rejected')}
+    both = all(isinstance(v, str) and v.strip() for v in sides.values()) and not {*names.values()} & {'winner', 'loser'}
+    for part, value in sides.items():
+        if both: named = _stands_for(value, row, responses)  # of two texts: a multiple choice is a pair too
+        elif _names_a_side(value): named = True
+        else: named = names[part] in ('winner', 'loser') and not any(value == row[name] for name in responses)
+        if named:
             raise _Unfit('own_preference', f"{names[part]!r} is {shorten(repr(value), 60)}, the name of a response and "
                          'no response: make columns chosen and rejected by it, row by row, and leave draws out')
 

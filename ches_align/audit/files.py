@@ -24,6 +24,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterable, Iterator
 
+import yaml
+
 # %% ../../nbs/audit/100_files.ipynb #e42b4984
 class AuditError(ValueError):
     "An input or environment that cannot be used; the message says what is wrong, where, and what to do."
@@ -207,6 +209,25 @@ def _read_file(path: Path) -> Iterator[dict]:
     try: yield from READERS[data_suffix(path)](path)
     except OSError as e: raise AuditError(f'{shorten(str(path), 300)}: cannot be read ({e.strerror or e})') from None
 
+# %% ../../nbs/audit/100_files.ipynb #3f91d681
+def _configurations(
+    path: Path, # a folder
+) -> list[str]: # as the head of its README.md names them; [] where that cannot be read
+    try:
+        text = (path/'README.md').read_text('utf-8-sig', errors='replace')
+        head = re.match(r'---[ \t]*\n(.*?)\n---[ \t]*(\n|$)', text, re.DOTALL)
+        told = yaml.safe_load(head[1])['configs'] if head else []
+        return list(dict.fromkeys(str(each['config_name']) for each in told if 'config_name' in each))
+    except Exception:  # a README may hold anything
+        return []
+
+def _one_configuration(path: Path) -> None:
+    "Refuse a folder of several data sets, which `datasets` would ask to choose from"
+    names = _configurations(path)
+    if len(names) > 1: raise AuditError(
+        f"{path}: README.md names {len(names)} configurations ({shorten(', '.join(names), 200)}), each a data set of "
+        'its own; name the file or the folder of one')
+
 # %% ../../nbs/audit/100_files.ipynb #509afde3
 SPLIT_WORDS = dict(train=('train', 'training'), validation=('validation', 'valid', 'dev', 'val'),
                    test=('test', 'testing', 'eval', 'evaluation'))  # as `datasets` knows them
@@ -285,6 +306,7 @@ def _files_of(groups: dict[str, list[Path]], split: str | None, where: str) -> l
 
 def _read_folder(path: Path, split: str | None) -> Iterator[dict]:
     if (path/'dataset_dict.json').exists() or (path/'state.json').exists(): return _read_saved(path, split)
+    _one_configuration(path)
     groups = _folder_splits(path)
     if not groups: raise AuditError(f'{path}: no data files ({FORMATS})')
     some = _files_of(groups, split, str(path))

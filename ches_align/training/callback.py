@@ -59,7 +59,10 @@ class DisplacementCallback(TrainerCallback):
             self._open(model, state.global_step, twice)
             if self.tracker.train_data is None: _tell_overlap(self.tracker, train_dataloader)
             self.tracker.start_seconds = self.tracker.clock - began
-        if not self.mute: self.mute = self._on_first(open_history).why
+            return self.tracker.kept
+        if not self.mute:
+            opened = self._on_first(open_history)
+            self.mute, self.tracker.kept = opened.why, opened.value or self.tracker.kept
         if not self.mute: return
         if PartialState().is_main_process: say(f'displacement is not measured: {self.mute}; training goes on')
         self._on_first(lambda: self._report(args, state, control, model, dict(error=1.)))
@@ -165,22 +168,38 @@ def _on_first(self: DisplacementCallback, work: Callable) -> Tried:
 @patch
 def _gathered(self: DisplacementCallback, model: nn.Module, budget: int | None = None) -> Tried:
     "The probes' state, measured by all processes together"
-    here, count = PartialState(), len(self.tracker.encoded)
+    here, count = PartialState(), len(self.tracker.kept)
     if here.num_processes == 1 or self.split: return self._everywhere(lambda: self.tracker.measure(model, budget))
     mine = slice(here.process_index, None, here.num_processes)
-    part = _try(lambda: self.tracker.measure(model, budget, mine) if self.tracker.encoded[mine] else None)
+    part = _try(lambda: self.tracker.measure(model, budget, mine) if self.tracker.kept[mine] else None)
     parts = [Tried(*each) for each in gather_object([tuple(part)])]
     if failed := [p for p in parts if p.why]: return failed[0]
     order = [i for rank, p in enumerate(parts) if p.value for i in range(rank, count, here.num_processes)]
     return _try(lambda: join_states([p.value for p in parts if p.value], order))
 
+# %% ../../nbs/training/240_callback.ipynb #8f4dfd70
+@patch
+def _leave_out(self: DisplacementCallback, model: nn.Module) -> bool:
+    "Find the probes that cannot be measured even alone, and measure them no more; False where they are none or all"
+    here = PartialState()
+    apart = here.num_processes > 1 and not self.split
+    mine = slice(here.process_index, None, here.num_processes) if apart else slice(None)
+    attempt = _try if apart else self._everywhere
+    failed = self.tracker.failing(model, mine, lambda work: attempt(work).why)
+    if apart: failed = gather_object(failed)
+    return self.tracker.leave_out(dict(failed), here.is_main_process)
+
 @patch
 def _twice(self: DisplacementCallback, model: nn.Module, tries: int = 5) -> list[ProbeState]:
     "The probes measured in batches and one by one; smaller batches where memory ends. [] and `mute` where it fails"
+    asked = self.tracker.budget
     for _ in range(tries):
         batches = self._gathered(model)
         if not batches.again: break
         self.tracker.halve()
+    if batches.again and self._leave_out(model):
+        self.tracker.budget = asked
+        return self._twice(model)
     single = batches if batches.why else self._gathered(model, 1)
     self.mute = single.why
     return [] if single.why else [batches.value, single.value]
@@ -205,6 +224,7 @@ def _measure(self: DisplacementCallback, args, state, control, model, lr_schedul
     began, lr, step = time.time(), None, state.global_step
     with suppress(Exception): lr = float(lr_scheduler.get_last_lr()[0])
     probes = self._gathered(model)
+    if probes.again and self._leave_out(model): probes = self._gathered(model)
     if probes.why: self.tracker.halve()
     def record():
         made = Tried(None, probes.why) if probes.why else _try(

@@ -39,7 +39,7 @@ from ..audit.workers import processes
 from .pair_trainer import (PairLossTrainer, as_dataset, hold_out, need_trl, usable,
                                               warn_if_stuck)
 from .train_config import (
-    HALF, TrainConfig, check, lora_adapters, training_loss, trl_arguments)
+    TrainConfig, check, half_weights, lora_adapters, training_loss, trl_arguments)
 
 # %% ../../nbs/training/260_train.ipynb #ad07675a
 def load_trainable(
@@ -52,7 +52,7 @@ def load_trainable(
     plain_weights(lm.model)
     lm.head = read_head(lm.model, (lm.head.scale, lm.head.softcap))  # an adapter may have had its own
     if any(p.dtype == torch.float16 for p in lm.model.parameters()):  # dtype auto, and a model kept in float16
-        raise AuditError(f'{config.model}: {HALF}')
+        raise AuditError(f'{config.model}: {half_weights(config.optimizer)}')
     if config.model in EMBEDDED: lm.model.name_or_path = config.model  # what an adapter names as its base
     return lm
 
