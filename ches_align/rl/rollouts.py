@@ -162,7 +162,8 @@ def _trl_rewards(columns: list[str], found: dict[str, str], rows: list[dict], wh
         sizes[text] = _group_size([dict(prompt=r.get(found['prompt']), step=r.get(found.get('step')),
                                         reward=_total(r, terms)[0], advantage=r.get('advantage')) for r in rows])
     if any(sizes.values()): return max(tried, key=lambda text: sizes[text])  # the first, which is longest, of equals
-    if usual or len(numeric) < 2: return usual or ''.join(numeric)
+    trl = {'step', 'prompt', 'completion', 'advantage'} <= set(columns)
+    if len(numeric) < 2 or usual and not trl: return usual or ''.join(numeric)
     one, two = numeric[:2]
     raise AuditError(f"{where}: the advantages follow from no sum of {', '.join(numeric)}: name the rewards, with the "
                      f'weights that they had (--columns reward={one}+{two} or reward={one}*1+{two}*0.5)')
