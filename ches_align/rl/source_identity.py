@@ -46,12 +46,16 @@ def is_user_file(
     if not path.is_file() or {'site-packages', 'dist-packages'} & set(path.parts): return False
     return not any(path.is_relative_to(folder) for folder in (*_LIBRARIES, _PACKAGE))
 
-def _source_file(name: str | None) -> Path | None:
-    "The file of a module of the user or of this package; None: a library, or no file"
+def _source_file(
+    name: str,          # of a module
+    folders: set[Path], # of the user's modules met so far: what they import late stands beside them
+) -> Path | None:       # a file of the user or of this package; None: a library, or no file
+    "Find the source of a module, imported or not."
     if not name or name == '__main__': return None
     file = getattr(sys.modules.get(name), '__file__', None)
-    if name not in sys.modules and '.' not in name:  # imported when the function is called
-        file = getattr(PathFinder.find_spec(name), 'origin', None)
+    if name not in sys.modules and '.' not in name:
+        spec = PathFinder.find_spec(name, [str(folder) for folder in sorted(folders)]) or PathFinder.find_spec(name)
+        file = getattr(spec, 'origin', None)
     if not file or not file.endswith('.py'): return None
     path = Path(file).resolve()
     return path if is_user_file(path) or path.is_relative_to(_PACKAGE) else None
@@ -72,15 +76,18 @@ def _module_files(
 ) -> dict[str, str]: # name -> hash of its file
     "Hash the files of the user's modules and of those that they use; of this package, the file itself alone."
     found: dict[str, str] = {}
-    todo = set(names)
+    folders: set[Path] = set()
+    todo = sorted(names, key=lambda name: name in sys.modules)  # what is imported comes off first
     while todo:
         name = todo.pop()
-        path = _source_file(name)
+        path = _source_file(name, folders)
         if path is None or name in found: continue
         content = path.read_bytes()
         found[name] = hashlib.sha256(content).hexdigest()
         if not is_user_file(path): continue
-        todo |= _imports(content) | set(map(_module_name, vars(sys.modules.get(name, object)).values()))
+        folders.add(path.parent)
+        used = _imports(content) | set(map(_module_name, vars(sys.modules.get(name, object)).values()))
+        todo += sorted(used - set(found))
     return found
 
 # %% ../../nbs/rl/312_source_identity.ipynb #c0de0017
