@@ -277,6 +277,14 @@ def test_one_process_fails_and_none_waits(tmp_path):
     assert [r['step'] for r in ranks] == [3, 3] and ranks[0]['budget'] == ranks[1]['budget'] == 768 // 2
     assert done.stdout.count('1 measurements FAILED') == 1
 
+def test_a_probe_that_always_fails_is_left_out_by_all_processes(tmp_path):
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29631']
+    done = child('one', tmp_path, before=launch)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert history(tmp_path/'seen').groupby('step').size().tolist() == [5, 5, 4]
+    ranks = [json.loads((tmp_path/f'rank{k}.json').read_text()) for k in (0, 1)]
+    assert [r['kept'] for r in ranks] == [[0, 2, 3, 5]] * 2 and 'FAILED' not in done.stdout
+
 def test_wrong_inputs(tmp_path):
     def tracker(source=None, folder='t', **options):
         return DisplacementTracker(tokenizer(), source or probes(), tmp_path/folder, max_length=64, **options)
@@ -311,6 +319,19 @@ if __name__ == '__main__':
         trainer.train()
         said = dict(step=trainer.state.global_step, weight=next(trainer.model.parameters()).double().sum().item())
         (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(said))
+    if what == 'one':  # probe 1 from the start, probe 4 from the third measurement on
+        from ches_align.training import tracker
+        real, bad = tracker.measure_probes, {watcher(out).probes[1].row_hash}
+        def picky(model, pairs, *args, **options):
+            if bad & {p.row_hash for p in pairs}: raise torch.OutOfMemoryError('none left')
+            return real(model, pairs, *args, **options)
+        class Later(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 1: bad.add(watch.probes[4].row_hash)
+        tracker.measure_probes = picky
+        watch = watcher(out/'seen', 1)
+        dpo(out/'run', [watch, Later()], max_steps=2, learning_rate=1e-4, ddp_backend='gloo').train()
+        (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(dict(kept=watch.tracker.kept)))
     if what == 'fail':
         from ches_align.training import tracker
         real, calls = tracker.measure_probes, []

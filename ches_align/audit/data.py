@@ -373,9 +373,10 @@ def _stands_for(text: str, row: dict, responses: list[str]) -> bool:
     bare = lambda name: re.sub('[ _-]', '', str(name).lower())
     lists = [row[name] for name in responses if isinstance(row[name], (list, tuple))]
     if text.strip().isdecimal() and any(int(text) < len(each) and text not in each for each in lists): return True
-    if text.strip().lower() in ('a', 'b', '0', '1', '2', '3') or any(text == row[name] for name in responses): return False
-    side = re.fullmatch('(model|response|output|completion|assistant|candidate|humanref)(a|b|[0-3])', bare(text.strip()))
-    return side is not None or bare(text.strip()) in map(bare, responses)
+    if any(text == row[name] for name in responses): return False
+    if text.strip().lower() in ('a', 'b', '0', '1', '2', '3'): return False
+    name, kinds = bare(text.strip()), 'model|response|output|completion|assistant|candidate|humanref'
+    return re.fullmatch(f'({kinds})(a|b|[0-3])', name) is not None or name in map(bare, responses)
 
 # %% ../../nbs/audit/110_data.ipynb #e70a2d80
 BESIDE = ('system', 'input', 'history')  # parts of a prompt with columns of their own

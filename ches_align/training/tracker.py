@@ -98,8 +98,8 @@ class DisplacementTracker:
 
 
 # %% ../../nbs/training/230_tracker.ipynb #8d0557e3
-HALF = ('the weights that are trained are float16: in Adam and RMSProp their 1e-8, and squares of small gradients, are 0 '
-        'there, so that steps may be NaN at any learning rate, and with any optimiser gradients below 3e-8 are lost')
+HALF = ('the weights that are trained are float16: in Adam and RMSProp their 1e-8, and squares of small gradients, are '
+        '0 there, so that steps may be NaN at any learning rate, and with any optimiser gradients below 3e-8 are lost')
 
 @patch
 def tell(self: DisplacementTracker, text: str) -> None:
@@ -114,8 +114,8 @@ def tell_few(self: DisplacementTracker) -> None:
     rules = [rule for rule in (self.alert, self.stop) if rule is not None]
     means = [name for name in ('mean_fall', 'margin_fall') if any(getattr(rule, name) is not None for rule in rules)]
     if means and len(self.kept) < FEWEST:
-        self.tell(f'probes that are measured: {len(self.kept)}; {" and ".join(means)} need {FEWEST} or more, for a mean '
-                  'is weighed against its spread: no alert and no stop comes of them')
+        self.tell(f'probes that are measured: {len(self.kept)}; {" and ".join(means)} need {FEWEST} or more, for a '
+                  'mean is weighed against its spread: no alert and no stop comes of them')
 
 @patch
 def leave_out(self: DisplacementTracker, failed: dict[int, str], aloud: bool = True) -> bool:
@@ -351,7 +351,8 @@ def measure(self: DisplacementTracker, model: nn.Module, budget: int | None = No
             some: slice = slice(None)) -> ProbeState:
     "Measure some of the probes, with no word of it in the history. Raises whatever the model raises."
     if self.budget is None: self.budget = default_budget(model)
-    return measure_probes(model, [self.encoded[k] for k in self.kept[some]], budget or self.budget, answers=self.answers)
+    probes = [self.encoded[k] for k in self.kept[some]]
+    return measure_probes(model, probes, budget or self.budget, answers=self.answers)
 
 def failure(
     work: Callable, # what may fail
@@ -439,7 +440,8 @@ def worst_pairs(self: DisplacementTracker, count: int = 10) -> pd.DataFrame:
         rest = iter(places)
         places = [next(k for k in rest if self.pairs[k].row_id == row_id) for row_id in last.row_id]
     short = lambda text: ' '.join(text.split())[:100]
-    texts = pd.DataFrame([map(short, pair_texts(p)) for p in map(self.pairs.__getitem__, places)], columns=['prompt', 'chosen', 'rejected'])
+    texts = pd.DataFrame([map(short, pair_texts(self.pairs[k])) for k in places],
+                         columns=['prompt', 'chosen', 'rejected'])
     scores = self.similarity[['ches', 'ln_ches']].iloc[places].reset_index(drop=True)
     columns = ['row_id', 'd_chosen', 'd_rejected', 'worst_token_change', 'worst_token_at', 'verdict']
     whole = pd.concat([last[columns], scores, texts], axis=1)
@@ -456,7 +458,8 @@ def summary(self: DisplacementTracker) -> dict[str, Any]:
     "What a run left, as JSON values; the numbers are those of the last measurement that was finite"
     whole = [m for m in self.metrics if 'chosen_change' in m]
     left = [pair.row_id for k, pair in enumerate(self.pairs) if k not in self.kept]
-    return plain(dict(probes=len(self.kept), left_out=left, measurements=len(self.metrics), missed=self.missed, floor=self.floor,
+    return plain(dict(probes=len(self.kept), left_out=left, measurements=len(self.metrics),
+                      missed=self.missed, floor=self.floor,
                       stopped=self.stopped, notes=self.notes,
                       start_seconds=self.start_seconds, measuring_seconds=self.spent,
                       overhead=self.metrics[-1].get('overhead') if self.metrics else None,
