@@ -53,7 +53,7 @@ def _templated(pair: Pair, tokenizer: Any) -> list[str]:
     def apply(form, messages, **more):
         return tokenizer.apply_chat_template(form(messages), tokenize=False, **more, **pair.template)
     def texts(form):
-        wholes = [apply(form, pair.prompt + side) for side in (pair.chosen, pair.rejected)]
+        wholes = [apply(form, [*pair.prompt, *side]) for side in (pair.chosen, pair.rejected)]
         return [apply(form, pair.prompt, add_generation_prompt=True), *wholes]
     try:
         as_given, refusal = texts(list), None
@@ -72,17 +72,18 @@ def render(
     end: bool = True, # let the response end: its turn is closed, or the end-of-sequence token follows
 ) -> tuple[str, str, str, bool]: # prompt, prompt + chosen, prompt + rejected; True when a chat template made them
     "The texts to tokenise. Raises whatever the chat template raises (an unknown role, turns that do not alternate)."
-    sides, closed = (pair.chosen, pair.rejected), (lambda text: _with_end(text, tokenizer) if end else text)
+    def closed(text: str) -> str: return _with_end(text, tokenizer) if end else text
     if isinstance(pair.prompt, str):
         assert isinstance(pair.chosen, str) and isinstance(pair.rejected, str)  # a pair is text or messages
-        return pair.prompt, *(closed(pair.prompt + side) for side in sides), False
+        return pair.prompt, closed(pair.prompt + pair.chosen), closed(pair.prompt + pair.rejected), False
     assert not isinstance(pair.chosen, str) and not isinstance(pair.rejected, str)
     if tokenizer.chat_template is None and 'chat_template' not in pair.template:
         opening = dialogue_text(pair.prompt) + '\n\nAssistant:'
-        return opening, *(closed(f'{opening} {_plain_response(side)}') for side in sides), False
-    opening, *wholes = _templated(pair, tokenizer)
-    if not end: return opening, *(opening + _plain_response(side) for side in sides), True
-    return opening, *wholes, True
+        chosen, rejected = (f'{opening} {_plain_response(side)}' for side in (pair.chosen, pair.rejected))
+        return opening, closed(chosen), closed(rejected), False
+    opening, chosen, rejected = _templated(pair, tokenizer)
+    if not end: chosen, rejected = (opening + _plain_response(side) for side in (pair.chosen, pair.rejected))
+    return opening, chosen, rejected, True
 
 # %% ../../nbs/audit/130_hidden_states.ipynb #5c886a37
 def special_ids(
@@ -172,14 +173,14 @@ def _rendered(pair: Pair, tokenizer: Any, end: bool) -> tuple | EncodedPair:
 
 def _noted(pair: Pair, text: str) -> Pair:
     "The pair with a remark where the template writes the parts of a content as they are in Python, as in TRL"
-    if "{'type': 'text'" not in text or not any(isinstance(m.get('content'), list) for m in pair.prompt + pair.chosen):
-        return pair
+    messages: list[Any] = [*pair.prompt, *pair.chosen]
+    if "{'type': 'text'" not in text or not any(isinstance(m.get('content'), list) for m in messages): return pair
     remark = 'the chat template writes the parts of a content in Python: give it plain text'
     return replace(pair, detail='; '.join(filter(None, (pair.detail, remark))))
 
 def _encode_block(pairs, tokenizer, max_length, end, special) -> list[EncodedPair]:
     "Tokenise texts in two calls, one with the tokenizer's own special tokens and one without"
-    made = [_rendered(pair, tokenizer, end) for pair in pairs]
+    made: list[Any] = [_rendered(pair, tokenizer, end) for pair in pairs]
     for templated in (True, False):
         some = [k for k, found in enumerate(made) if isinstance(found, tuple) and found[3] == templated]
         flat = [text for k in some for text in made[k][:3]]

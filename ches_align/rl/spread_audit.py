@@ -169,7 +169,7 @@ def adaptive_counts(
         drawn += count
         rows = [dict(prompt=str(i), reward=x) for i, r in enumerate(found) for x in r]
         table = spread_table(rows, value_range, threshold, .05/count_looks(first, most))
-        open_ = _open(table)
+        open_ = _open(table).tolist()
         which = [i for i in which if open_[i]]
     return table
 

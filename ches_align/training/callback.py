@@ -160,7 +160,7 @@ def _everywhere(self: DisplacementCallback, work: Callable) -> Tried:
 @patch
 def _on_first(self: DisplacementCallback, work: Callable) -> Tried:
     "Do something on process 0 and give what came of it to all"
-    said = [_try(work) if PartialState().is_main_process else None]
+    said: list[Any] = [_try(work) if PartialState().is_main_process else None]
     if PartialState().num_processes > 1: broadcast_object_list(said)
     return said[0]
 

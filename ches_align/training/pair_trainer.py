@@ -79,7 +79,7 @@ NO_TRL = "TRL is not installed, and training needs it: pip install 'ches_align[t
 def need_trl() -> None: # raises `AuditError` where TRL is not installed
     if DPOTrainer is None: raise AuditError(NO_TRL)
 
-class PairLossTrainer(DPOTrainer or object):
+class PairLossTrainer(DPOTrainer or object):  # pyright: ignore[reportGeneralTypeIssues]
     "TRL's `DPOTrainer` on the ids of `as_dataset`, with a loss of summed log-probabilities."
     def __init__(self,
         loss: Callable[[PairLogps], PairLoss], # of one batch
