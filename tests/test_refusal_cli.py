@@ -93,7 +93,7 @@ def test_wrong_input_is_one_line(start, answers):
         'template': (start(judge, two, '--judge', 'sorry'), 'needs its prompt, which is not shipped here'),
         'no prompts': (start('ches_generate', none), 'none.jsonl: no prompts'),
         'no responses': (start(judge, none), 'none.jsonl, row 1: no prompt; it has text'),
-        'another run': (start(judge, two, '--out', 'answers'), 'answers holds runs of another'),
+        'another run': (start(judge, two, '--out', 'answers'), 'is not of an earlier run of this command'),
         'single': (start('ches_refusal_pairs', single), 'one response a prompt, a pair needs two'),
     }
     for name, (process, says) in wrong.items():

@@ -93,7 +93,7 @@ def test_check_loads_no_weights(place):
     (dict(pairs=[dict(chosen='Yes', rejected='No', behaviour='Perhaps')]), {}, "unknown behaviour 'Perhaps'"),
     (dict(data='nowhere.jsonl'), {}, 'nowhere.jsonl: no such file'),
     ({}, dict(set=['seeds=[1, 1]']), 'a seed is given twice'),
-    ({}, dict(against='nowhere.json', set=['seeds=[1]']), 'not a record of a grid'),
+    ({}, dict(against='nowhere.json', set=['seeds=[1]']), 'nowhere.json: cannot be read'),
 ])
 def test_what_cannot_work_is_one_line(place, changes, args, said, monkeypatch):
     from ches_align.cli_train import ches_train
