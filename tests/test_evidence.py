@@ -16,9 +16,9 @@ VACUOUS = [
     'assert not any(x < 0 for x in ())',
     'for x in []: assert x > 0',
     'def check(xs):\n    for x in xs:\n        assert x > 0\ncheck([])',
-    'assert [a for a, b in zip([1], [1, 2]) if a == b]',
-    'assert all(a == b for a, b in zip([1, 2], [1]))',
-    'for a, b in zip([1], [1, 2]): assert a == b',
+    'assert [a for a, b in zip([1], [1, 2, 3]) if a == b]',
+    'assert all(a == b for a, b in zip([1, 2], []))',
+    'for a, b in zip([1], [1, 2, 3]): assert a == b',
     'import numpy as np\nassert (np.zeros(0) < 1).all()',
     'import torch\nassert (torch.zeros(0) < 1).all()',
     'import torch\nassert torch.all(torch.zeros(0) < 1)', 'for x in []:\n    if x: assert x > 0',
@@ -30,13 +30,13 @@ SOUND = [
     'assert all(a == b for a, b in zip([1, 2], [1, 2]))',
     'import torch\nassert (torch.zeros(2) < 1).all()', 'import torch\nassert torch.all(torch.ones(2) > 0)',
     'import itertools\nassert all(a >= 0 for a, b in zip(itertools.count(), [1]))', 'assert not []',
-    'for x in []: print(x)', 'xs = [all(()), *zip([1], [1, 2])]',
+    'for x in []: print(x)', 'xs = [all(()), *zip([1], [1, 2, 3])]',
 ]
 
 @pytest.mark.parametrize('source', VACUOUS)
 def test_a_check_over_nothing_fails(source):
     exec(compile(source, 'cell', 'exec'), {})  # passes as it stands
-    with pytest.raises((AssertionError, ValueError), match='nothing|shorter|longer'): run(source)
+    with pytest.raises((AssertionError, ValueError), match='nothing|zip of lists'): run(source)
 
 @pytest.mark.parametrize('source', SOUND)
 def test_a_check_over_something_passes(source): run(source)

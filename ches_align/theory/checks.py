@@ -33,9 +33,9 @@ def test_close(
     eps: float = 1e-5,  # largest absolute difference that passes
 ) -> None:
     "Assert that all numbers agree within `eps`. Raises `AssertionError` for no numbers, other shapes, NaN."
-    actual, expected = as_numbers(actual), as_numbers(expected)
+    actual, expected, eps = as_numbers(actual), as_numbers(expected), as_numbers(eps)
     assert actual.size, 'nothing to compare: the computed side is empty'
     assert expected.ndim == 0 or actual.shape == expected.shape, f'shapes {actual.shape} and {expected.shape}'
     same = actual == expected  # equal infinities
     with np.errstate(invalid='ignore'): difference = np.where(same, 0., np.abs(actual - expected))
-    assert (difference <= eps).all(), f'{actual} and {expected} differ by {difference.max():.3g}, more than {eps:.3g}'
+    assert (difference <= eps).all(), f'{actual} and {expected} differ by {difference.max():.3g}, more than {eps}'
