@@ -30,12 +30,12 @@ def as_numbers(
 def test_close(
     actual: Any,        # what was computed
     expected: Any,      # what it should be: as many numbers in the same shape, or one number for all
-    eps: float = 1e-5,  # largest absolute difference that passes
+    eps: Any = 1e-5,    # largest absolute difference that passes: a number, or one per value
 ) -> None:
     "Assert that all numbers agree within `eps`. Raises `AssertionError` for no numbers, other shapes, NaN."
-    actual, expected, eps = as_numbers(actual), as_numbers(expected), as_numbers(eps)
-    assert actual.size, 'nothing to compare: the computed side is empty'
-    assert expected.ndim == 0 or actual.shape == expected.shape, f'shapes {actual.shape} and {expected.shape}'
-    same = actual == expected  # equal infinities
-    with np.errstate(invalid='ignore'): difference = np.where(same, 0., np.abs(actual - expected))
-    assert (difference <= eps).all(), f'{actual} and {expected} differ by {difference.max():.3g}, more than {eps}'
+    ours, theirs, limit = as_numbers(actual), as_numbers(expected), as_numbers(eps)
+    assert ours.size, 'nothing to compare: the computed side is empty'
+    assert theirs.ndim == 0 or ours.shape == theirs.shape, f'shapes {ours.shape} and {theirs.shape}'
+    same = ours == theirs  # equal infinities
+    with np.errstate(invalid='ignore'): difference = np.where(same, 0., np.abs(ours - theirs))
+    assert (difference <= limit).all(), f'{ours} and {theirs} differ by {difference.max():.3g}, more than {limit}'
