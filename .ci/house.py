@@ -1,6 +1,6 @@
 """Measures the house, and refuses packed code.
 
-    python .ci/house.py                 a table: modules, exported lines, public names, packed statements, duplicates ...
+    python .ci/house.py                 modules, exported lines, public names, packed statements, duplicates ...
     python .ci/house.py --list [PATHS]  what breaks the rule on density, a line each
 
 The rule: one statement on a line in `try`, `except` and `finally`; no packed assignments of unrelated values; no
@@ -119,8 +119,8 @@ def duplicates(paths: list[Path]) -> int:
 def public_names(path: Path) -> int:
     "Names in the `__all__` of a module"
     for node in ast.parse(path.read_text('utf-8')).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == '__all__' and isinstance(node.value, ast.List):
-            return len(node.value.elts)
+        is_list = isinstance(node, ast.Assign) and isinstance(node.value, ast.List)
+        if is_list and ast.unparse(node.targets[0]) == '__all__': return len(node.value.elts)
     return 0
 
 def table(root: Path) -> list[tuple[str, int]]:
