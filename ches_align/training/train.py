@@ -34,12 +34,12 @@ from ..audit.models import ScoringModel, load_model, read_head
 from ..audit.runs import json_bytes, plain, read_object, refuse_sources, write_files
 from ..audit.token_store import token_hash
 from .callback import DisplacementCallback
-from .config import config_dict, load_config, needs_reference
+from .config import config_dict, load_config
 from ..audit.workers import processes
 from .pair_trainer import (PairLossTrainer, as_dataset, hold_out, need_trl, usable,
                                               warn_if_stuck)
 from .train_config import (
-    TrainConfig, check, half_weights, lora_adapters, training_loss, trl_arguments)
+    TrainConfig, check, half_weights, lora_adapters, needs_reference, training_loss, trl_arguments)
 
 # %% ../../nbs/training/260_train.ipynb #ad07675a
 def load_trainable(
@@ -52,7 +52,7 @@ def load_trainable(
     plain_weights(lm.model)
     lm.head = read_head(lm.model, (lm.head.scale, lm.head.softcap))  # an adapter may have had its own
     if any(p.dtype == torch.float16 for p in lm.model.parameters()):  # dtype auto, and a model kept in float16
-        raise AuditError(f'{config.model}: {half_weights(config.optimizer)}')
+        raise AuditError(f'{config.model}: {half_weights(config.optim)}')
     if config.model in EMBEDDED: lm.model.name_or_path = config.model  # what an adapter names as its base
     return lm
 
@@ -70,8 +70,9 @@ def read_data(
 ) -> RunData:
     "Read, encode and split the pairs. Flagged rows are told; raises `AuditError` when none is left to train on."
     watch, limit = config.displacement, config.max_length or lm.max_length
-    reading = dict(split=config.split, columns=config.columns, chat=config.chat)
-    pairs = load_pairs(config.data, limit=config.limit, **reading)
+    chat = config.apply_chat_template == 'yes'
+    reading = dict(split=config.split, columns=config.columns, chat=chat)
+    pairs = load_pairs(config.data, limit=config.limit, seed=config.limit_seed, **reading)
     train, counts = usable(pairs, lm.tokenizer, limit, config.data)
     held, probes = [], []
     if config.eval_share: train, held = hold_out(train, max(1, round(config.eval_share * len(train))), config.seed)
@@ -83,12 +84,12 @@ def read_data(
     if watch and isinstance(watch.probes, int):
         train, some = hold_out(train, watch.probes, config.seed + 1)
         probes = [p for p in pairs if p.row_id in {e.row_id for e in some}]
-    elif watch: probes = load_pairs(watch.probes, limit=64, seed=config.seed, chat=config.chat)
+    elif watch: probes = load_pairs(watch.probes, limit=64, seed=config.seed, chat=chat)
     return RunData(train, held, probes, dict(rows=len(pairs), status=counts, train=len(train), eval=len(held),
                                              probes=len(probes)))
 
 # %% ../../nbs/training/260_train.ipynb #5320f581
-FREE = ('out', 'report_to', 'log_steps', 'save_steps', 'keep_checkpoints', 'model', 'architecture')
+FREE = ('output_dir', 'report_to', 'logging_steps', 'save_steps', 'save_total_limit', 'model', 'architecture')
 
 def run_identity(
     config: TrainConfig, # all but `FREE`: the model's name is free, its hash is not
@@ -146,7 +147,7 @@ def _write(out: Path, manifest: dict) -> None:
 
 def _begin(config: TrainConfig, resume: bool, lm: ScoringModel, data: RunData) -> dict:
     "Open the folder, all processes hearing of a refusal; the manifest, of an earlier session if there was one"
-    out, said = Path(config.out).expanduser(), ['', None]
+    out, said = Path(config.output_dir).expanduser(), ['', None]
     identity = run_identity(config, lm, data)
     if processes().is_main_process:
         try: check_folder(out, identity, resume)
@@ -175,8 +176,8 @@ class _Lines(TrainerCallback):
 def _watcher(config: TrainConfig, lm: ScoringModel, probes: list[Pair]) -> list[DisplacementCallback]:
     if (w := config.displacement) is None: return []
     return [DisplacementCallback(
-        probes, Path(config.out).expanduser()/'displacement', w.every, lm.tokenizer, max_length=config.max_length,
-        alert=w.alert, stop=w.stop, patience=w.patience, tolerance=w.tolerance, answers=w.answers, seed=config.seed)]
+        probes, Path(config.output_dir).expanduser()/'displacement', w.every, lm.tokenizer,
+        max_length=config.max_length, alert=w.alert, stop=w.stop, patience=w.patience, tolerance=w.tolerance, answers=w.answers, seed=config.seed)]
 
 def _check_targets(config: TrainConfig, model: nn.Module) -> None:
     "Refuse adapters of layers that the model has not, as PEFT matches names: at a dot, or a pattern for the whole"
@@ -198,7 +199,7 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback] = (), # more of them
 ) -> PairLossTrainer:    # not started; reference log-probabilities are computed
     "Put model, data and loss together. Raises `AuditError` for adapters, trackers or types that cannot be had."
-    out = Path(config.out).expanduser()
+    out = Path(config.output_dir).expanduser()
     if config.lora is None: warn_if_stuck(lm.model, config.learning_rate)
     else: _check_targets(config, lm.model)
     try: trainer = PairLossTrainer(
@@ -230,11 +231,11 @@ def _finish(trainer: PairLossTrainer, out: Path, manifest: dict, start: int, sec
 
 def train_preferences(
     config: TrainConfig,  # what to do
-    resume: bool = False, # continue what `config.out` holds; from the start when it holds no checkpoint
+    resume: bool = False, # continue what `config.output_dir` holds; from the start when it holds no checkpoint
 ) -> dict[str, Any]:      # the manifest; weights are in OUT/model, the log in OUT/log.jsonl
     "Train on preference pairs. Raises `AuditError` for what configuration, data or model make impossible."
     need_trl()
-    out, clock = Path(config.out).expanduser(), time.perf_counter()
+    out, clock = Path(config.output_dir).expanduser(), time.perf_counter()
     refuse_sources([out/'manifest.json', out/'log.jsonl'], [config.data, config.eval_data])
     lm = load_trainable(config)
     data = read_data(config, lm)
@@ -246,8 +247,10 @@ def train_preferences(
         trainer = make_trainer(config, lm, data, watcher)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (torch.OutOfMemoryError, MemoryError):
-        raise AuditError(f'out of memory: lower batch ({config.batch}) and raise accumulation, set '
-                         'gradient_checkpointing, lower max_length, or train lora; --check estimates') from None
+        raise AuditError(f'out of memory: lower per_device_train_batch_size '
+                         f'({config.per_device_train_batch_size}), raise '
+                         'gradient_accumulation_steps, set gradient_checkpointing, lower max_length, or train lora; '
+                         '--check estimates') from None
     stopped = watcher[0].tracker.stopped if watcher else ''
     return _finish(trainer, out, manifest, start, time.perf_counter() - clock, stopped)
 
@@ -259,7 +262,7 @@ def run_summary(
     made, config, why = manifest['counts'], manifest['config'], manifest['stopped']
     seconds = sum(s['seconds'] for s in manifest['sessions'])
     return (f"{manifest['steps']} of {manifest['planned_steps']} steps of {config['loss']} on {made['train']} pairs in "
-            f"{seconds:.0f} s{f' (stopped: {why})' if why else ''}; model: {config['out']}/model")
+            f"{seconds:.0f} s{f' (stopped: {why})' if why else ''}; model: {config['output_dir']}/model")
 
 # %% ../../nbs/training/260_train.ipynb #83720fef
 def main(
