@@ -19,8 +19,9 @@ import pandas as pd
 
 from ..audit.files import AuditError, shorten
 from ..audit.models import ScoringModel
-from ..audit.runs import add_run, json_bytes, open_runs, plain, write_files
-from ..audit.workers import on_main, main_writer
+from ..audit.run import Run, open_run
+from ..audit.runs import json_bytes, plain, write_files
+from ..audit.workers import on_main
 from .generation import generate_responses
 from .rewards import (
     Reward, call_reward, reward_columns, reward_identity, try_reward, warn_unseen)
@@ -57,10 +58,10 @@ def load_tasks(
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #0dcdfd22
 def _round(lm: ScoringModel, tasks: list[dict], which: list[int], reward: Reward, sampling: Sampling, number: int,
-           have: dict, out: Path | None, batch: int, progress: bool, **generation: Any) -> list[dict]:
+           have: dict, run: Run, batch: int, progress: bool, **generation: Any) -> list[dict]:
     "Draw and judge one round; the rows"
     drawn = replace(sampling, seed=1000*sampling.seed + number)
-    folder = out/f'round{number}' if out else None
+    folder = run.folder and run.folder/f'round{number}'
     names = seed_names(tasks)
     rows = generate_responses(lm, [tasks[i]['prompt'] for i in which], drawn, folder, progress=progress,
                               names=[names[i] for i in which], keep_ids=True, **generation)
@@ -72,7 +73,7 @@ def _round(lm: ScoringModel, tasks: list[dict], which: list[int], reward: Reward
         made = call_reward(reward, prompts, responses, [rows[j]['ids'] for j in some], **reward_columns(mine, tasks))
         lines = [dict(round=number, task=keys[j][1], k=keys[j][2], reward=value, reward_error=error)
                  for j, (value, error) in zip(some, made)]
-        if out: add_run(out, lines, 'rewards')
+        run.add(lines, 'rewards')
         return lines
     for i in range(0, len(todo), batch):
         lines = on_main(lambda: judged(todo[i:i + batch]))
@@ -130,24 +131,25 @@ def audit_spread(
     tasks, repeated = distinct_tasks(list(tasks))
     if repeated: warnings.warn(f'{repeated} tasks repeat an earlier one; each is asked once')
     named, unseen = known or reward_identity(reward, name)
-    with main_writer(out) as folder:
-        identity = dict(sampling=asdict(replace(sampling, count=1)), first=first, most=most, threshold=threshold,
-                        value_range=value_range, alpha=alpha, tasks=prompt_hash([prompt_hash(plain(t)) for t in tasks]),
-                        **named)
-        about = dict(model=lm.name, reward_unseen=unseen)
-        lines = on_main(lambda: open_runs(folder, identity, about, 'rewards')) if folder else []
-        if lines: warn_unseen(unseen, folder)
+    identity = dict(sampling=asdict(replace(sampling, count=1)), first=first, most=most, threshold=threshold,
+                    value_range=value_range, alpha=alpha, tasks=prompt_hash([prompt_hash(plain(t)) for t in tasks]),
+                    **named)
+    about = dict(model=lm.name, reward_unseen=unseen)
+    with open_run(out, identity, about, files=['rewards*.jsonl']) as run:
+        lines = run.rows('rewards')
+        if lines: warn_unseen(unseen, run.folder)
         elif try_first: on_main(lambda: try_reward(reward, tasks, name))
         have, rows, number, count = {(r['round'], r['task'], r['k']): r for r in lines}, [], 0, first
         which, looks = list(range(len(tasks))), count_looks(first, most)
         while which and count:
             drawing = replace(sampling, count=count)
-            rows += _round(lm, tasks, which, reward, drawing, number, have, folder, batch, progress, **generation)
+            rows += _round(lm, tasks, which, reward, drawing, number, have, run, batch, progress, **generation)
             table = spread_table(rows, value_range, threshold, alpha/looks, group=group)
             open_ = set(table.task_hash[_open(table)])
             drawn = first*2**number
             which = [i for i in which if task_hash(tasks[i]) in open_]
             number, count = number + 1, min(drawn, most - drawn)
+        run.finish()
     table.attrs |= dict(truncated=sum(not r['finished'] for r in rows)/len(rows), samples=len(rows),
                         fixed=most*len(tasks))
     return table, rows
