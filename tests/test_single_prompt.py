@@ -70,7 +70,7 @@ def test_killed_and_run_again(place):
     assert lines(place/'killed') == lines(place/'whole') and len(first) == 2
 
 def test_held_against_a_record(place):
-    from ches_align.training.grid_report import grid_record
+    from ches_align.studies.grid_report import grid_record
     assert ches_train(place, 'grid.yaml', '--set', 'out=held').returncode == 0
     (place/'record.json').write_text(json.dumps(grid_record(place/'held')))
     done = ches_train(place, 'grid.yaml', '--set', 'out=held', '--against', 'record.json')
