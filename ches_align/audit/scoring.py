@@ -24,12 +24,12 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .data import Pair, iter_pairs
+from .data import Pair, PairSource, iter_pairs
 from .files import AuditError
 from .hidden_states import default_budget
 from .model_checks import behaves_as, behaviour, check_lengths, token_limit
 from .model_identity import differences, number_switches
-from .models import ScoringModel, compile_backbone, load_model, model_now
+from .models import ScoringModel, load_model, model_now
 from .options import named, one_of, only_with, path_of, whole
 from .pair_scores import COLUMNS, NOTES, blank_row, score_block
 from .runs import (
@@ -64,14 +64,14 @@ def check_identity(
     keys = [k for k in identity if k != 'token_hash' or manifest.get('data_hash') == identity.get('data_hash')]
     if found := differences({k: manifest.get(k) for k in keys}, {k: identity[k] for k in keys}):
         raise AuditError(f'{out} holds the scores of another run ({"; ".join(found[:3])}); '
-                         'choose another --out or remove that folder')
+                         'choose another --output_dir or remove that folder')
 
 def _check_behaviour(manifest: dict, about: dict, out: Path) -> None:
     "Refuse a model that computes something else with the same weights and settings: a hook, a patched layer"
     then, now = manifest.get('behaviour'), about.get('behaviour')
     if then is not None and now is not None and not behaves_as(now, then, str(manifest.get('dtype'))):
         raise AuditError(f'{out} holds the scores of another run: with the same weights and settings the model '
-                         'computes other hidden states (a hook or a changed layer?); choose another --out or remove '
+                         'computes other hidden states (a hook or a changed layer?); choose another --output_dir or remove '
                          'that folder')
 
 # %% ../../nbs/audit/140_scoring.ipynb #fef3a240
@@ -98,7 +98,7 @@ def load_scores(
     folder = path/'scores' if (path/'scores').is_dir() else path
     files = sorted(folder.glob('*.parquet')) if folder.is_dir() else [path]
     if not files or not files[0].exists():
-        raise AuditError(f'{path}: no scores there; make them with ches_score DATA --out {path}')
+        raise AuditError(f'{path}: no scores there; make them with ches score DATA --model MODEL --output_dir {path}')
     try: frame = pd.concat([pd.read_parquet(f) for f in files], ignore_index=True)
     except (OSError, ValueError) as e: raise AuditError(f'{path}: unreadable scores ({str(e)[:200]})') from None
     if lost := sorted(set(COLUMNS) - set(frame)):
@@ -144,7 +144,7 @@ def _less_memory(shard: int, batch_tokens: int, longest: int) -> str:
     if batch_tokens > longest: return (
         f'out of memory in shard {shard}: lower --batch_tokens ({batch_tokens}); the same folder then continues')
     return (f'out of memory in shard {shard}: a row of {longest} tokens alone is too much; lower --max_length or take '
-            '--dtype bfloat16, each with another --out')
+            '--dtype bfloat16, each with another --output_dir')
 
 def _score_shards(lm, store: TokenStore, plan, out, settings, progress) -> list[dict]:
     "Score what has no shard yet; rows come back only where there is no folder. The bar counts tokens"
@@ -173,7 +173,7 @@ def _score_shards(lm, store: TokenStore, plan, out, settings, progress) -> list[
 # %% ../../nbs/audit/140_scoring.ipynb #90ef5035
 def check_scoring(
     data: Any,                # what is read
-    out: str | Path | None,   # as for `score_dataset`, like all that follow
+    output_dir: str | Path | None,   # as for `score_dataset`, like all that follow
     max_length: int | None,
     batch_tokens: int | None,
     convention: str,
@@ -186,17 +186,17 @@ def check_scoring(
     one_of('convention', convention, CONVENTIONS)
     one_of('share_prompt', share_prompt, ('auto', 'yes', 'no'))
     whole('limit', loading.get('limit'))
-    whole('seed', loading.get('seed'), 0)
-    only_with('seed', loading.get('seed'), loading.get('limit'), '--limit')
+    whole('limit_seed', loading.get('limit_seed'), 0)
+    only_with('limit_seed', loading.get('limit_seed'), loading.get('limit'), '--limit')
     named(data=data, split=loading.get('split'), columns=loading.get('columns'))
-    if (folder := path_of('out', out)) is None: return
+    if (folder := path_of('output_dir', output_dir)) is None: return
     folder = Path(folder).expanduser()
     refuse_sources([folder/'manifest.json', folder/'scores'/'part-00000.parquet'], [data])
 
 def score_dataset(
-    data: Any,                       # pairs, 'sample', a path, a hub name, a `datasets.Dataset` or dicts
+    data: Any,                       # pairs or a `PairSource`, 'sample', a path, a hub name, a `datasets.Dataset` ...
     model: str | ScoringModel = 'smollm2-135m', # a name for `load_model`, or what it returned
-    out: str | Path | None = None,   # folder for `scores/*.parquet` and `manifest.json`; None = in memory only
+    output_dir: str | Path | None = None,   # folder for `scores/*.parquet` and `manifest.json`; None = in memory only
     max_length: int | None = None,   # longest prompt + response in tokens; None = what the model was made for
     convention: str = 'paper',       # see `ches_align.theory.ches.CONVENTIONS`
     head: bool = True,               # also head-gradient CHES and log-probabilities
@@ -205,25 +205,26 @@ def score_dataset(
     device: str | None = None,       # where, when `model` is a name
     model_options: dict | None = None, # more for `load_model`: adapter, revision, quantize, trust_remote_code
     share_prompt: str = 'auto',      # compute each prompt once: 'yes', 'no', or where it pays
-    compile: bool = False,           # have torch compile the model first; minutes, for long runs
     progress: bool = True,           # a bar with rate and remaining time, on a terminal
-    **loading,                       # for `load_pairs`: split, columns, limit, seed, chat
+    **loading,                       # for `load_pairs`: split, columns, limit, limit_seed, apply_chat_template
 ) -> pd.DataFrame:                   # a row a pair, `COLUMNS`; the manifest in `attrs['manifest']`
-    "Score every pair of a data set; with `out`, continue what is there. Raises `AuditError` for what a user can mend."
-    check_scoring(data, out, max_length, batch_tokens, convention, share_prompt, loading)
+    "Score every pair of a data set; with `output_dir`, continue what is there. Raises `AuditError` for what a user can mend."
+    held = isinstance(data, PairSource)
+    if held and loading: raise AuditError(f"{', '.join(loading)}: a PairSource says itself how it is read")
+    source, loading = (data.source, data.loading) if isinstance(data, PairSource) else (data, loading)
+    check_scoring(source, output_dir, max_length, batch_tokens, convention, share_prompt, loading)
     given = isinstance(data, list) and data and isinstance(data[0], Pair)
     if given and any(v not in (None, False) for v in loading.values()):
         raise AuditError(f"{', '.join(loading)}: pairs that are loaded already are scored as they are")
-    pairs = iter(data) if given else iter_pairs(data, **loading)
+    pairs = iter(data) if given or held else iter_pairs(data, **loading)
     pairs = chain([next(pairs)], pairs)  # what is wrong with the data is told before the model is loaded
-    if out is not None: first_alone(lambda: refuse_unwritable(out))
+    if output_dir is not None: first_alone(lambda: refuse_unwritable(output_dir))
     here = processes()
     if here.num_processes > 1:
         device = device or str(here.device)  # auto, which spreads one model over all GPUs, is for one process
         progress = progress and here.is_main_process
     lm = model if isinstance(model, ScoringModel) else load_model(model, dtype, device, **(model_options or {}))
     max_length, batch_tokens, start = max_length or lm.max_length, batch_tokens or default_budget(lm), time.time()
-    if compile: compile_backbone(lm)
     limit = token_limit(lm.model, lm.head)
     with token_store(pairs, lm.tokenizer, max_length, convention, progress=progress, limit=limit) as store:
         _check_tokens(lm, store, limit)
@@ -231,13 +232,13 @@ def score_dataset(
         settings = dict(convention=convention, head=head, batch_tokens=batch_tokens, share_prompt=shares)
         plan, form = plan_shards(store.sizes, by_prompt=shares), 'text' if store.has_text else 'messages'
         fixed = {k: v for k, v in settings.items() if k != 'batch_tokens'}  # it decides on memory, not on a score
-        hashes = dict(token_hash=store.token_hash, max_length=max_length, compiled=compile, shards=_plan_hash(plan))
+        hashes = dict(token_hash=store.token_hash, max_length=max_length, shards=_plan_hash(plan))
         identity = run_identity(lm, store.data_hash, len(store), hashes | fixed, fresh=lm is not model)
-        source = str(data) if isinstance(data, (str, Path)) else None  # from memory: nowhere to be read again
-        about = dict(model=lm.name, revision=lm.provenance['revision'], data=source, form=form,
-                     seed=loading.get('seed'), loading=loading, sharing=says, hardware=_hardware(lm),
+        named = str(source) if isinstance(source, (str, Path)) else None  # from memory: nowhere to be read again
+        about = dict(model=lm.name, revision=lm.provenance['revision'], data=named, form=form,
+                     loading=loading, sharing=says, hardware=_hardware(lm),
                      batch_tokens=batch_tokens, behaviour=behaviour(lm.model, lm.backbone, lm.head))
-        return _score_store(lm, store, _Work(plan, settings, identity, about), out, progress, start)
+        return _score_store(lm, store, _Work(plan, settings, identity, about), output_dir, progress, start)
 
 # %% ../../nbs/audit/140_scoring.ipynb #c94ce066
 class _Work(NamedTuple):
@@ -306,7 +307,7 @@ def _open(folder: Path, identity: dict, about: dict) -> None:
         check_identity(manifest, identity, folder)
         _check_behaviour(manifest, about, folder)
     elif any((folder/'scores').glob('*.parquet')):
-        raise AuditError(f'{folder}: scores without a manifest; choose another --out')
+        raise AuditError(f'{folder}: scores without a manifest; choose another --output_dir')
     _write_manifest(folder, identity | about | dict(complete=False))
 
 @contextmanager

@@ -99,7 +99,7 @@ def main_writer(
 ) -> Iterator[Path | None]:     # the folder, everywhere
     "`only_writer` of the main process, for all. Raises `AuditError`."
     if out is None:
-        if processes().num_processes > 1: raise AuditError('several processes meet in a folder: name one (out)')
+        if processes().num_processes > 1: raise AuditError('several processes meet in a folder: name one (output_dir)')
         yield None; return
     with ExitStack() as held:
         first_alone(lambda: str(held.enter_context(only_writer(out))))

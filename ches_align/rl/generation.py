@@ -122,17 +122,17 @@ def generate_responses(
     lm: ScoringModel,                # from `load_model` or `load_generator`
     prompts: Sequence[Text],         # texts, or messages in TRL's form
     sampling: Sampling = Sampling(), # how, how long, how many
-    out: str | Path | None = None,   # folder of its own for `responses.jsonl` and `manifest.json`; None: memory
+    output_dir: str | Path | None = None,   # folder of its own for `responses.jsonl` and `manifest.json`; None: memory
     batch_tokens: int | None = None, # rows times longest prompt and response; None: 4096, on a GPU 65536, vLLM 2**20
     engine: str = 'transformers',    # transformers, vllm or auto
-    chat: bool | None = None,        # apply the chat template; None: if there is one
+    apply_chat_template: str = 'auto', # yes, no, or auto: where the model has one
     progress: bool = True,           # a bar, on a terminal
     names: Sequence[str] | None = None, # what each prompt's responses are drawn by; None: its hash
     keep_ids: bool = False,          # keep the token ids of a response, in `ids`
 ) -> list[dict[str, Any]]:           # a row a (prompt, k), in order
-    "Draw `sampling.count` responses to each prompt; with `out`, continue what is there. Raises `AuditError`."
+    "Draw `sampling.responses` responses to each prompt; with `output_dir`, continue what is there. Raises `AuditError`."
     whole('batch_tokens', batch_tokens)
-    encoded, n = encode_prompts(lm, prompts, chat), sampling.count
+    encoded, n = encode_prompts(lm, prompts, apply_chat_template), sampling.responses
     _check_room(lm, encoded, sampling.max_new_tokens)
     name, run = choose_engine(lm, sampling, engine)
     budget = batch_tokens or (2**20 if name == 'vllm' else 4096 if lm.device.type == 'cpu' else 65536)
@@ -146,11 +146,11 @@ def generate_responses(
                     finished=bool(ids) and ids[-1] in ends) | (dict(ids=list(ids)) if keep_ids else {})
     more = {} if names is None or list(names) == hashes else dict(names=prompt_hash(list(names)))
     more |= dict(keep_ids=True) if keep_ids else {}
-    more |= dict(chat=chat, engine=name)  # and not batch_tokens, which decides on memory alone
+    more |= dict(apply_chat_template=apply_chat_template, engine=name)  # and not batch_tokens, which decides on memory alone
     identity = _identity(lm, prompts, encoded, sampling, **more)
     about = dict(model=lm.name, revision=lm.provenance['revision'], batch_tokens=budget)
     same_everywhere(identity)
-    with main_writer(out) as folder:
+    with main_writer(output_dir) as folder:
         def there(): return first_alone(lambda: _responses(folder, identity, about)) if folder else []
         have = {(r['prompt_index'], r['k']): r for r in there()}
         shown = progress and processes().is_main_process
