@@ -20,7 +20,7 @@ from .report import check_report_targets, collect_report, write_report
 from .scoring import check_scoring, score_dataset
 from .selection import check_order, check_rule, select_pairs
 from .training_file import OneForm
-from .workers import first_alone
+from .workers import on_main
 
 # %% ../../nbs/audit/175_audit.ipynb #2b05c279
 KEPT = 'kept.jsonl'  # the training file of an audit, in its folder
@@ -86,7 +86,7 @@ def audit_dataset(
     folder = _check_audit(output_dir, data, by, keep)
     pairs = OneForm(data, **loading)
     scores = score_dataset(pairs, model, folder, **scoring)
-    audit, problem = first_alone(lambda: _page_and_file(scores, pairs, folder, by, keep, worst))
+    audit, problem = on_main(lambda: _page_and_file(scores, pairs, folder, by, keep, worst))
     if problem:
         raise NothingKept(f'{problem}; no {KEPT} was written, {folder}/report.html says what to do', audit)
     return audit

@@ -28,17 +28,18 @@ from .data import Pair, PairSource, iter_pairs
 from .files import AuditError
 from .hidden_states import default_budget
 from .model_checks import behaves_as, behaviour, check_lengths, token_limit
-from .model_identity import differences, number_switches
+from .model_identity import number_switches
 from .models import ScoringModel, load_model, model_now
 from .options import named, one_of, only_with, path_of, whole
 from .pair_scores import COLUMNS, NOTES, blank_row, score_block
+from .run import differences
 from .runs import (
     json_bytes, plain, read_object, refuse_sources, refuse_unwritable, write_files, writing)
 from .shared_prompts import Sizes, choose_sharing
 from .token_store import TokenStore, token_store
 from ..theory.ches import CONVENTIONS
 from .workers import (
-    each_tells, errors_of_all, first_alone, main_writer, processes, same_everywhere, shared_counter, together)
+    gather_from_all, errors_of_all, on_main, main_writer, processes, same_everywhere, shared_counter, together)
 
 # %% ../../nbs/audit/140_scoring.ipynb #c53a5780
 def run_identity(
@@ -218,7 +219,7 @@ def score_dataset(
         raise AuditError(f"{', '.join(loading)}: pairs that are loaded already are scored as they are")
     pairs = iter(data) if given or held else iter_pairs(data, **loading)
     pairs = chain([next(pairs)], pairs)  # what is wrong with the data is told before the model is loaded
-    if output_dir is not None: first_alone(lambda: refuse_unwritable(output_dir))
+    if output_dir is not None: on_main(lambda: refuse_unwritable(output_dir))
     here = processes()
     if here.num_processes > 1:
         device = device or str(here.device)  # auto, which spreads one model over all GPUs, is for one process
@@ -269,7 +270,7 @@ def _score_store(lm: ScoringModel, store: TokenStore, work: _Work, out: str | Pa
 def _hardware(lm: ScoringModel) -> str:
     "Machine and device, of all processes where they differ"
     name = torch.cuda.get_device_name(lm.device) if lm.device.type == 'cuda' else f'{torch.get_num_threads()} threads'
-    kinds = sorted(set(each_tells(f'{platform.machine()}, {os.cpu_count()} CPUs, {name}')))
+    kinds = sorted(set(gather_from_all(f'{platform.machine()}, {os.cpu_count()} CPUs, {name}')))
     mixed = ' (mixed: the table is that of one kind up to rounding, not to the bit)' * (len(kinds) > 1)
     return ' and '.join(kinds) + mixed
 
@@ -314,5 +315,5 @@ def _open(folder: Path, identity: dict, about: dict) -> None:
 def _output(out: str | Path | None, identity: dict, about: dict) -> Iterator[Path | None]:
     "The output folder, which the main process makes, locks and checks"
     with main_writer(out) as folder:
-        if folder: first_alone(lambda: _open(folder, identity, about))
+        if folder: on_main(lambda: _open(folder, identity, about))
         yield folder

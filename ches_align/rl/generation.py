@@ -26,7 +26,7 @@ from ..audit.models import ScoringModel, model_now, weights_hash
 from ..audit.options import whole
 from ..audit.runs import add_run, open_runs
 from ..audit.scoring import out_of_memory
-from ..audit.workers import errors_of_all, first_alone, main_writer, processes, same_everywhere, shared_counter
+from ..audit.workers import errors_of_all, on_main, main_writer, processes, same_everywhere, shared_counter
 from .sampling import Sampling, encode_prompts, end_tokens, generate_batch, prompt_hash, row_seed
 
 # %% ../../nbs/rl/310_generation.ipynb #a3e03e59
@@ -151,7 +151,7 @@ def generate_responses(
     about = dict(model=lm.name, revision=lm.provenance['revision'], batch_tokens=budget)
     same_everywhere(identity)
     with main_writer(output_dir) as folder:
-        def there(): return first_alone(lambda: _responses(folder, identity, about)) if folder else []
+        def there(): return on_main(lambda: _responses(folder, identity, about)) if folder else []
         have = {(r['prompt_index'], r['k']): r for r in there()}
         shown = progress and processes().is_main_process
         with errors_of_all(): _run_batches(plan, keys, encoded, seeds, run, row, have, folder, shown)

@@ -20,7 +20,7 @@ import pandas as pd
 from ..audit.files import AuditError, shorten
 from ..audit.models import ScoringModel
 from ..audit.runs import add_run, json_bytes, open_runs, plain, write_files
-from ..audit.workers import first_alone, main_writer
+from ..audit.workers import on_main, main_writer
 from .generation import generate_responses
 from .rewards import (
     Reward, call_reward, reward_columns, reward_identity, try_reward, warn_unseen)
@@ -75,7 +75,7 @@ def _round(lm: ScoringModel, tasks: list[dict], which: list[int], reward: Reward
         if out: add_run(out, lines, 'rewards')
         return lines
     for i in range(0, len(todo), batch):
-        lines = first_alone(lambda: judged(todo[i:i + batch]))
+        lines = on_main(lambda: judged(todo[i:i + batch]))
         have.update(((line['round'], line['task'], line['k']), line) for line in lines)
     said = [{key: r[key] for key in ('prompt_hash', 'response', 'tokens', 'finished')} for r in rows]
     of_task = {t: dict(prompt=tasks[t]['prompt'], task_hash=task_hash(tasks[t])) for t in set(which)}
@@ -135,9 +135,9 @@ def audit_spread(
                         reward_range=reward_range, alpha=alpha, tasks=prompt_hash([prompt_hash(plain(t)) for t in tasks]),
                         **named)
         about = dict(model=lm.name, reward_unseen=unseen)
-        lines = first_alone(lambda: open_runs(folder, identity, about, 'rewards')) if folder else []
+        lines = on_main(lambda: open_runs(folder, identity, about, 'rewards')) if folder else []
         if lines: warn_unseen(unseen, folder)
-        elif try_first: first_alone(lambda: try_reward(reward, tasks, name))
+        elif try_first: on_main(lambda: try_reward(reward, tasks, name))
         have, rows, number, count = {(r['round'], r['task'], r['k']): r for r in lines}, [], 0, min_responses
         which, looks = list(range(len(tasks))), count_looks(min_responses, max_responses)
         while which and count:

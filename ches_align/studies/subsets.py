@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ..audit.data import Pair, load_pairs, template_columns
 from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair, encode_pairs
-from ..audit.model_identity import differences
+from ..audit.run import differences
 from ..audit.runs import load_runs, only_writer, open_runs, plain, write_files
 from ..audit.scoring import load_scores, score_dataset
 from ..audit.selection import order_values
