@@ -100,7 +100,7 @@ def test_a_run_is_plain_trls(settings, home, tmp_path, ours, theirs):
     for key in mine: torch.testing.assert_close(mine[key], own[key], rtol=0, atol=2e-5)  # 2% of one step of 1e-3
 
 def run(*args, wait=True, **env):
-    command = [sys.executable, '-m', 'ches_align.training.train', *map(str, args)]
+    command = [sys.executable, '-m', 'ches_align', 'train', *map(str, args)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env)
     return (*process.communicate(timeout=120), process.returncode) if wait else process
 
@@ -205,7 +205,7 @@ def test_wrong_input(settings, home, tmp_path):
     with pytest.raises(AuditError, match='holds another run .*learning_rate was 0.001, is 0.01'):
         train_preferences(settings(max_steps=1, learning_rate=1e-2), resume=True)
     (tmp_path/'other').mkdir(); (tmp_path/'other/manifest.json').write_text('{}')
-    with pytest.raises(AuditError, match='not a manifest of ches_train'):
+    with pytest.raises(AuditError, match='its manifest is of format 1, this version reads format 2'):
         train_preferences(settings(out=str(tmp_path/'other')))
     _, error, code = run(tmp_path/'absent.yaml')
     assert code == 1 and error.strip().splitlines()[-1].startswith('ches_train: ') and 'Traceback' not in error
@@ -226,7 +226,7 @@ def test_one_process_where_two_were_asked_for_is_told(home, tmp_path):
     (tmp_path/'run.yaml').write_text(f"kind: preference\nmodel: {home/'tiny'}\ndata: {home/'pairs.jsonl'}\nbatch: 2\n"
                                      f'accumulation: 1\nmax_steps: 1\nout: {tmp_path}/out\n')
     launch = ['accelerate.commands.launch', '--config_file', ROOT/'configs/accelerate/ddp_2gpu.yaml', '--cpu',
-              '--num_processes', '2', '-m', 'ches_align.training.train', tmp_path/'run.yaml']
+              '--num_processes', '2', '-m', 'ches_align', 'train', tmp_path/'run.yaml']
     done = subprocess.run([sys.executable, '-m', *map(str, launch)], capture_output=True, text=True, timeout=120,
                           env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -237,12 +237,12 @@ def test_two_processes(settings, home, tmp_path):
     (tmp_path/'run.yaml').write_text(f"kind: preference\nmodel: {home/'tiny'}\ndata: {home/'pairs.jsonl'}\nbatch: 2\n"
                                      'accumulation: 1\nmax_steps: 2\nlearning_rate: 1e-3\n')
     launch = ['accelerate.commands.launch', '--config_file', ROOT/'configs/accelerate/ddp_2gpu.yaml', '-m']
-    command = [sys.executable, '-m', *map(str, launch), 'ches_align.training.train', str(tmp_path/'run.yaml')]
+    command = [sys.executable, '-m', *map(str, launch), 'ches_align', 'train', str(tmp_path/'run.yaml')]
     done = subprocess.run([*command, '--set', f'out={tmp_path}/two'], capture_output=True, text=True, timeout=120,
                           env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stdout + done.stderr
     made = json.loads((tmp_path/'two/manifest.json').read_text())
-    assert made['identity']['processes'] == 2 and made['steps'] == 2 and done.stdout.count('step 1/2') == 1
+    assert made['processes'] == 2 and made['steps'] == 2 and done.stdout.count('step 1/2') == 1
     train_preferences(settings(batch=4, accumulation=1, out=str(tmp_path/'one')))
     a, b = weights(tmp_path/'two'), weights(tmp_path/'one')
     for key in a: torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-5)  # 2% of one step of 1e-3

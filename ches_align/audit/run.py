@@ -57,8 +57,9 @@ def refuse_other(
     found = differences({k: then.get(k) for k in keys}, {k: now[k] for k in keys})
     if not found: return
     more = f'; and {len(found) - 3} more' if len(found) > 3 else ''
+    kind = 'file' if Path(place).is_file() else 'folder'
     raise AuditError(f'{place} holds another {what} ({"; ".join(found[:3])}{more}): '
-                     'name another --output_dir, or remove that folder')
+                     f'name another --output_dir, or remove that {kind}')
 
 # %% ../../nbs/audit/135_run.ipynb #run-proc
 def versions_of(
@@ -68,11 +69,14 @@ def versions_of(
     names = ('ches_align', 'torch', 'transformers', 'tokenizers', *packages)
     return {name: version(name) for name in names}
 
-def hardware_text() -> str: # "2 x x86_64, 16 CPUs, 8 threads, NVIDIA H100"
-    "Name machine and device of all processes, which call it together."
+def hardware_text(
+    alone: bool = False, # of this process, which calls it by itself; else of all, which call it together
+) -> str:                # "2 x x86_64, 16 CPUs, 8 threads, NVIDIA H100"
+    "Name machine and device."
     parts = [platform.machine(), f'{os.cpu_count()} CPUs', f'{torch.get_num_threads()} threads']
     if torch.cuda.is_available(): parts.append(torch.cuda.get_device_name())
-    kinds = Counter(gather_from_all(', '.join(parts)))
+    mine = ', '.join(parts)
+    kinds = Counter([mine] if alone else gather_from_all(mine))
     text = ' and '.join(kind if count == 1 else f'{count} x {kind}' for kind, count in sorted(kinds.items()))
     return text + ' (mixed: the numbers are those of one kind up to rounding, not to the bit)' * (len(kinds) > 1)
 
@@ -86,10 +90,11 @@ def precision_flags() -> dict[str, Any]:
                         deterministic=torch.are_deterministic_algorithms_enabled())
 
 def provenance(
-    *packages: str, # whose versions count besides
-) -> dict[str, Any]: # versions, hardware, precision; JSON values
-    "Say what the numbers of this process, and of those beside it, are made with."
-    return dict(versions=versions_of(*packages), hardware=hardware_text(), precision=precision_flags())
+    *packages: str,      # whose versions count besides
+    alone: bool = False, # see `hardware_text`
+) -> dict[str, Any]:     # versions, hardware, precision; JSON values
+    "Say what numbers are made with."
+    return dict(versions=versions_of(*packages), hardware=hardware_text(alone), precision=precision_flags())
 
 # %% ../../nbs/audit/135_run.ipynb #run-manc
 FORMAT = 2 # of manifests; raised when their form changes, and folders of another form are refused

@@ -22,7 +22,8 @@ from ..audit.data import Text, dialogue_text
 from ..audit.files import AuditError
 from ..audit.model_files import LoadError
 from ..audit.models import ScoringModel, load_model
-from ..audit.runs import add_run, only_writer, open_runs
+from ..audit.run import open_run
+from ..audit.workers import on_main
 from ..rl.generation import generate_responses
 from ..rl.sampling import Sampling, encode_prompts, prompt_hash
 from ..rl.source_identity import source_identity
@@ -193,36 +194,45 @@ def _judge_some(judge: Callable, rows: list[dict]) -> list[Verdict]:
     if len(made) != len(rows): raise AuditError(f'judge {judge}: {len(made)} verdicts for {len(rows)} rows')
     return made
 
+# %% ../../nbs/refusal/350_judges.ipynb #judge-responses
 def judge_responses(
     rows: Sequence[dict],            # with `prompt` and `response`, as `generate_responses` gives them
     judge: Callable[[Sequence[dict]], list[Verdict]] = RuleJudge(), # `RuleJudge`, `ChatJudge` or your own
-    output_dir: str | Path | None = None,   # folder of its own for `judged.jsonl` and `manifest.json`; None: memory
+    output_dir: str | Path | None = None, # folder of its own for `judged.jsonl` and `manifest.json`; None: memory
     batch: int = 64,                 # rows handed to the judge, and written, at a time
 ) -> list[dict[str, Any]]:           # the rows with refused, judge_reason, judge_error, judge
-    "Judge every row; with `output_dir`, continue, and judge again what failed. Raises `AuditError` for another run's folder."
+    "Judge every row; with `output_dir`, continue, and judge again what failed. Raises `AuditError`."
     if not rows: raise AuditError('no responses to judge')
     name = getattr(judge, 'name', type(judge).__name__)
-    whole = hashlib.sha256(json.dumps([[prompt_hash(r.get('prompt')), r.get('response')] for r in rows]).encode())
+    texts = json.dumps([[prompt_hash(row.get('prompt')), row.get('response')] for row in rows])
+    source = source_identity(judge)
     identity = dict(getattr(judge, 'identity', dict(judge=name)))
-    code = source_identity(judge)
-    identity |= dict(judge_code=code['source'], responses_hash=whole.hexdigest()[:16], rows=len(rows))
-    about = dict(name=name, judge_unseen=code['unseen'])
-    with only_writer(output_dir) as folder:
-        have = {v['row']: v for v in (open_runs(folder, identity, about, 'judged') if folder else [])}
-        if have and code['unseen']:
-            unseen = ', '.join(code['unseen'])
-            warnings.warn(f'{output_dir}: the verdicts there are kept, though nobody can see whether {unseen} changed in the '
-                          'judge; name another folder if it did')
+    identity |= dict(judge_code=source['source'], responses_hash=hashlib.sha256(texts.encode()).hexdigest()[:16],
+                     rows=len(rows))
+    about = dict(name=name, judge_unseen=source['unseen'])
+    with open_run(output_dir, identity, about, files=['judged*.jsonl']) as run:
+        have = {line['row']: line for line in run.rows('judged')}
+        if have and source['unseen']:
+            unseen = ', '.join(source['unseen'])
+            warnings.warn(f'{output_dir}: the verdicts there are kept, though nobody can see whether {unseen} changed '
+                          'in the judge; name another folder if it did')
         todo = [i for i in range(len(rows)) if have.get(i, dict(judge_error='new'))['judge_error']]
+        def judged(some: list[int]) -> list[dict]:
+            lines = _verdict_lines(judge, name, rows, some)
+            run.add(lines, 'judged')
+            return lines
         for some in (todo[k:k + batch] for k in range(0, len(todo), batch)):
-            made = {i: Verdict(None, '', no_text(rows[i].get('response'))) for i in some}
-            fit = [i for i in some if not made[i].error]
-            made.update(zip(fit, _judge_some(judge, [rows[i] for i in fit]) if fit else []))
-            lines = [dict(row=i, refused=v.refused, judge_reason=v.reason, judge_error=v.error, judge=name)
-                     for i, v in made.items()]
-            if folder: add_run(folder, lines, 'judged')
-            have.update((line['row'], line) for line in lines)
+            have.update((line['row'], line) for line in on_main(lambda: judged(some)))
+        run.finish()
     return [{**row, **{k: v for k, v in have[i].items() if k != 'row'}} for i, row in enumerate(rows)]
+
+def _verdict_lines(judge: Callable, name: str, rows: Sequence[dict], some: list[int]) -> list[dict]:
+    "A line for each of some rows; what has no text is not put to the judge"
+    verdicts = {i: Verdict(None, '', no_text(rows[i].get('response'))) for i in some}
+    fit = [i for i in some if not verdicts[i].error]
+    if fit: verdicts.update(zip(fit, _judge_some(judge, [rows[i] for i in fit])))
+    return [dict(row=i, refused=verdict.refused, judge_reason=verdict.reason, judge_error=verdict.error, judge=name)
+            for i, verdict in verdicts.items()]
 
 # %% ../../nbs/refusal/350_judges.ipynb #24602434
 def refusal_rate(

@@ -19,8 +19,9 @@ import pandas as pd
 
 from ..audit.files import AuditError, shorten
 from ..audit.models import ScoringModel
-from ..audit.runs import add_run, json_bytes, open_runs, plain, write_files
-from ..audit.workers import on_main, main_writer
+from ..audit.run import Run, open_run
+from ..audit.runs import json_bytes, plain, write_files
+from ..audit.workers import on_main
 from .generation import generate_responses
 from .rewards import (
     Reward, call_reward, reward_columns, reward_identity, try_reward, warn_unseen)
@@ -57,10 +58,10 @@ def load_tasks(
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #0dcdfd22
 def _round(lm: ScoringModel, tasks: list[dict], which: list[int], reward: Reward, sampling: Sampling, number: int,
-           have: dict, out: Path | None, batch: int, progress: bool, **generation: Any) -> list[dict]:
+           have: dict, run: Run, batch: int, progress: bool, **generation: Any) -> list[dict]:
     "Draw and judge one round; the rows"
     drawn = replace(sampling, seed=1000*sampling.seed + number)
-    folder = out/f'round{number}' if out else None
+    folder = run.folder and run.folder/f'round{number}'
     names = seed_names(tasks)
     rows = generate_responses(lm, [tasks[i]['prompt'] for i in which], drawn, folder, progress=progress,
                               names=[names[i] for i in which], keep_ids=True, **generation)
@@ -72,7 +73,7 @@ def _round(lm: ScoringModel, tasks: list[dict], which: list[int], reward: Reward
         made = call_reward(reward, prompts, responses, [rows[j]['ids'] for j in some], **reward_columns(mine, tasks))
         lines = [dict(round=number, task=keys[j][1], k=keys[j][2], reward=value, reward_error=error)
                  for j, (value, error) in zip(some, made)]
-        if out: add_run(out, lines, 'rewards')
+        run.add(lines, 'rewards')
         return lines
     for i in range(0, len(todo), batch):
         lines = on_main(lambda: judged(todo[i:i + batch]))
@@ -111,8 +112,8 @@ def audit_spread(
     tasks: Sequence[dict],         # from `load_tasks`
     reward: Reward,                # in TRL's form
     sampling: Sampling = Sampling(), # how; its `responses` is not looked at
-    min_responses: int = 8,                # responses to every prompt
-    max_responses: int = 64,                # at most so many to one prompt
+    min_responses: int = 8,        # responses to every prompt
+    max_responses: int = 64,       # at most so many to one prompt
     reward_range: tuple[float, float] | None = None, # that the reward can have; None: of the rows
     threshold: float = .1,         # share of the range: a std below it counts as no spread
     alpha: float = .05,            # 1 - nominal coverage of the last interval of a prompt
@@ -123,31 +124,32 @@ def audit_spread(
     try_first: bool = True,        # call the reward on made-up responses before anything is drawn
     known: tuple | None = None,    # `reward_identity`, where the reward was called before; None: taken here
     progress: bool = True,         # a bar, on a terminal
-    **generation: Any,             # for `generate_responses`: batch_tokens, engine, chat
+    **generation: Any,             # for `generate_responses`: batch_tokens, engine, apply_chat_template
 ) -> tuple[pd.DataFrame, list[dict]]: # `spread_table`, and a row a response
     "Audit prompts under a model. With `output_dir`, continue what is there. Raises `AuditError`."
     _check_plan(min_responses, max_responses, group, threshold)
     tasks, repeated = distinct_tasks(list(tasks))
     if repeated: warnings.warn(f'{repeated} tasks repeat an earlier one; each is asked once')
     named, unseen = known or reward_identity(reward, name)
-    with main_writer(output_dir) as folder:
-        identity = dict(sampling=asdict(replace(sampling, responses=1)), min_responses=min_responses, max_responses=max_responses, threshold=threshold,
-                        reward_range=reward_range, alpha=alpha, tasks=prompt_hash([prompt_hash(plain(t)) for t in tasks]),
-                        **named)
-        about = dict(model=lm.name, reward_unseen=unseen)
-        lines = on_main(lambda: open_runs(folder, identity, about, 'rewards')) if folder else []
-        if lines: warn_unseen(unseen, folder)
+    identity = dict(sampling=asdict(replace(sampling, responses=1)), min_responses=min_responses,
+                    max_responses=max_responses, threshold=threshold, reward_range=reward_range, alpha=alpha,
+                    tasks=prompt_hash([prompt_hash(plain(t)) for t in tasks]), **named)
+    about = dict(model=lm.name, reward_unseen=unseen)
+    with open_run(output_dir, identity, about, files=['rewards*.jsonl']) as run:
+        lines = run.rows('rewards')
+        if lines: warn_unseen(unseen, run.folder)
         elif try_first: on_main(lambda: try_reward(reward, tasks, name))
         have, rows, number, count = {(r['round'], r['task'], r['k']): r for r in lines}, [], 0, min_responses
         which, looks = list(range(len(tasks))), count_looks(min_responses, max_responses)
         while which and count:
             drawing = replace(sampling, responses=count)
-            rows += _round(lm, tasks, which, reward, drawing, number, have, folder, batch, progress, **generation)
+            rows += _round(lm, tasks, which, reward, drawing, number, have, run, batch, progress, **generation)
             table = spread_table(rows, reward_range, threshold, alpha/looks, group=group)
             open_ = set(table.task_hash[_open(table)])
             drawn = min_responses*2**number
             which = [i for i in which if task_hash(tasks[i]) in open_]
             number, count = number + 1, min(drawn, max_responses - drawn)
+        run.finish()
     table.attrs |= dict(truncated=sum(not r['finished'] for r in rows)/len(rows), samples=len(rows),
                         fixed=max_responses*len(tasks))
     return table, rows
