@@ -116,10 +116,10 @@ def refuse_sources(
     for target in [Path(t).expanduser() for t in targets]:
         for files, folders in known:
             if any(_same(target, file) for file in files):
-                raise AuditError(f'{target} is read by this command and would be written over: name another --out')
+                raise AuditError(f'{target} is read by this command and would be written over: name another --output_dir')
             if _is_data(target) and any(_is_below(target, folder) for folder in folders):
                 raise AuditError(f'{target} would lie in a folder of which all files are read as data: '
-                                 'name another --out')
+                                 'name another --output_dir')
 
 # %% ../../nbs/audit/101_runs.ipynb #30645899
 def refuse_strangers(
@@ -130,11 +130,11 @@ def refuse_strangers(
     "Refuse to take the place of a file that no earlier run of the command made. Raises `AuditError`."
     there = []
     for target in [Path(t).expanduser() for t in targets]:
-        if target.is_dir(): raise AuditError(f'{target} is a folder, not a file: name another --out')
+        if target.is_dir(): raise AuditError(f'{target} is a folder, not a file: name another --output_dir')
         if target.exists() and target.stat().st_size: there.append(target)
     if there and not (sign and _has_keys(Path(sign).expanduser(), keys)):
         raise AuditError(f'{there[0]} exists and is not of an earlier run of this command: '
-                         'name another --out, or move it away')
+                         'name another --output_dir, or move it away')
 
 def _has_keys(sign: Path, keys: Iterable[str]) -> bool:
     try: return set(keys) <= set(read_object(sign))
@@ -163,8 +163,8 @@ def open_runs(
         then = read_object(manifest)
         if other := [_differs(k, then.get(k), v) for k, v in now.items() if then.get(k) != v]:
             raise AuditError(f'{out} holds runs of another {" and ".join(other)}: '
-                             'name another folder (out), or delete it')
-    elif runs.exists(): raise AuditError(f'{out}: {runs.name} without a manifest; name another folder (out)')
+                             'name another folder (output_dir), or delete it')
+    elif runs.exists(): raise AuditError(f'{out}: {runs.name} without a manifest; name another folder (output_dir)')
     else: write_files({manifest: json_bytes(now | about)})
     if not runs.exists(): return []
     found = runs.read_bytes()
@@ -212,6 +212,6 @@ def only_writer(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try: lock.acquire()
-        except Timeout: raise AuditError(f'{folder}: another run is writing there; choose another --out') from None
+        except Timeout: raise AuditError(f'{folder}: another run is writing there; choose another --output_dir') from None
     try: yield folder
     finally: lock.release()

@@ -122,7 +122,7 @@ class ChatJudge:
         self,
         model: str | ScoringModel,     # a name for `load_model`, or what it returned
         template: str = JUDGE_PROMPT,  # with {prompt} or {question}, and {response} or {answer}
-        chat: bool | None = None,      # apply the chat template; None: if there is one
+        apply_chat_template: str = 'auto', # yes, no, or auto: where the model has one
         max_new_tokens: int = 8,       # of the reply
         parse: Callable[[str], bool | None] = parse_reply, # reply -> refused?
         **loading,                     # for `load_model`, when `model` is a name
@@ -130,11 +130,12 @@ class ChatJudge:
         self.fields = [re.search(p, template) for p in (r'\{(?:prompt|question)\}', r'\{(?:response|answer)\}')]
         if None in self.fields: raise AuditError('judge template: must hold {prompt} and {response}')
         self.lm = model if isinstance(model, ScoringModel) else load_model(model, **loading)
-        self.template, self.chat, self.parse = template, chat, parse
+        self.template, self.parse = template, parse
+        self.apply_chat_template = apply_chat_template
         self.sampling, self.name = Sampling(temperature=0, max_new_tokens=max_new_tokens), self.lm.name
         digest = hashlib.sha256(template.encode()).hexdigest()[:16]
         kept = {k: v for k, v in self.lm.provenance.items() if k not in ('model', 'revision')}
-        self.identity = dict(judge='chat', template=digest, chat=chat, max_new_tokens=max_new_tokens,
+        self.identity = dict(judge='chat', template=digest, apply_chat_template=apply_chat_template, max_new_tokens=max_new_tokens,
                              parse=source_identity(parse)['source'], **kept)
 
     def ask(self, row: dict) -> str: # the question put to the judge
@@ -144,10 +145,10 @@ class ChatJudge:
     def __call__(self, rows: Sequence[dict]) -> list[Verdict]:
         "One verdict a row; a row that is too long for the judge gets none."
         asked = [self.ask(r) for r in rows]
-        lengths = [len(i) + self.sampling.max_new_tokens for i in encode_prompts(self.lm, asked, self.chat)]
+        lengths = [len(i) + self.sampling.max_new_tokens for i in encode_prompts(self.lm, asked, self.apply_chat_template)]
         fits = [i for i, n in enumerate(lengths) if n <= (self.lm.max_length or n)]
         made = [Verdict(None, '', f'too long for the judge: {n} tokens') for n in lengths]
-        replies = generate_responses(self.lm, [asked[i] for i in fits], self.sampling, chat=self.chat,
+        replies = generate_responses(self.lm, [asked[i] for i in fits], self.sampling, apply_chat_template=self.apply_chat_template,
                                      progress=False) if fits else []
         for i, reply in zip(fits, (r['response'] for r in replies)):
             refused = self.parse(reply)
@@ -171,7 +172,7 @@ def sorry_judge(
         file = Path(template).expanduser()
         if not file.is_file(): raise AuditError(f'judge template {str(template)[:200]}: no such file')
         template = file.read_text('utf-8')
-    try: return ChatJudge(model, f'[INST] {str(template).strip()} [/INST]', chat=False, max_new_tokens=50, **loading)
+    try: return ChatJudge(model, f'[INST] {str(template).strip()} [/INST]', apply_chat_template='no', max_new_tokens=50, **loading)
     except LoadError as e:
         raise LoadError(f'{e}. For this judge: accept its terms at https://huggingface.co/{SORRY_JUDGE}, then '
                          '`hf auth login`; or download it and give the folder as model') from None

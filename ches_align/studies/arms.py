@@ -28,7 +28,7 @@ from ..training.train import RunData, load_trainable, make_trainer
 from ..training.train_config import TrainConfig
 
 # %% ../../nbs/studies/380_arms.ipynb #86a64fac
-SHARED = ('model', 'revision', 'data', 'split', 'columns', 'limit', 'chat', 'out', 'max_length', 'dtype', 'seed')
+SHARED = ('model', 'revision', 'data', 'split', 'columns', 'limit', 'apply_chat_template', 'out', 'max_length', 'dtype', 'seed')
 UNUSED = ('eval_share', 'eval_data', 'eval_steps', 'displacement', 'save_steps', 'keep_checkpoints', 'report_to')
 
 @dataclass

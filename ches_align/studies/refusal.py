@@ -115,7 +115,7 @@ def _encode(path: Path, first: int, lm: ScoringModel, longest: int | None, flagg
 
 def _pair_rows(study: RefusalStudy, lm: ScoringModel, prompts: Sequence, seed: int, out: Path, progress: bool) -> list:
     "Two responses to each prompt"
-    drawn = Sampling(temperature=study.pair_temperature, max_new_tokens=study.max_new_tokens, count=2, seed=seed)
+    drawn = Sampling(temperature=study.pair_temperature, max_new_tokens=study.max_new_tokens, responses=2, seed=seed)
     rows = generate_responses(lm, [p['prompt'] for p in prompts], drawn, out/'responses', progress=progress)
     return [dict(id=prompts[r['prompt_index']]['id']) | r for r in rows]
 

@@ -80,14 +80,14 @@ def spread_correlations(
 # %% ../../nbs/studies/406_rl_report.ipynb #a290fe6a
 def _stage_row(
     r: Float[np.ndarray, "sets prompts samples"],
-    value_range: tuple[float, float],
+    reward_range: tuple[float, float],
     threshold: float,
 ) -> dict:
     "What the spread looks like, averaged over seeds, or over the halves of the start"
     lines = []
     for one in r:
         rows = [dict(prompt_hash=str(i), reward=None if np.isnan(x) else x) for i, row in enumerate(one) for x in row]
-        t = spread_table(rows, value_range, threshold, groups=())
+        t = spread_table(rows, reward_range, threshold, groups=())
         s = spread_summary(t, draws=1)
         lines.append(dict(p10=s['std_quantiles']['0.1'], zero=float((t['std'] == 0).mean()), below=s['below'][0],
                           no_spread_seen=s['verdicts']['no spread seen'][0]))
@@ -96,7 +96,7 @@ def _stage_row(
 # %% ../../nbs/studies/406_rl_report.ipynb #stage-table-of-arms
 def stage_table(
     runs: Sequence[dict],    # of `load_runs`
-    value_range: tuple[float, float] = (0., 1.),
+    reward_range: tuple[float, float] = (0., 1.),
     threshold: float = .1,   # share of the range
     draws: int = 2000,       # bootstrap samples of the prompts
     held: bool = False,      # of the held-out prompts, not of those trained on
@@ -109,12 +109,12 @@ def stage_table(
     before, g = np.nanmean(np.concatenate([a, b], 1), 1), np.random.default_rng(0)
     some = g.integers(0, len(a), (draws, len(a)))
     start = dict(arm='start', stage='start', seeds=1, mean=float(before.mean()))
-    lines = [start | _stage_row(np.stack([a, b]), value_range, threshold)]  # each half as large as a stage's samples
+    lines = [start | _stage_row(np.stack([a, b]), reward_range, threshold)]  # each half as large as a stage's samples
     for arm in dict.fromkeys(r['arm'] for r in runs if r['arm'] != 'start'):
         for stage in ('after_sft', 'after'):
             r = np.array([reward_matrix(x[stage])[mine] for x in runs if x['arm'] == arm and x.get(stage)])
             if len(r): lines.append(dict(arm=arm, stage=stage) | _change_row(np.nanmean(r, 2), before, some)
-                                    | _stage_row(r, value_range, threshold))
+                                    | _stage_row(r, reward_range, threshold))
     return pd.DataFrame(lines)
 
 def _change_row(

@@ -41,8 +41,8 @@ def measure_rewards(
 ) -> dict[str, Any]:        # rewards (a list a prompt, None: failed), failed, error, finished (share), distinct (texts)
     "Draw, reward, count."
     with torch.autocast(lm.device.type, torch.bfloat16) if study.bf16 else nullcontext():
-        rows = generate_responses(lm, [t['prompt'] for t in tasks], replace(study.drawn, count=samples, seed=seed), out,
-                                  study.batch_tokens, chat=study.chat, progress=False, names=seed_names(tasks),
+        rows = generate_responses(lm, [t['prompt'] for t in tasks], replace(study.drawn, responses=samples, seed=seed), out,
+                                  study.batch_tokens, apply_chat_template=study.apply_chat_template, progress=False, names=seed_names(tasks),
                                   keep_ids=True)
     mine = [tasks[r['prompt_index']] for r in rows]
     ids, columns = [r['ids'] for r in rows], reward_columns(mine, tasks)
@@ -82,11 +82,11 @@ def run_rl_arm(
     line: dict[str, Any] = dict(sft=[], after_sft=None, rft=[], after=None)
     if sft:
         losses = train_supervised(lm, train, **asdict(sft), seed=seed, progress=progress, bf16=study.bf16,
-                                  chat=study.chat, save=work/'sft.safetensors', save_steps=study.save_steps)
+                                  apply_chat_template=study.apply_chat_template, save=work/'sft.safetensors', save_steps=study.save_steps)
         line['sft'] = [round(x, 4) for x in losses]
         line['after_sft'] = measure_rewards(lm, study, everything, reward, seed + 1, study.samples, work/'after_sft')
     if rft:
-        made = train_policy(lm, train, reward, rft, None, progress, study.chat, work/'rft.safetensors',
+        made = train_policy(lm, train, reward, rft, None, progress, study.apply_chat_template, work/'rft.safetensors',
                             study.save_steps)
         line['rft'] = [{k: round(v, 5) for k, v in step.items()} for step in made]
         line['after'] = measure_rewards(lm, study, everything, reward, seed + 1, study.samples, work/'after')

@@ -55,7 +55,7 @@ class SubsetStudy:
     out: str = 'runs/subsets'
     split: str | None = None    # of the data
     columns: dict[str, str] | str | None = None # which column is which
-    chat: bool = False          # treat text prompts as one user message
+    apply_chat_template: str = 'auto' # yes: text prompts become one user message; no: messages become text
     sample: int | None = None   # rows drawn from the data; None = all
     sample_seed: int = 548      # of that draw and of the held-out rows
     max_length: int | None = 512 # of prompt + response, in tokens
@@ -86,7 +86,7 @@ class SubsetStudy:
 
     @property
     def common(self) -> TrainConfig: # what the arms share
-        return TrainConfig(model=self.model, data=self.data, max_length=self.max_length, chat=self.chat,
+        return TrainConfig(model=self.model, data=self.data, max_length=self.max_length, apply_chat_template=self.apply_chat_template,
                            architecture=self.architecture)
 
 # %% ../../nbs/studies/390_subsets.ipynb #74cd142a
@@ -118,7 +118,7 @@ def study_rows(study: SubsetStudy, tokenizer: Any, longest: int | None,
                ) -> tuple[list[Pair], dict[int, EncodedPair], dict[str, int]]:
     "Pairs, the usable ones in token ids, and why others are not"
     seed = None if study.sample is None else study.sample_seed
-    pairs = load_pairs(study.data, study.split, study.columns, study.sample, seed, chat=study.chat)
+    pairs = load_pairs(study.data, study.split, study.columns, study.sample, seed, apply_chat_template=study.apply_chat_template)
     encoded = encode_pairs(pairs, tokenizer, None if study.short else longest)
     flagged: dict[str, int] = {}
     for e in encoded:

@@ -69,7 +69,7 @@ def read_data(
 ) -> RunData:
     "Read, encode and split the pairs. Flagged rows are told; raises `AuditError` when none is left to train on."
     watch, limit = config.displacement, config.max_length or lm.max_length
-    reading = dict(split=config.split, columns=config.columns, chat=config.chat)
+    reading = dict(split=config.split, columns=config.columns, apply_chat_template=config.apply_chat_template)
     pairs = load_pairs(config.data, limit=config.limit, **reading)
     train, counts = usable(pairs, lm.tokenizer, limit, config.data)
     held, probes = [], []
@@ -82,7 +82,7 @@ def read_data(
     if watch and isinstance(watch.probes, int):
         train, some = hold_out(train, watch.probes, config.seed + 1)
         probes = [p for p in pairs if p.row_id in {e.row_id for e in some}]
-    elif watch: probes = load_pairs(watch.probes, limit=64, seed=config.seed, chat=config.chat)
+    elif watch: probes = load_pairs(watch.probes, limit=64, limit_seed=config.seed, apply_chat_template=config.apply_chat_template)
     return RunData(train, held, probes, dict(rows=len(pairs), status=counts, train=len(train), eval=len(held),
                                              probes=len(probes)))
 

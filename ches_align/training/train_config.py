@@ -53,7 +53,7 @@ class TrainConfig:
     split: str | None = None    # of the data
     columns: dict[str, str] | str | None = None # which column is which
     limit: int | None = None    # read at most this many rows
-    chat: bool = False          # treat text prompts as one user message
+    apply_chat_template: str = 'auto' # yes: text prompts become one user message; no: messages become text
     eval_share: float = 0.      # share of the pairs held out, in [0, 1)
     eval_data: str | None = None # or data of their own
     max_length: int | None = 1024 # of prompt + response, in tokens; responses are cut
@@ -177,7 +177,7 @@ def lora_adapters(
                       lora_dropout=0., task_type='CAUSAL_LM')  # TRL turns dropout off
 
 def _data_line(config: TrainConfig) -> str:
-    try: pairs = load_pairs(config.data, config.split, config.columns, config.limit, chat=config.chat)
+    try: pairs = load_pairs(config.data, config.split, config.columns, config.limit, apply_chat_template=config.apply_chat_template)
     except AuditError as e: return f'data: not read ({e})'
     sound, watch = sum(not p.problem for p in pairs), config.displacement
     held = max(1, round(config.eval_share * sound)) if config.eval_share else 0
