@@ -180,7 +180,7 @@ def check_scoring(
 
 # %% ../../nbs/audit/140_scoring.ipynb #score-dataset
 def score_dataset(
-    data: Any,                       # pairs or a `PairSource`, 'sample', a path, a hub name, a `datasets.Dataset` ...
+    data: Any,                       # pairs, a `PairSource`, 'sample', a path, a hub name, a `datasets.Dataset`, dicts
     model: str | ScoringModel = 'smollm2-135m', # a name for `load_model`, or what it returned
     output_dir: str | Path | None = None, # folder for `scores/*.parquet` and `manifest.json`; None: memory
     max_length: int | None = None,   # longest prompt + response in tokens; None = what the model was made for
@@ -201,7 +201,7 @@ def score_dataset(
     source, loading = (data.source, data.loading) if isinstance(data, PairSource) else (data, loading)
     check_scoring(source, output_dir, max_length, batch_tokens, convention, share_prompt, loading)
     given = isinstance(data, list) and data and isinstance(data[0], Pair)
-    if given and any(v not in (None, False) for v in loading.values()):
+    if given and any(v not in (None, 'auto') for v in loading.values()):
         raise AuditError(f"{', '.join(loading)}: pairs that are loaded already are scored as they are")
     pairs = iter(data) if given or held else iter_pairs(data, **loading)
     pairs = chain([next(pairs)], pairs)  # what is wrong with the data is told before the model is loaded

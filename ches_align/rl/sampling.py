@@ -25,6 +25,7 @@ from ..audit.files import AuditError
 from ..audit.model_files import LoadError, check_device
 from ..audit.models import (
     ScoringModel, _text_hash, _tokenizer_text, load_model, read_head, weights_hash, wrap_model)
+from ..audit.options import one_of
 
 # %% ../../nbs/rl/300_sampling.ipynb #e332ea56
 @dataclass(frozen=True)
