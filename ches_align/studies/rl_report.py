@@ -17,7 +17,8 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from ..audit.files import AuditError
-from ..audit.runs import load_runs, plain, read_object, write_files
+from ..audit.run import run_rows
+from ..audit.runs import plain, read_object, write_files
 from ..rl.spread_table import spread_summary, spread_table
 
 # %% ../../nbs/studies/406_rl_report.ipynb #30181301
@@ -28,7 +29,7 @@ def reward_matrix(
     return np.array([[np.nan if x is None else x for x in row] for row in measured['rewards']], float)
 
 def start_halves(
-    runs: Sequence[dict], # of `load_runs`
+    runs: Sequence[dict], # of `run_rows`
 ) -> tuple[Float[np.ndarray, "prompts half"], Float[np.ndarray, "prompts half"], int]: # two sets; prompts trained on
     "The rewards of the start, in two; prompts trained on come first. Raises `AuditError` when it is not there."
     start = [r for r in runs if r['key'] == 'start']
@@ -39,7 +40,7 @@ def start_halves(
 STAGES = {'start': 'after', 'after_sft': 'after_sft', 'after': 'after'}
 
 def stage_means(
-    runs: Sequence[dict], # of `load_runs`
+    runs: Sequence[dict], # of `run_rows`
     arm: str,
     stage: str,           # after_sft or after
 ) -> Float[np.ndarray, "seeds prompts"]:
@@ -53,7 +54,7 @@ def _corr(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0 else float('nan')
 
 def spread_correlations(
-    runs: Sequence[dict],   # of `load_runs`
+    runs: Sequence[dict],   # of `run_rows`
     arm: str,
     stage: str,             # after_sft or after
     absolute: bool = True,  # of |change|, or of the change itself
@@ -95,7 +96,7 @@ def _stage_row(
 
 # %% ../../nbs/studies/406_rl_report.ipynb #stage-table-of-arms
 def stage_table(
-    runs: Sequence[dict],    # of `load_runs`
+    runs: Sequence[dict],    # of `run_rows`
     reward_range: tuple[float, float] = (0., 1.),
     threshold: float = .1,   # share of the range
     draws: int = 2000,       # bootstrap samples of the prompts
@@ -150,7 +151,7 @@ def plot_stages(
     return fig
 
 def plot_spread_change(
-    runs: Sequence[dict],                  # of `load_runs`
+    runs: Sequence[dict],                  # of `run_rows`
     shown: Sequence[tuple[str, str, str]], # arm, stage and title of each panel
 ) -> Any:                                  # a Matplotlib figure
     "Change of the mean against the spread before, a dot a prompt, half the start's samples each."
@@ -173,7 +174,7 @@ def write_rl(
     "Write table and figure of a study. Raises `AuditError`."
     out, picture = Path(out).expanduser(), io.BytesIO()
     study = read_object(out/'manifest.json')['study']
-    table = stage_table(load_runs(out), (study['low'], study['high']), study['threshold'])
+    table = stage_table(run_rows(out), (study['low'], study['high']), study['threshold'])
     plot_stages(table).savefig(picture, format='png')
     made = {out/'table.csv': table.to_csv(index=False).encode(), out/'stages.png': picture.getvalue()}
     write_files(made)
@@ -184,5 +185,5 @@ def rl_record(
 ) -> dict:           # JSON: manifest and `runs`; no texts
     "The record of a study."
     out = Path(out).expanduser()
-    runs = load_runs(out)
+    runs = run_rows(out)
     return plain(read_object(out/'manifest.json') | dict(seconds=round(sum(r['seconds'] for r in runs)), runs=runs))

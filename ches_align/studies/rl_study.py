@@ -6,13 +6,11 @@
 __all__ = ['measure_rewards', 'run_rl_arm', 'run_rl']
 
 # %% ../../nbs/studies/405_rl_study.ipynb #d8d14a0c
-import os
 import shutil
 import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -21,7 +19,8 @@ from tqdm.auto import tqdm
 
 from ..audit.files import AuditError
 from ..audit.models import ScoringModel, model_now
-from ..audit.runs import add_run, load_runs, only_writer, open_runs, plain
+from ..audit.run import open_run
+from ..audit.runs import plain
 from ..rl.generation import generate_responses
 from ..rl.policy_gradient import train_policy, train_supervised
 from ..rl.rewards import Reward, call_reward, load_reward, reward_columns, reward_identity, try_reward
@@ -96,13 +95,13 @@ def run_rl_arm(
 def run_rl(
     study: RLStudy,
     progress: bool = True, # bars, on a terminal
-) -> list[dict]:           # all lines, as `load_runs`: `start`, then the arms
+) -> list[dict]:           # all lines, as `run_rows`: `start`, then the arms
     "Run what is missing of a study. Raises `AuditError`."
     out, reward = Path(study.out).expanduser(), load_reward(study.reward)
-    with only_writer(out):
-        lm = _fresh(study)
-        train, held = study_tasks(study, lm.tokenizer)
-        lines = open_runs(out, _identity(study, lm, [*train, *held], reward), _about(study))
+    lm = _fresh(study)
+    train, held = study_tasks(study, lm.tokenizer)
+    with open_run(out, _identity(study, lm, [*train, *held], reward), _about(study)) as run:
+        lines = run.rows()
         arms, done = study.arms, {l['key'] for l in lines}
         if other := [l['arm'] for l in lines if l['arm'] in arms and l['settings'] != plain(arms[l['arm']])]:
             raise AuditError(f'{out}: arm {other[0]} was run with other settings: give the new one another name')
@@ -110,7 +109,7 @@ def run_rl(
         total, hide = 1 + len(study.seeds)*len(arms), None if progress else True
         bar = tqdm(total=total, initial=len(done), unit='arm', disable=hide)
         def finish(key, began, **line):
-            add_run(out, dict(key=key, **line, seconds=round(time.perf_counter() - began, 1)))
+            run.add(dict(key=key, **line, seconds=round(time.perf_counter() - began, 1)))
             shutil.rmtree(work(key), ignore_errors=True)
             bar.update()
         if 'start' not in done:
@@ -125,7 +124,8 @@ def run_rl(
             line = run_rl_arm(study, arm, seed, train, held, reward, work(key), progress)
             finish(key, began, arm=arm, seed=seed, settings=arms[arm], **line)
         bar.close()
-    return load_runs(out)
+        run.finish()
+        return run.rows()
 
 # %% ../../nbs/studies/405_rl_study.ipynb #93ce777f
 def _start_line(lm: ScoringModel, study: RLStudy, tasks: list[dict], reward: Reward, out: Path) -> dict:
@@ -142,8 +142,5 @@ def _identity(study: RLStudy, lm: ScoringModel, tasks: list[dict], reward: Rewar
                       tasks_hash=prompt_hash(plain(tasks))))
 
 def _about(study: RLStudy) -> dict:
-    machine = f'{os.cpu_count()} CPUs, {torch.get_num_threads()} threads'
-    if torch.cuda.is_available(): machine = torch.cuda.get_device_name()
     tasks = Path(study.tasks).name if Path(study.tasks).exists() else study.tasks
-    return dict(model=Path(study.model).name, tasks=tasks, hardware=machine,
-                versions={p: version(p) for p in ('ches_align', 'torch', 'transformers')})
+    return dict(model=Path(study.model).name, tasks=tasks)

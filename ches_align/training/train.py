@@ -33,12 +33,12 @@ from ..audit.run import Run, open_run, write_lines
 from ..audit.runs import plain, refuse_sources
 from ..audit.token_store import token_hash
 from .callback import DisplacementCallback
-from .config import config_dict, needs_reference
+from .config import config_dict
 from ..audit.workers import on_main, processes
 from .pair_trainer import (PairLossTrainer, as_dataset, hold_out, need_trl, usable,
                                               warn_if_stuck)
 from .train_config import (
-    TrainConfig, half_weights, lora_adapters, training_loss, trl_arguments)
+    TrainConfig, half_weights, lora_adapters, needs_reference, training_loss, trl_arguments)
 
 # %% ../../nbs/training/260_train.ipynb #ad07675a
 def load_trainable(
@@ -51,7 +51,7 @@ def load_trainable(
     plain_weights(lm.model)
     lm.head = read_head(lm.model, (lm.head.scale, lm.head.softcap))  # an adapter may have had its own
     if any(p.dtype == torch.float16 for p in lm.model.parameters()):  # dtype auto, and a model kept in float16
-        raise AuditError(f'{config.model}: {half_weights(config.optimizer)}')
+        raise AuditError(f'{config.model}: {half_weights(config.optim)}')
     if config.model in EMBEDDED: lm.model.name_or_path = config.model  # what an adapter names as its base
     return lm
 
@@ -70,7 +70,7 @@ def read_data(
     "Read, encode and split the pairs. Flagged rows are told; raises `AuditError` when none is left to train on."
     watch, limit = config.displacement, config.max_length or lm.max_length
     reading = dict(split=config.split, columns=config.columns, apply_chat_template=config.apply_chat_template)
-    pairs = load_pairs(config.data, limit=config.limit, **reading)
+    pairs = load_pairs(config.data, limit=config.limit, limit_seed=config.limit_seed, **reading)
     train, counts = usable(pairs, lm.tokenizer, limit, config.data)
     held, probes = [], []
     if config.eval_share: train, held = hold_out(train, max(1, round(config.eval_share * len(train))), config.seed)
@@ -82,12 +82,14 @@ def read_data(
     if watch and isinstance(watch.probes, int):
         train, some = hold_out(train, watch.probes, config.seed + 1)
         probes = [p for p in pairs if p.row_id in {e.row_id for e in some}]
-    elif watch: probes = load_pairs(watch.probes, limit=64, limit_seed=config.seed, apply_chat_template=config.apply_chat_template)
+    elif watch:
+        reading = dict(limit=64, limit_seed=config.seed, apply_chat_template=config.apply_chat_template)
+        probes = load_pairs(watch.probes, **reading)
     return RunData(train, held, probes, dict(rows=len(pairs), status=counts, train=len(train), eval=len(held),
                                              probes=len(probes)))
 
 # %% ../../nbs/training/260_train.ipynb #5320f581
-FREE = ('out', 'report_to', 'log_steps', 'save_steps', 'keep_checkpoints', 'model', 'architecture')
+FREE = ('output_dir', 'report_to', 'logging_steps', 'save_steps', 'save_total_limit', 'model', 'architecture')
 
 def run_identity(
     config: TrainConfig, # all but `FREE`: the model's name is free, its hash is not
@@ -109,9 +111,10 @@ def open_training(
     resume: bool,        # go on with what is there; False: refuse it
 ) -> AbstractContextManager[Run]:
     "Begin or continue the folder of a training. Raises `AuditError` for that of another run, as `open_run` does."
+    identity = run_identity(config, lm, data)
     about = dict(kind=config.kind, config=config_dict(config), model=lm.provenance, counts=data.counts)
     packages = ('trl', 'accelerate') + ('peft',) * bool(config.lora)
-    return open_run(config.out, run_identity(config, lm, data), about, resume=resume, packages=packages, files=())
+    return open_run(config.output_dir, identity, about, resume=resume, packages=packages, files=())
 
 # %% ../../nbs/training/260_train.ipynb #ed956094
 def last_checkpoint(
@@ -140,7 +143,7 @@ def _watcher(config: TrainConfig, lm: ScoringModel, probes: list[Pair]) -> list[
     if watch is None: return []
     rules = dict(alert=watch.alert, stop=watch.stop, patience=watch.patience, tolerance=watch.tolerance)
     return [DisplacementCallback(
-        probes, Path(config.out).expanduser()/'displacement', watch.every, lm.tokenizer,
+        probes, Path(config.output_dir).expanduser()/'displacement', watch.every, lm.tokenizer,
         max_length=config.max_length, answers=watch.answers, seed=config.seed, **rules)]
 
 def _check_targets(config: TrainConfig, model: nn.Module) -> None:
@@ -163,7 +166,7 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback] = (), # more of them
 ) -> PairLossTrainer:    # not started; reference log-probabilities are computed
     "Put model, data and loss together. Raises `AuditError` for adapters, trackers or types that cannot be had."
-    out = Path(config.out).expanduser()
+    out = Path(config.output_dir).expanduser()
     if config.lora is None: warn_if_stuck(lm.model, config.learning_rate)
     else: _check_targets(config, lm.model)
     try:
@@ -194,12 +197,12 @@ def _finish(trainer: PairLossTrainer, run: Run, start: int, seconds: float, stop
 
 def train_preferences(
     config: TrainConfig,  # what to do
-    resume: bool = False, # continue what `config.out` holds; from the start when it holds no checkpoint
+    resume: bool = False, # continue what `config.output_dir` holds; from the start when it holds no checkpoint
 ) -> dict[str, Any]:      # the manifest; weights are in OUT/model, the log in OUT/log.jsonl
     "Train on preference pairs. Raises `AuditError` for what configuration, data or model make impossible."
     need_trl()
     clock = time.perf_counter()
-    out = Path(config.out).expanduser()
+    out = Path(config.output_dir).expanduser()
     refuse_sources([out/'manifest.json', out/'log.jsonl'], [config.data, config.eval_data])
     lm = load_trainable(config)
     data = read_data(config, lm)
@@ -211,8 +214,10 @@ def train_preferences(
             trainer = make_trainer(config, lm, data, watcher)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (torch.OutOfMemoryError, MemoryError):
-            raise AuditError(f'out of memory: lower batch ({config.batch}) and raise accumulation, set '
-                             'gradient_checkpointing, lower max_length, or train lora; --check estimates') from None
+            batch = config.per_device_train_batch_size
+            raise AuditError(f'out of memory: lower per_device_train_batch_size ({batch}), raise '
+                             'gradient_accumulation_steps, set gradient_checkpointing, lower max_length, or train '
+                             'lora; --check estimates') from None
         stopped = watcher[0].tracker.stopped if watcher else ''
         _finish(trainer, run, start, time.perf_counter() - clock, stopped)
     return run.manifest
@@ -226,4 +231,4 @@ def run_summary(
     stopped = f' (stopped: {manifest["stopped"]})' if manifest['stopped'] else ''
     seconds = sum(session['seconds'] for session in manifest['sessions'])
     return (f"{manifest['steps']} of {manifest['planned_steps']} steps of {config['loss']} on "
-            f"{manifest['counts']['train']} pairs in {seconds:.0f} s{stopped}; model: {config['out']}/model")
+            f"{manifest['counts']['train']} pairs in {seconds:.0f} s{stopped}; model: {config['output_dir']}/model")
