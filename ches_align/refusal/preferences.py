@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SORRY_BENCH', 'SORRY_HUMAN', 'KINDS', 'load_prompts', 'load_gold', 'question_hashes', 'make_preferences',
-           'split_prompts', 'write_preferences']
+           'split_prompts', 'check_split', 'write_preferences']
 
 # %% ../../nbs/refusal/360_preferences.ipynb #3708c873
 import json
@@ -213,6 +213,19 @@ def split_prompts(
     unique = sorted(set(hashes), key=lambda h: row_seed(seed, h, -2))
     return set(unique[:int(test * len(unique))])
 
+def check_split(
+    pairs: Sequence[dict],   # from `make_preferences`
+    test: float = .15,       # share of the usable prompts to be held out
+) -> list[dict]:             # those that can be used
+    "Refuse pairs of which none can be used or held out, before anything is written. Raises `AuditError`."
+    split_prompts([], test)
+    usable = [p for p in pairs if p['use']]
+    if not usable: raise AuditError('no usable pair: every one is undecided or has the same response twice')
+    if test and len(usable) > 1 and len({p['prompt_hash'] for p in usable}) == 1:
+        raise AuditError(f'all {len(usable)} pairs ask one question (id {usable[0]["id"]}): give each question an id '
+                         'of its own, or leave id out')
+    return usable
+
 def write_preferences(
     pairs: Sequence[dict],   # from `make_preferences`
     output_dir: str | Path,  # folder for train, test, left_out and gold_train, gold_test (.jsonl), and split.json
@@ -221,11 +234,7 @@ def write_preferences(
     about: dict | None = None, # kept in split.json: model, judge, sampling ...
 ) -> dict[str, int]:         # rows of each file
     "Split and write. Raises `AuditError` when nothing is usable."
-    usable = [p for p in pairs if p['use']]
-    if not usable: raise AuditError('no usable pair: every one is undecided or has the same response twice')
-    if test and len(usable) > 1 and len({p['prompt_hash'] for p in usable}) == 1:
-        raise AuditError(f'all {len(usable)} pairs ask one question (id {usable[0]["id"]}): give each question an id '
-                         'of its own, or leave id out')
+    usable = check_split(pairs, test)
     held = split_prompts([p['prompt_hash'] for p in usable], test, seed)
     if test and not held: warnings.warn(f'no pair is held out: {test:g} of {len({p["prompt_hash"] for p in usable})} '
                                         'questions is less than one')
