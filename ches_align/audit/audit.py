@@ -81,7 +81,7 @@ def audit_dataset(
     limit: int | None = None,        # at most this many rows
     limit_seed: int | None = None,   # draw the `limit` rows at random with this seed; None = the first
     apply_chat_template: str = 'auto', # yes: text prompts become one user message; no: messages become text
-    **scoring: Any,                  # more for `score_dataset`: max_length, batch_tokens, dtype, device, model_options ...
+    **scoring: Any,                  # more for `score_dataset`: max_length, batch_tokens, dtype, device ...
 ) -> Audit:                          # the same in every process
     "Score, report and filter in one go. Raises `AuditError`, and `NothingKept` when there is no pair to train on."
     loading = dict(split=split, columns=columns, limit=limit, limit_seed=limit_seed,

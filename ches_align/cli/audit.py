@@ -23,13 +23,15 @@ def _summary(scores) -> str:
     flagged = ', '.join(f'{n} {status} (row {lost.row_id[status]}: {lost.detail[status]})'.replace(': )', ')')
                         for status, n in counts.items() if status != 'ok') or 'none'
     rate = manifest['tokens'] / max(manifest['seconds'], 1e-9)
-    return (f"{counts.get('ok', 0)} pairs scored by {manifest['model']} in {manifest['seconds']:.0f} s ({rate:,.0f} tokens/s); "
+    took = f"{manifest['seconds']:.0f} s ({rate:,.0f} tokens/s)"
+    return (f"{counts.get('ok', 0)} pairs scored by {manifest['model']} in {took}; "
             f"flagged: {flagged}" + f"\nmachines: {manifest['hardware']}" * ('(mixed' in manifest['hardware']) +
             ''.join(f'\n{remark}' for remark in manifest.get('remarks', [])) +
             _HINT * (manifest['form'] == 'text' and manifest['template_hash'] is not None))
 
 _HINT = """
-the prompts are plain text and were scored as they are, as TRL trains on them; --apply_chat_template yes uses the model's"""
+the prompts are plain text and were scored as they are, as TRL trains on them; --apply_chat_template yes makes them
+messages"""
 
 # %% ../../nbs/cli/610_audit.ipynb #ee58da5a
 @dataclass(frozen=True)

@@ -71,8 +71,9 @@ def _generate(prompts: str, model: str, folder: Path, read: PromptOptions, loade
 
 def _generated(rows: list[dict], model: str, output_dir: str, longest: int) -> str:
     cut = sum(not row['finished'] for row in rows)
-    return (f"{len(rows)} responses to {len({row['prompt_index'] for row in rows})} prompts by {model}, "
-            f'{sum(row["tokens"] for row in rows)} tokens; {cut} cut at {longest} tokens\nrows: {output_dir}/rows.jsonl')
+    prompts, tokens = len({row['prompt_index'] for row in rows}), sum(row['tokens'] for row in rows)
+    return (f'{len(rows)} responses to {prompts} prompts by {model}, {tokens} tokens; {cut} cut at {longest} tokens\n'
+            f'rows: {output_dir}/rows.jsonl')
 
 # %% ../../nbs/cli/620_refusal.ipynb #d348909e
 def generate(

@@ -65,7 +65,7 @@ def load_prompts(
     style: str | None = 'base',  # of SORRY-Bench's prompts; None: all
     split: str | None = None,    # which split, where there are several
     limit: int | None = None,    # at most so many
-    seed: int | None = None,     # draw them with this seed; None: the first
+    limit_seed: int | None = None, # draw them with this seed; None: the first
 ) -> list[dict[str, Any]]:       # id, prompt, category; each prompt once
     "Prompts of SORRY-Bench, HH-RLHF dialogues or a `prompt` column. Raises `AuditError` with the row that has none."
     if source == 'sample':

@@ -214,7 +214,8 @@ def train_policy(
     optimiser = torch.optim.AdamW(trained, c.learning_rate, weight_decay=0.)
     named = reward_identity(reward)[0] if save else {}
     state = TrainingState(save, lm.model, optimiser,
-                          _identity(lm, tasks, save, config=asdict(c), apply_chat_template=apply_chat_template, **named))
+                          _identity(lm, tasks, save, config=asdict(c),
+                                    apply_chat_template=apply_chat_template, **named))
     told = state.load() or dict(kl=c.kl, lines=[])
     kl, lines = told['kl'], [{k: float('nan') if v is None else v for k, v in line.items()} for line in told['lines']]
     quiet = None if progress else True

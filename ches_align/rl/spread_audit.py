@@ -98,7 +98,8 @@ def count_looks(min_responses: int, max_responses: int) -> int:
 
 def _check_plan(min_responses: int, max_responses: int, group: int, threshold: float) -> None:
     if not 2 <= min_responses <= max_responses:
-        raise AuditError(f'min_responses {min_responses}, max_responses {max_responses}: at least 2, and not more than max_responses')
+        raise AuditError(f'min_responses {min_responses}, max_responses {max_responses}: '
+                         'at least 2, and the first not above the second')
     if group < 2: raise AuditError(f'group of {group}: at least 2')
     if not threshold > 0: raise AuditError(f'threshold {threshold}: above 0')
 
@@ -159,7 +160,7 @@ def adaptive_counts(
     draw: Callable[[int, int], list[float]], # prompt and how many -> rewards
     prompts: int,            # how many
     reward_range: tuple[float, float], # of the reward
-    min_responses: int = 8,          # as for `audit_spread`
+    min_responses: int = 8,  # as for `audit_spread`
     max_responses: int = 64,
     threshold: float = .1,
 ) -> pd.DataFrame:           # `spread_table`
