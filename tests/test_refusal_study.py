@@ -53,4 +53,4 @@ def test_reward_audit_killed_and_run_again(place):
     assert not (place/'cut'/'table.csv').exists()
     assert run(place, *asked, 'cut').returncode == 0
     for name in ('table.csv', 'rows.jsonl'): assert (place/'cut'/name).read_text() == (place/'audit'/name).read_text()
-    assert 'holds runs of another' in run(place, *asked, 'audit', '--seed', '1').stderr
+    assert 'holds another run' in run(place, *asked, 'audit', '--seed', '1').stderr

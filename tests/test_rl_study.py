@@ -35,7 +35,7 @@ def test_killed_and_run_again(place):
     after, = (r['after_sft']['rewards'] for r in lines(place/'whole'/'runs.jsonl') if r['arm'] == 'sft_rft')
     assert (learnt := sum(map(sum, after[:4]))/16) > .9, (learnt, 'finetuning on the answers gives the answers')
     for change, says in (('arms.rft.rft.steps=9', 'arm rft was run with other settings'),
-                         ('samples=5', 'holds runs of another study')):
+                         ('samples=5', 'holds another run (study.')):
         assert says in run(place, 'train', 'study.yaml', '--set', 'out=whole', change).stderr
 
 @pytest.mark.parametrize('changes, said', [

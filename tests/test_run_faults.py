@@ -18,7 +18,8 @@ from ches_align.audit.data import PairSource, load_pairs
 from ches_align.audit.files import AuditError
 from ches_align.audit.models import load_model
 from ches_align.audit.report import audit_report
-from ches_align.audit.runs import add_run, load_runs, only_writer, open_runs
+from ches_align.audit.run import open_run, run_rows
+from ches_align.audit.runs import only_writer
 from ches_align.audit.scoring import load_scores, score_dataset
 from ches_align.audit.selection import select_pairs
 from ches_align.cli.main import one_line
@@ -117,7 +118,7 @@ def test_a_full_disk_at_every_write(tmp_path, place, monkeypatch, record_propert
     "For every k the k-th file finds the disk full; what was finished stays, and the same call finishes"
     model, source, out = load_model(str(place/'model')), PairSource(str(place/'pairs.jsonl'), limit=70), tmp_path/'out'
     def whole():
-        scores = score_dataset(str(place/'pairs.jsonl'), model, out=out, limit=70, progress=False)
+        scores = score_dataset(str(place/'pairs.jsonl'), model, out, limit=70, progress=False)
         write_selection(select_pairs(scores, keep=.5), source, out/'kept.jsonl')
         audit_report(scores, source, out)
     sync, left = os.fsync, [0]
@@ -184,7 +185,7 @@ def test_a_disk_that_fills_up_within_a_file(tmp_path, place, record_property):
 def test_scores_on_a_disk_that_fills_up_within_a_file(tmp_path, place, record_property):
     "No half shard is left, and the same call goes on with a larger disk"
     model, out, outcomes = load_model(str(place/'model')), tmp_path/'out', []
-    def score(): return score_dataset(load_pairs(str(place/'pairs.jsonl'), limit=70), model, out=out, progress=False)
+    def score(): return score_dataset(load_pairs(str(place/'pairs.jsonl'), limit=70), model, out, progress=False)
     for size in (0, 100, 3000):
         with no_file_beyond(size), pytest.raises(AuditError, match='File too large'): score()
         assert not list(out.rglob('*.partial'))
@@ -196,13 +197,16 @@ def test_scores_on_a_disk_that_fills_up_within_a_file(tmp_path, place, record_pr
 def test_a_line_of_a_run_that_does_not_fit(tmp_path, record_property):
     "Half a line stands at the end of the file; the folder, opened again, is without it"
     lines, outcomes = [dict(key=k, word='x'*50) for k in range(6)], []
-    open_runs(tmp_path, dict(a=1), {})
+    def opened(): return open_run(tmp_path, dict(a=1))
     for k, line in enumerate(lines):
-        with no_file_beyond(k*75 + 30), pytest.raises(AuditError, match='File too large'): add_run(tmp_path, line)
-        assert load_runs(tmp_path) == open_runs(tmp_path, dict(a=1), {}) == lines[:k]
-        add_run(tmp_path, line)
+        with opened() as run:
+            with no_file_beyond(k*75 + 30), pytest.raises(AuditError, match='File too large'): run.add(line)
+        assert run_rows(tmp_path) == lines[:k]
+        with opened() as run:
+            assert run.rows() == lines[:k]
+            run.add(line)
         outcomes.append('refused')
-    assert load_runs(tmp_path) == lines
+    assert run_rows(tmp_path) == lines
     tell(record_property, outcomes)
 
 def test_a_name_that_cannot_change(tmp_path, place, monkeypatch, record_property):
