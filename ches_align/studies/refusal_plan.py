@@ -46,7 +46,7 @@ class Teaching:
 # %% ../../nbs/studies/401_refusal_plan.ipynb #4d9de5ef
 @dataclass(kw_only=True)
 class RefusalStudy:
-    "Train to refuse, arm by arm; `ches_train FILE` reads it from YAML."
+    "Train to refuse, arm by arm; `ches train FILE` reads it from YAML."
     kind: ClassVar[str] = 'refusal'
     model: str                  # anything that `load_model` takes
     prompts: str                # anything that `load_prompts` takes; with `teach`, dialogues

@@ -44,7 +44,7 @@ class Fit:
 # %% ../../nbs/studies/390_subsets.ipynb #e52a193d
 @dataclass(kw_only=True)
 class SubsetStudy:
-    "Train on subsets at quantiles of scores; `ches_train FILE` reads it from YAML."
+    "Train on subsets at quantiles of scores; `ches train FILE` reads it from YAML."
     kind: ClassVar[str] = 'subsets'
     model: str                  # anything that `load_model` takes
     data: str                   # anything that `load_pairs` takes
@@ -62,7 +62,7 @@ class SubsetStudy:
     pool: int | None = None     # rows that a seed draws, to take slices of; None = all
     held_out: int = 64          # pairs measured and never trained on
     seeds: list[int] = field(default_factory=lambda: [0])
-    scores: str | None = None   # a run of ches_score on these rows with this start; None = score them here
+    scores: str | None = None   # a run of ches score on these rows with this start; None = score them here
     fit: Fit | None = None      # fit the start to the preferred responses first
     train: dict[str, Any] = field(default_factory=dict) # settings of `TrainConfig`: loss, learning_rate, batch ...
     architecture: dict[str, Any] | None = None # a Transformers config, to check a model that cannot be reached
@@ -199,8 +199,8 @@ def open_bench(study: SubsetStudy, progress: bool = True) -> tuple[Bench, dict]:
         start = _fitted(study, [p for p in pairs if p.row_id not in set(held)])
         lm = load_trainable(dataclasses.replace(study.common, model=start))
     if several and not study.scores:
-        raise AuditError('score first, in one process, the same rows: ches_score DATA --model MODEL --dtype float32 '
-                         f'--max_length {longest} --out FOLDER; then scores: FOLDER')
+        raise AuditError('score first, in one process, the same rows: ches score DATA --model MODEL --dtype float32 '
+                         f'--max_length {longest} --output_dir FOLDER; then scores: FOLDER')
     out = Path(study.out).expanduser()/'scores'
     scores = load_scores(study.scores) if study.scores else score_dataset(pairs, lm, out, longest, progress=progress)
     table = check_scores(scores, lm.provenance, encoded)
