@@ -210,7 +210,7 @@ def test_wrong_input(settings, home, tmp_path):
     with pytest.raises(AuditError, match='its manifest is of format 1, this version reads format 2'):
         train_preferences(settings(output_dir=str(tmp_path/'other')))
     _, error, code = run(tmp_path/'absent.yaml')
-    assert code == 1 and error.strip().splitlines()[-1].startswith('ches_train: ') and 'Traceback' not in error
+    assert code == 1 and error.strip().splitlines()[-1].startswith('ches train: ') and 'Traceback' not in error
 
 @pytest.mark.parametrize('path', sorted((ROOT/'configs/preference').glob('*.yaml')), ids=lambda p: p.stem)
 def test_committed_configurations_parse(path):

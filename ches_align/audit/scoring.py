@@ -12,14 +12,14 @@ import time
 import warnings
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .data import Pair, iter_pairs
+from .data import Pair, PairSource, iter_pairs
 from .files import AuditError
 from .hidden_states import default_budget
 from .model_checks import behaves_as, behaviour, check_lengths, token_limit
@@ -76,7 +76,8 @@ def load_scores(
     folder = path/'scores' if (path/'scores').is_dir() else path
     files = sorted(folder.glob('*.parquet')) if folder.is_dir() else [path]
     if not files or not files[0].exists():
-        raise AuditError(f'{path}: no scores there; make them with ches score DATA --output_dir {path}')
+        raise AuditError(f'{path}: no scores there; make them with ches score DATA --model MODEL '
+                         f'--output_dir {path}')
     try: frame = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
     except (OSError, ValueError) as error:
         raise AuditError(f'{path}: unreadable scores ({str(error)[:200]})') from None
@@ -127,6 +128,7 @@ def _less_memory(shard: int, batch_tokens: int, longest: int) -> str:
     return (f'out of memory in shard {shard}: a row of {longest} tokens alone is too much; lower --max_length or take '
             '--dtype bfloat16, each with another --output_dir')
 
+# %% ../../nbs/audit/140_scoring.ipynb #score-shards
 def _score_shards(lm, store: TokenStore, plan, run: Run, settings, progress) -> list[dict]:
     "Score what has no shard yet; rows come back only where there is no folder. The bar counts tokens"
     costs = [0] + [int(2 * store.sizes.length[shard].sum()) for shard in plan[1:]]
@@ -170,8 +172,8 @@ def check_scoring(
     one_of('convention', convention, CONVENTIONS)
     one_of('share_prompt', share_prompt, ('auto', 'yes', 'no'))
     whole('limit', loading.get('limit'))
-    whole('seed', loading.get('seed'), 0)
-    only_with('seed', loading.get('seed'), loading.get('limit'), '--limit')
+    whole('limit_seed', loading.get('limit_seed'), 0)
+    only_with('limit_seed', loading.get('limit_seed'), loading.get('limit'), '--limit')
     named(data=data, split=loading.get('split'), columns=loading.get('columns'))
     if path_of('output_dir', output_dir) is None: return
     folder = Path(output_dir).expanduser()
@@ -179,7 +181,7 @@ def check_scoring(
 
 # %% ../../nbs/audit/140_scoring.ipynb #score-dataset
 def score_dataset(
-    data: Any,                       # pairs, 'sample', a path, a hub name, a `datasets.Dataset` or dicts
+    data: Any,                       # pairs, a `PairSource`, 'sample', a path, a hub name, a `datasets.Dataset`, dicts
     model: str | ScoringModel = 'smollm2-135m', # a name for `load_model`, or what it returned
     output_dir: str | Path | None = None, # folder for `scores/*.parquet` and `manifest.json`; None: memory
     max_length: int | None = None,   # longest prompt + response in tokens; None = what the model was made for
@@ -192,15 +194,15 @@ def score_dataset(
     model_options: dict | None = None, # more for `load_model`: adapter, revision, quantize, trust_remote_code
     share_prompt: str = 'auto',      # compute each prompt once: 'yes', 'no', or where it pays
     progress: bool = True,           # a bar with rate and remaining time, on a terminal
-    **loading,                       # for `load_pairs`: split, columns, limit, seed, chat
+    **loading,                       # for `load_pairs`: split, columns, limit, limit_seed, apply_chat_template
 ) -> pd.DataFrame:                   # a row a pair, `COLUMNS`; the manifest in `attrs['manifest']`
     "Score every pair of a data set; with `output_dir`, continue what is there. Raises `AuditError` for bad input."
-    check_scoring(data, output_dir, max_length, batch_tokens, convention, share_prompt, loading)
+    source, loading = _as_source(data, loading)
+    check_scoring(source, output_dir, max_length, batch_tokens, convention, share_prompt, loading)
     given = isinstance(data, list) and data and isinstance(data[0], Pair)
-    if given and any(v not in (None, False) for v in loading.values()):
+    if given and any(v not in (None, 'auto') for v in loading.values()):
         raise AuditError(f"{', '.join(loading)}: pairs that are loaded already are scored as they are")
-    pairs = iter(data) if given else iter_pairs(data, **loading)
-    pairs = chain([next(pairs)], pairs)  # what is wrong with the data is told before the model is loaded
+    pairs = _begun(iter(data) if given or source is not data else iter_pairs(data, **loading))
     if output_dir is not None: on_main(lambda: refuse_unwritable(output_dir))
     here = processes()
     if here.num_processes > 1:
@@ -214,12 +216,22 @@ def score_dataset(
         _check_tokens(lm, store, limit)
         asked = dict(convention=convention, head=head, batch_tokens=batch_tokens or default_budget(lm))
         work = _plan_work(lm, store, asked, max_length, share_prompt, fresh=lm is not model)
-        work.about['data'] = str(data) if isinstance(data, (str, Path)) else None  # from memory: not to be read again
         work.about['loading'] = loading
-        work.about['seed'] = loading.get('seed')
+        work.about['data'] = str(source) if isinstance(source, (str, Path)) else None  # None: not to be read again
         return _score_store(lm, store, work, output_dir, progress, start)
 
 # %% ../../nbs/audit/140_scoring.ipynb #c94ce066
+def _begun(pairs: Iterator[Pair]) -> Iterator[Pair]:
+    "The same; the first is read, so that what is wrong with the data is told before a model is loaded"
+    return chain([next(pairs)], pairs)
+
+def _as_source(data: Any, loading: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    "What is read, and how: a `PairSource` knows both"
+    if not isinstance(data, PairSource): return data, loading
+    if loading: raise AuditError(f"{', '.join(loading)}: a PairSource says itself how it is read")
+    return data.source, data.loading
+
+# %% ../../nbs/audit/140_scoring.ipynb #score-work
 class _Work(NamedTuple):
     "What a run is to do, and what its manifest says of it"
     plan: list[np.ndarray]   # positions of each shard

@@ -54,6 +54,7 @@ def _vllm_engine(lm: ScoringModel, sampling: Sampling) -> Engine:
         return [list(result.outputs[0].token_ids) for result in results]
     return run
 
+# %% ../../nbs/rl/310_generation.ipynb #choose-engine
 def choose_engine(
     lm: ScoringModel,   # from `load_model` or `load_generator`
     sampling: Sampling, # as asked for
@@ -131,14 +132,14 @@ def generate_responses(
     batch_tokens: int | None = None, # rows times longest prompt and response; None: 4096, on a GPU 65536, vLLM 2**20
     *,
     engine: str = 'transformers',    # transformers, vllm or auto
-    chat: bool | None = None,        # apply the chat template; None: if there is one
+    apply_chat_template: str = 'auto', # yes, no, or auto: where the model has one
     progress: bool = True,           # a bar, on a terminal
     names: Sequence[str] | None = None, # what each prompt's responses are drawn by; None: its hash
     keep_ids: bool = False,          # keep the token ids of a response, in `ids`
 ) -> list[dict[str, Any]]:           # a row a (prompt, k), in order
-    "Draw `sampling.count` responses to each prompt; with `output_dir`, continue. Raises `AuditError`."
+    "Draw `sampling.responses` responses to each prompt; with `output_dir`, continue. Raises `AuditError`."
     whole('batch_tokens', batch_tokens)
-    encoded = encode_prompts(lm, prompts, chat)
+    encoded = encode_prompts(lm, prompts, apply_chat_template)
     _check_room(lm, encoded, sampling.max_new_tokens)
     name, draw = choose_engine(lm, sampling, engine)
     budget = batch_tokens or (2**20 if name == 'vllm' else 4096 if lm.device.type == 'cpu' else 65536)
@@ -149,9 +150,9 @@ def generate_responses(
         return dict(prompt_index=i, k=k, prompt_hash=hashes[i], prompt=prompts[i], tokens=len(ids),
                     response=lm.tokenizer.decode(ids, skip_special_tokens=True),
                     finished=bool(ids) and ids[-1] in ends) | (dict(ids=list(ids)) if keep_ids else {})
-    more: dict[str, Any] = {} if names is None or list(names) == hashes else dict(names=prompt_hash(list(names)))
-    more |= dict(keep_ids=True) if keep_ids else {}
-    more |= dict(chat=chat, engine=name)  # and not batch_tokens, which decides on memory alone
+    more: dict[str, Any] = dict(apply_chat_template=apply_chat_template, engine=name)  # batch_tokens changes no text
+    if names is not None and list(names) != hashes: more['names'] = prompt_hash(list(names))
+    if keep_ids: more['keep_ids'] = True
     identity = _identity(lm, prompts, encoded, sampling, **more)
     about = dict(model=lm.name, revision=lm.provenance['revision'], batch_tokens=budget)
     with open_run(output_dir, identity, about, files=['responses*.jsonl']) as run:
@@ -163,9 +164,10 @@ def generate_responses(
         run.finish()
     return [have[key] for key in draws.keys]
 
+# %% ../../nbs/rl/310_generation.ipynb #plan-draws
 def _plan_draws(encoded: list[list[int]], sampling: Sampling, names: Sequence[str], budget: int) -> _Draws:
     "Every response with its seed, in batches of similar length"
-    keys = [(i, k) for i in range(len(encoded)) for k in range(sampling.count)]
+    keys = [(i, k) for i in range(len(encoded)) for k in range(sampling.responses)]
     lengths = [len(encoded[i]) + sampling.max_new_tokens for i, _ in keys]
     seeds = [row_seed(sampling.seed, names[i], k) for i, k in keys]
     return _Draws(keys, [encoded[i] for i, _ in keys], seeds, plan_batches(lengths, budget))

@@ -136,7 +136,8 @@ def _read(path: Path, first: int, lm: ScoringModel, longest: int | None, flagged
 def _pair_rows(study: RefusalStudy, lm: ScoringModel, prompts: Sequence[dict], seed: int, folder: Path,
                progress: bool) -> list[dict]:
     "Two responses to each prompt"
-    drawn = Sampling(temperature=study.pair_temperature, max_new_tokens=study.max_new_tokens, count=2, seed=seed)
+    drawn = Sampling(temperature=study.pair_temperature, max_new_tokens=study.max_new_tokens, responses=2,
+                     seed=seed)
     rows = generate_responses(lm, [p['prompt'] for p in prompts], drawn, folder/'responses', progress=progress)
     return [dict(id=prompts[row['prompt_index']]['id']) | row for row in rows]
 

@@ -86,12 +86,8 @@ class RLStudy(Settings):
     architecture: dict[str, Any] | None = None # a Transformers config, to check a model that cannot be reached
 
     @property
-    def chat(self) -> bool | None: # None: if there is a template
-        return dict(auto=None, yes=True, no=False)[self.apply_chat_template]
-
-    @property
     def drawn(self) -> Sampling: # how audits draw
-        return dataclasses.replace(self.sampling, count=self.responses)
+        return dataclasses.replace(self.sampling, responses=self.responses)
 
 # %% ../../nbs/studies/404_rl_plan.ipynb #rl-study-checks
 @patch

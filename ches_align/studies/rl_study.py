@@ -40,10 +40,11 @@ def measure_rewards(
     folder: Path | None = None, # for the texts; what is there is not drawn again
 ) -> dict[str, Any]:        # rewards (a list a prompt, None: failed), failed, error, finished (share), distinct (texts)
     "Draw, reward, count. Raises `AuditError` for rewards out of the study's range, and where there is none."
-    sampling = replace(study.drawn, count=count, seed=seed)
+    sampling = replace(study.drawn, responses=count, seed=seed)
     with torch.autocast(lm.device.type, torch.bfloat16) if study.bf16 else nullcontext():
         rows = generate_responses(lm, [task['prompt'] for task in tasks], sampling, folder, study.batch_tokens,
-                                  chat=study.chat, progress=False, names=seed_names(tasks), keep_ids=True)
+                                  apply_chat_template=study.apply_chat_template, progress=False,
+                                  names=seed_names(tasks), keep_ids=True)
     mine = [tasks[row['prompt_index']] for row in rows]
     columns = reward_columns(mine, tasks)
     texts = [row['response'] for row in rows]
@@ -95,12 +96,14 @@ def run_rl_arm(
     row: dict[str, Any] = dict(sft=[], after_sft=None, rft=[], after=None)
     if sft:
         losses = train_supervised(lm, bench.train, **asdict(sft), seed=seed, progress=progress, bf16=study.bf16,
-                                  chat=study.chat, save=work/'sft.safetensors', save_steps=study.save_steps)
+                                  apply_chat_template=study.apply_chat_template, save=work/'sft.safetensors',
+                                  save_steps=study.save_steps)
         row['sft'] = [round(loss, 4) for loss in losses]
         row['after_sft'] = measured('after_sft')
     if rft:
-        steps = train_policy(lm, bench.train, bench.reward, rft, progress=progress, chat=study.chat,
-                             save=work/'rft.safetensors', save_steps=study.save_steps)
+        steps = train_policy(lm, bench.train, bench.reward, rft, progress=progress,
+                             apply_chat_template=study.apply_chat_template, save=work/'rft.safetensors',
+                             save_steps=study.save_steps)
         row['rft'] = [{key: round(value, 5) for key, value in step.items()} for step in steps]
         row['after'] = measured('after')
     return row

@@ -51,7 +51,7 @@ class SubsetStudy(Settings):
     output_dir: str = 'runs/subsets'
     split: str | None = None    # of the data
     columns: dict[str, str] | str | None = None # which column is which
-    apply_chat_template: Literal['auto', 'yes'] = 'auto' # auto: to messages; yes: to text prompts too, as one message
+    apply_chat_template: Literal['auto', 'yes', 'no'] = 'auto' # yes: to text prompts too; no: not to messages either
     limit: Steps = None         # rows drawn from the data; None = all
     limit_seed: int = 548       # of that draw and of the held-out rows
     max_length: Annotated[int | None, Bounds(ge=2)] = 512 # of prompt + response, in tokens
@@ -110,8 +110,7 @@ def study_rows(
 ) -> tuple[list[Pair], dict[int, EncodedPair], dict[str, int]]: # usable pairs, in token ids; others by status
     "Read the pairs of a study. Raises `AuditError`."
     seed = None if study.limit is None else study.limit_seed
-    chat = study.apply_chat_template == 'yes'
-    pairs = load_pairs(study.data, study.split, study.columns, study.limit, seed, chat=chat)
+    pairs = load_pairs(study.data, study.split, study.columns, study.limit, seed, study.apply_chat_template)
     encoded = encode_pairs(pairs, tokenizer, None if study.short else longest)
     flagged: dict[str, int] = {}
     for pair in encoded:

@@ -69,9 +69,8 @@ def read_data(
 ) -> RunData:
     "Read, encode and split the pairs. Flagged rows are told; raises `AuditError` when none is left to train on."
     watch, limit = config.displacement, config.max_length or lm.max_length
-    chat = config.apply_chat_template == 'yes'
-    reading = dict(split=config.split, columns=config.columns, chat=chat)
-    pairs = load_pairs(config.data, limit=config.limit, seed=config.limit_seed, **reading)
+    reading = dict(split=config.split, columns=config.columns, apply_chat_template=config.apply_chat_template)
+    pairs = load_pairs(config.data, limit=config.limit, limit_seed=config.limit_seed, **reading)
     train, counts = usable(pairs, lm.tokenizer, limit, config.data)
     held, probes = [], []
     if config.eval_share: train, held = hold_out(train, max(1, round(config.eval_share * len(train))), config.seed)
@@ -83,7 +82,9 @@ def read_data(
     if watch and isinstance(watch.probes, int):
         train, some = hold_out(train, watch.probes, config.seed + 1)
         probes = [p for p in pairs if p.row_id in {e.row_id for e in some}]
-    elif watch: probes = load_pairs(watch.probes, limit=64, seed=config.seed, chat=chat)
+    elif watch:
+        reading = dict(limit=64, limit_seed=config.seed, apply_chat_template=config.apply_chat_template)
+        probes = load_pairs(watch.probes, **reading)
     return RunData(train, held, probes, dict(rows=len(pairs), status=counts, train=len(train), eval=len(held),
                                              probes=len(probes)))
 
@@ -110,9 +111,9 @@ def open_training(
     resume: bool,        # go on with what is there; False: refuse it
 ) -> AbstractContextManager[Run]:
     "Begin or continue the folder of a training. Raises `AuditError` for that of another run, as `open_run` does."
+    identity = run_identity(config, lm, data)
     about = dict(kind=config.kind, config=config_dict(config), model=lm.provenance, counts=data.counts)
     packages = ('trl', 'accelerate') + ('peft',) * bool(config.lora)
-    identity = run_identity(config, lm, data)
     return open_run(config.output_dir, identity, about, resume=resume, packages=packages, files=())
 
 # %% ../../nbs/training/260_train.ipynb #ed956094
@@ -213,9 +214,10 @@ def train_preferences(
             trainer = make_trainer(config, lm, data, watcher)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (torch.OutOfMemoryError, MemoryError):
-            raise AuditError('out of memory: lower per_device_train_batch_size '
-                             f'({config.per_device_train_batch_size}), raise gradient_accumulation_steps, set '
-                             'gradient_checkpointing, lower max_length, or train lora; --check estimates') from None
+            batch = config.per_device_train_batch_size
+            raise AuditError(f'out of memory: lower per_device_train_batch_size ({batch}), raise '
+                             'gradient_accumulation_steps, set gradient_checkpointing, lower max_length, or train '
+                             'lora; --check estimates') from None
         stopped = watcher[0].tracker.stopped if watcher else ''
         _finish(trainer, run, start, time.perf_counter() - clock, stopped)
     return run.manifest

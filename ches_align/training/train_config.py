@@ -134,7 +134,7 @@ class TrainConfig(Training):
     columns: dict[str, str] | str | None = None # which column is which
     limit: Steps = None         # read at most this many rows
     limit_seed: int | None = None # draw them by this seed; None = the first
-    apply_chat_template: Literal['auto', 'yes'] = 'auto' # auto: to messages; yes: to text prompts too, as one message
+    apply_chat_template: Literal['auto', 'yes', 'no'] = 'auto' # yes: to text prompts too; no: not to messages either
     eval_share: Annotated[float, Bounds(ge=0, lt=1)] = 0. # share of the pairs held out
     eval_data: str | None = None # or data of their own
     max_length: Annotated[int | None, Bounds(ge=2)] = 1024 # of prompt + response, in tokens; responses are cut
@@ -228,8 +228,8 @@ def steps_an_epoch(
     return math.ceil(passes/training.gradient_accumulation_steps)
 
 def _data_line(config: TrainConfig) -> str:
-    chat = config.apply_chat_template == 'yes'
-    try: pairs = load_pairs(config.data, config.split, config.columns, config.limit, config.limit_seed, chat=chat)
+    reading = dict(limit=config.limit, limit_seed=config.limit_seed, apply_chat_template=config.apply_chat_template)
+    try: pairs = load_pairs(config.data, config.split, config.columns, **reading)
     except AuditError as error: return f'data: not read ({error})'
     usable = sum(not pair.problem for pair in pairs)
     watch = config.displacement
