@@ -180,11 +180,11 @@ class SamplingOptions:
         "Keyword arguments of `generate_responses`."
         return {name: getattr(self, name) for name in ('batch_tokens', 'engine', 'apply_chat_template')}
 
-# %% ../../nbs/cli/600_main.ipynb #46371436
+# %% ../../nbs/cli/600_main.ipynb #ad0882c9
 def _source(cls: type) -> list[str]:
     "The lines of a class, from a module or from a notebook's cell, where `inspect` knows of functions alone"
     lines = linecache.getlines(vars(cls)['check'].__code__.co_filename)
-    first = next(i for i, line in enumerate(lines) if line.startswith(f'class {cls.__name__}'))
+    first = next((i for i, line in enumerate(lines) if line.startswith(f'class {cls.__name__}')), len(lines))
     return list(itertools.takewhile(lambda line: not line.strip() or line[0] == ' ', lines[first + 1:]))
 
 def _comments(cls: type) -> dict[str, str]:
@@ -193,7 +193,13 @@ def _comments(cls: type) -> dict[str, str]:
     for base in reversed(cls.__mro__[:-1]):
         for line in _source(base):
             if match := re.match(r'\s+(\w+): [^#]*# (.*)', line): found[match[1]] = match[2]
-    return {field.name: found[field.name] for field in dataclasses.fields(cls)}
+    return {field.name: found.get(field.name, '') for field in dataclasses.fields(cls)}
+
+def _texts(function: Callable) -> dict[str, str]:
+    "The comment beside each parameter; none where the source is not there"
+    try: texts = docments(function)
+    except OSError: texts = {}
+    return {name: texts.get(name) or '' for name in inspect.signature(function).parameters}
 
 def _plain_type(annotation: Any) -> Any:
     "`str` of `str | None`"
@@ -229,14 +235,14 @@ class Parser(argparse.ArgumentParser):
         "Raise `UsageError` in place of printing the usage."
         raise UsageError(message)
 
-# %% ../../nbs/cli/600_main.ipynb #1e79804b
+# %% ../../nbs/cli/600_main.ipynb #070f08b5
 def command_parser(
     function: Callable, # with docments
     name: str,          # of the command
 ) -> Parser:
     "Build the parser of a command from its signature."
     summary, _, more = inspect.cleandoc(function.__doc__ or '').partition('\n\n')
-    parameters, texts = inspect.signature(function).parameters.values(), docments(function)
+    parameters, texts = inspect.signature(function).parameters.values(), _texts(function)
     arguments = [parameter for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
     words = ' '.join(parameter.name.upper() for parameter in arguments)
     parser = Parser(usage=f'ches {name} {words} [--option value ...]', description=summary, epilog=more or None)
