@@ -96,9 +96,9 @@ def interval_dots(
     start: float = 0.,        # a line to compare with
 ) -> None:
     "Draw dots with intervals, a line each."
-    x, low, high = (np.asarray(column, float) for column in (values, low, high))
+    x = np.asarray(values, float)
     y = np.arange(len(labels))[::-1]
-    reach = np.nan_to_num(np.stack([x - low, high - x]))
+    reach = np.nan_to_num(np.stack([x - np.asarray(low, float), np.asarray(high, float) - x]))
     ax.errorbar(x, y, xerr=reach, fmt='o', color=COLORS['blue'], capsize=3)
     ax.axvline(start, color='k', lw=.6)
     ax.set_yticks(y, labels)
@@ -119,7 +119,7 @@ class Study:
     "What is known of a kind of study."
     plan: type                                       # the dataclass that a file becomes, with its `kind`
     check: Callable[[Any], str]                      # what a plan would take, without weights
-    run: Callable[[Any], list[dict]]                 # do what is missing of a plan; all rows
+    run: Callable[..., list[dict]]                   # do what is missing of a plan; all rows
     report: Callable[[Path], list[Path]]             # write tables and figures from the rows of a folder
     record: Callable[[Path], dict]                   # what is committed of a folder
     summary: Callable[[Any, list[dict], list[Path]], str] # of plan, rows and written files, for people
@@ -190,7 +190,7 @@ def run_config(
     _check_places(plan, config, against)
     if check: return study.check(plan)
     if study.tells_first: say(study.check(plan))
-    rows = study.run(plan, resume) if plan.kind == 'preference' else study.run(plan)
+    rows = study.run(plan, resume=resume) if plan.kind == 'preference' else study.run(plan)
     if not processes().is_main_process: return ''
     lines = [study.summary(plan, rows, study.report(Path(plan.output_dir)))]
     if against is not None and study.compare: lines.append(study.compare(rows, Path(against)))

@@ -391,7 +391,7 @@ def _read_file(path: Path) -> _Mapping:
     except UnicodeDecodeError: _say(where, 'not UTF-8; convert the file')
     except OSError as error: _say(where, f'cannot be read ({error.strerror or error})')
     mapping = _read_yaml(text, where)
-    if not isinstance(mapping, dict): _say(where, 'must be a mapping, lines of `key: value`')
+    if not isinstance(mapping, _Mapping): _say(where, 'must be a mapping, lines of `key: value`')
     return mapping
 
 def load_config(
