@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 from ches_align.audit.data import load_pairs
 from ches_align.audit.hidden_states import EncodedPair, default_budget, encode_pairs
 from ches_align.audit.model_files import embedded_gguf, gguf_folder
-from ches_align.audit.models import compile_backbone, load_model, wrap_model
+from ches_align.audit.models import load_model, wrap_model
 from ches_align.audit.pair_scores import FROM_STATES, score_block
 from ches_align.audit.scoring import score_dataset
 from ches_align.audit.shared_prompts import choose_sharing, share_saved, sizes_of
@@ -77,7 +77,7 @@ def compare(data, name, n_pairs, repeats, batch_tokens, compiled):
     worker = context.Process(target=papers_worker, args=(end, str(gguf_folder(embedded_gguf(name)))))
     worker.start()
     models = {d: load_model(name, dtype=d) for d in ('float32', 'bfloat16')}
-    pairs = encode_pairs(load_pairs(data, limit=n_pairs, seed=0), models['float32'].tokenizer)
+    pairs = encode_pairs(load_pairs(data, limit=n_pairs, limit_seed=0), models['float32'].tokenizer)
     pairs = [e for e in pairs if e.status == 'ok']
     plain = [(p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs]
     def papers():
@@ -94,7 +94,7 @@ def compare(data, name, n_pairs, repeats, batch_tokens, compiled):
     if compiled:  # models of their own; the other arms keep the plain ones
         for d in models:
             lm = load_model(name, dtype=d)
-            compiling[d] = timed(lambda: (compile_backbone(lm), ours(lm, False, shares[d][0])))[0]
+            compiling[d] = timed(lambda: (lm.backbone.compile(dynamic=True), ours(lm, False, shares[d][0])))[0]
             arms[f'ours_{d}_compiled'] = partial(ours, lm, False, shares[d][0])
     times, scores = {k: [] for k in arms}, {k: f() for k, f in arms.items()}  # the first round warms up
     products = {d: partial(backbone_products, lm, batch_tokens or default_budget(lm)) for d, lm in models.items()}
@@ -139,7 +139,8 @@ def precision(data, name, n):
     "Spearman of bf16 with fp32 scores, and the relative error by column"
     tables = {}
     for d in ('float32', 'bfloat16'):
-        def score(): return score_dataset(data, load_model(name, dtype=d), head=False, progress=False, limit=n, seed=0)
+        def score():
+            return score_dataset(data, load_model(name, dtype=d), head=False, progress=False, limit=n, limit_seed=0)
         seconds, t = timed(score)
         tables[d] = t[t.status == 'ok']
         tables[d].attrs['seconds'] = seconds
@@ -173,7 +174,7 @@ def grow_child(data, rows, name):
             yield dict(prompt=[*first, *prompt], chosen=chosen, rejected=rejected)
     with tempfile.TemporaryDirectory() as out:
         before = psutil.Process().memory_info().rss
-        options = dict(out=out, head=False, progress=False, share_prompt='no')
+        options = dict(output_dir=out, head=False, progress=False, share_prompt='no')
         seconds, scores = timed(lambda: score_dataset(stream(), lm, **options))
         print(json.dumps(dict(rows=rows, seconds=seconds, tokens=scores.attrs['manifest']['tokens'],
                               rss_before_mib=before >> 20, peak_mib=_peak_mib())))

@@ -1,4 +1,4 @@
-"""`ches_train` on grids of single-prompt runs: by a user, killed and run again, and with files that cannot work."""
+"""`ches train` on grids of single-prompt runs: by a user, killed and run again, and with files that cannot work."""
 import json
 import os
 import signal
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import refused
 from conftest import save_tiny
 
 CONFIG = dict(kind='single_prompt', pairs=[dict(chosen='Yes', rejected='No', behaviour='No'),
@@ -29,23 +30,18 @@ CONFIGS = sorted(p for p in (Path(__file__).parents[1]/'configs').rglob('*.yaml'
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: f'{p.parent.name}/{p.stem}')
 def test_every_shipped_file_is_read(path):
-    from ches_align.studies.refusal_plan import RefusalStudy
-    from ches_align.studies.rl_plan import RLStudy
-    from ches_align.studies.subsets import SubsetStudy
+    from ches_align.studies.study import PLANS
     from ches_align.training.config import load_config
-    from ches_align.training.grid_config import SinglePromptConfig
-    from ches_align.training.train_config import TrainConfig
-    cfg = load_config(path, {k.kind: k for k in (TrainConfig, SinglePromptConfig, SubsetStudy, RefusalStudy, RLStudy)})
-    assert cfg.kind in path.read_text()
+    assert load_config(path, PLANS).kind in path.read_text()
 
 def save(where, name, **changes):
     files = dict(model=str(where/'model'), data=str(where/'persona.jsonl'))
     (where/name).write_text(yaml.safe_dump(CONFIG | files | changes))
     return name
 
-def command(*args): return [sys.executable, str(Path(sys.executable).with_name('ches_train')), *args]
+def command(*args): return [sys.executable, '-m', 'ches_align', 'train', *args]
 
-def ches_train(place, *args):
+def train(place, *args):
     return subprocess.run(command(*args), cwd=place, capture_output=True, text=True, timeout=300)
 
 def lines(out):
@@ -53,10 +49,10 @@ def lines(out):
     return {r['key']: {k: v for k, v in r.items() if k != 'seconds'} for r in found}
 
 def test_killed_and_run_again(place):
-    done = ches_train(place, 'grid.yaml', '--set', 'out=whole')
+    done = train(place, 'grid.yaml', '--set', 'output_dir=whole')
     assert done.returncode == 0 and '6 runs; table: whole' in done.stdout, done.stderr
     path = place/'killed'/'runs.jsonl'
-    with subprocess.Popen(command('grid.yaml', '--set', 'out=killed'), cwd=place, stdout=subprocess.PIPE,
+    with subprocess.Popen(command('grid.yaml', '--set', 'output_dir=killed'), cwd=place, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 200
         while not (path.exists() and path.read_text().count('\n') >= 2) and process.poll() is None:
@@ -64,22 +60,22 @@ def test_killed_and_run_again(place):
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
     first = path.read_text().splitlines()[:2]
-    again = ches_train(place, 'grid.yaml', '--set', 'out=killed')
+    again = train(place, 'grid.yaml', '--set', 'output_dir=killed')
     assert again.returncode == 0, again.stderr
     assert path.read_text().splitlines()[:2] == first
     assert lines(place/'killed') == lines(place/'whole') and len(first) == 2
 
 def test_held_against_a_record(place):
-    from ches_align.training.grid_report import grid_record
-    assert ches_train(place, 'grid.yaml', '--set', 'out=held').returncode == 0
+    from ches_align.studies.grid_report import grid_record
+    assert train(place, 'grid.yaml', '--set', 'output_dir=held').returncode == 0
     (place/'record.json').write_text(json.dumps(grid_record(place/'held')))
-    done = ches_train(place, 'grid.yaml', '--set', 'out=held', '--against', 'record.json')
+    done = train(place, 'grid.yaml', '--set', 'output_dir=held', '--against', 'record.json')
     assert 'same verdict in 6, same direction in 6' in done.stdout, done.stderr
 
 def test_check_loads_no_weights(place):
     weights = place/'model'/'model.safetensors'
     weights.rename(place/'away')
-    try: done = ches_train(place, 'grid.yaml', '--check')
+    try: done = train(place, 'grid.yaml', '--check')
     finally: (place/'away').rename(weights)
     assert done.returncode == 0, done.stderr
     assert '6 runs, at most 240 updates' in done.stdout and 'Yes = ' in done.stdout, done.stdout
@@ -92,11 +88,10 @@ def test_check_loads_no_weights(place):
     (dict(recipes=[dict(learning_rates=1)]), {}, 'learning_rate'),
     (dict(pairs=[dict(chosen='Yes', rejected='No', behaviour='Perhaps')]), {}, "unknown behaviour 'Perhaps'"),
     (dict(data='nowhere.jsonl'), {}, 'nowhere.jsonl: no such file'),
-    ({}, dict(set=['seeds=[1, 1]']), 'a seed is given twice'),
+    ({}, dict(set=['seeds=[1, 1]']), 'key seeds: 1 is given twice'),
     ({}, dict(against='nowhere.json', set=['seeds=[1]']), 'nowhere.json: cannot be read'),
 ])
 def test_what_cannot_work_is_one_line(place, changes, args, said, monkeypatch):
-    from ches_align.cli_train import ches_train
     monkeypatch.chdir(place)
-    with pytest.raises(SystemExit) as e: ches_train(save(place, 'bad.yaml', **changes), **args)
-    assert str(e.value).startswith('ches_train: ') and said in str(e.value) and '\n' not in str(e.value)
+    line = refused('train', save(place, 'bad.yaml', **changes), **args)
+    assert line.startswith('ches train: ') and said in line

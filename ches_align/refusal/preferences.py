@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SORRY_BENCH', 'SORRY_HUMAN', 'KINDS', 'load_prompts', 'load_gold', 'question_hashes', 'make_preferences',
-           'split_prompts', 'write_preferences']
+           'split_prompts', 'check_split', 'write_preferences']
 
 # %% ../../nbs/refusal/360_preferences.ipynb #3708c873
 import json
@@ -65,7 +65,7 @@ def load_prompts(
     style: str | None = 'base',  # of SORRY-Bench's prompts; None: all
     split: str | None = None,    # which split, where there are several
     limit: int | None = None,    # at most so many
-    seed: int | None = None,     # draw them with this seed; None: the first
+    limit_seed: int | None = None, # draw them with this seed; None: the first
 ) -> list[dict[str, Any]]:       # id, prompt, category; each prompt once
     "Prompts of SORRY-Bench, HH-RLHF dialogues or a `prompt` column. Raises `AuditError` with the row that has none."
     if source == 'sample':
@@ -78,7 +78,7 @@ def load_prompts(
     if lost := [i for i, p in rows if not p]:
         where = f'{str(source)[:80]}, row {lost[0] + 1}'
         raise AuditError(f'{where}: no prompt, as in {len(lost)} of {len(rows)} rows; take them out')
-    return _unique((p for _, p in rows if p), limit, seed)
+    return _unique((p for _, p in rows if p), limit, limit_seed)
 
 # %% ../../nbs/refusal/360_preferences.ipynb #1ee1041f
 def load_gold(
@@ -213,19 +213,28 @@ def split_prompts(
     unique = sorted(set(hashes), key=lambda h: row_seed(seed, h, -2))
     return set(unique[:int(test * len(unique))])
 
-def write_preferences(
+def check_split(
     pairs: Sequence[dict],   # from `make_preferences`
-    out: str | Path,         # folder for train, test, left_out and gold_train, gold_test (.jsonl), and split.json
-    test: float = .15,       # share of the usable prompts held out
-    seed: int = 128,         # of the split
-    about: dict | None = None, # kept in split.json: model, judge, sampling ...
-) -> dict[str, int]:         # rows of each file
-    "Split and write. Raises `AuditError` when nothing is usable."
+    test: float = .15,       # share of the usable prompts to be held out
+) -> list[dict]:             # those that can be used
+    "Refuse pairs of which none can be used or held out, before anything is written. Raises `AuditError`."
+    split_prompts([], test)
     usable = [p for p in pairs if p['use']]
     if not usable: raise AuditError('no usable pair: every one is undecided or has the same response twice')
     if test and len(usable) > 1 and len({p['prompt_hash'] for p in usable}) == 1:
         raise AuditError(f'all {len(usable)} pairs ask one question (id {usable[0]["id"]}): give each question an id '
                          'of its own, or leave id out')
+    return usable
+
+def write_preferences(
+    pairs: Sequence[dict],   # from `make_preferences`
+    output_dir: str | Path,  # folder for train, test, left_out and gold_train, gold_test (.jsonl), and split.json
+    test: float = .15,       # share of the usable prompts held out
+    seed: int = 128,         # of the split
+    about: dict | None = None, # kept in split.json: model, judge, sampling ...
+) -> dict[str, int]:         # rows of each file
+    "Split and write. Raises `AuditError` when nothing is usable."
+    usable = check_split(pairs, test)
     held = split_prompts([p['prompt_hash'] for p in usable], test, seed)
     if test and not held: warnings.warn(f'no pair is held out: {test:g} of {len({p["prompt_hash"] for p in usable})} '
                                         'questions is less than one')
@@ -240,6 +249,6 @@ def write_preferences(
     text = lambda rows: ''.join(json.dumps(plain(r), ensure_ascii=False) + '\n' for r in rows).encode()
     counts = {name: len(rows) for name, rows in files.items()}
     summary = dict(**(about or {}), seed=seed, test=test, counts=counts)
-    written = {Path(out).expanduser()/f'{name}.jsonl': text(rows) for name, rows in files.items()}
-    write_files(written | {Path(out).expanduser()/'split.json': json_bytes(summary)})
+    written = {Path(output_dir).expanduser()/f'{name}.jsonl': text(rows) for name, rows in files.items()}
+    write_files(written | {Path(output_dir).expanduser()/'split.json': json_bytes(summary)})
     return counts

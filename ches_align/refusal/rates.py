@@ -76,5 +76,5 @@ def compare_summaries(
     try: lines, other = [dict(folder=f, model=m['model'] or '-', judge=m['judge']) | _shares(m)
                          for f, m in zip(folders, made)], _differing(made)
     except (KeyError, TypeError, ValueError) as e:
-        raise AuditError(f"{', '.join(map(str, folders))}: a refusals.json is not of ches_judge ({e!r})") from None
+        raise AuditError(f"{', '.join(map(str, folders))}: a refusals.json is not of ches judge ({e!r})") from None
     return _aligned(lines) + (f"\nnot of the same {' and '.join(other)}: not comparable as they stand" if other else '')

@@ -70,5 +70,5 @@ def teaching_rows(
     return rows
 
 def write_teaching(rows: Sequence[dict], path: Path) -> None:
-    "As a file for `ches_train`, whose loss `sft_mean` does not look at `rejected`"
+    "As a file for `ches train`, whose loss `sft_mean` does not look at `rejected`"
     write_files({path: ''.join(json.dumps(plain(r), ensure_ascii=False) + '\n' for r in rows).encode()})

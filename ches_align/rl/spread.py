@@ -69,11 +69,11 @@ def _least_root(place: Callable, mass: Float[np.ndarray, "k"], a: float, b: floa
 
 def std_interval(
     r: Float[np.ndarray, "n"],  # finite rewards
-    value_range: tuple[float, float], # that the reward can have, in units of the reward
+    reward_range: tuple[float, float], # that the reward can have, in units of the reward
     alpha: float = .05,         # 1 - nominal coverage
 ) -> tuple[float, float]:       # low, high, in units of the reward
     "Interval of the standard deviation of any reward within a range, values not yet seen allowed for (@eq-extremes)."
-    a, b = map(float, value_range)
+    a, b = map(float, reward_range)
     if len(r) < 2: return 0., (b - a)/2
     found = _extremes if len(r) <= 512 else _extremes.__wrapped__  # long samples hardly repeat
     return found(tuple(np.clip(np.sort(r), a, b).tolist()), a, b, alpha)
@@ -177,7 +177,7 @@ def _cause(mean: float, a: float, b: float, near: float) -> str:
 
 def prompt_spread(
     rewards: Sequence[float | None], # of one prompt's responses
-    value_range: tuple[float, float], # that the reward can have, in its units
+    reward_range: tuple[float, float], # that the reward can have, in its units
     threshold: float,               # a standard deviation under it counts as no spread, in units of the reward
     texts: Sequence[str] | None = None, # the responses
     alpha: float = .05,             # 1 - nominal coverage of the intervals
@@ -189,7 +189,7 @@ def prompt_spread(
     if not threshold > 0: raise AuditError(f'threshold {threshold}: above 0')
     if texts is not None and len(texts) != len(rewards):
         raise AuditError(f'{len(texts)} responses, {len(rewards)} rewards')
-    a, b = map(float, value_range)
+    a, b = map(float, reward_range)
     r, failed = clean_rewards(rewards)
     r = merge_equal(r, b - a)
     n, values = len(r), len(np.unique(r))

@@ -19,6 +19,7 @@ from scipy.special import betaln
 from scipy.stats import beta, spearmanr
 
 from ..audit.files import AuditError
+from ..audit.stats import bootstrap
 from .sampling import prompt_hash
 from .spread import clean_rewards, merge_equal, prompt_spread, zero_group_chance
 from .tasks import name_groups
@@ -53,15 +54,15 @@ def _constant(rewards: Sequence, value: float) -> list[float]:
     known = np.isfinite(np.array([np.nan if x is None else x for x in rewards], float))
     return np.where(known, value, np.nan).tolist()
 
-def _range(rows: Sequence[dict], value_range: tuple[float, float] | None) -> tuple[float, float]:
+def _range(rows: Sequence[dict], reward_range: tuple[float, float] | None) -> tuple[float, float]:
     "The range that is given, or that of the rows"
     finite = clean_rewards([r['reward'] for r in rows])[0]
     if not len(finite):
         why = next((f' ({r["reward_error"]})' for r in rows if r.get('reward_error')), '')
         raise AuditError(f'none of {len(rows)} rewards is a finite number{why}: mend the reward')
     low, high = float(finite.min()), float(finite.max())
-    a, b = value_range or seen_range(low, high)
-    if not value_range and a == b: return a, b
+    a, b = reward_range or seen_range(low, high)
+    if not reward_range and a == b: return a, b
     slack = 1e-9*(b - a)  # metrics that are sums of fractions may leave their range by rounding
     if low < a - slack or high > b + slack:
         raise AuditError(f'rewards from {low:g} to {high:g} leave the range {a:g} to {b:g}')
@@ -70,15 +71,15 @@ def _range(rows: Sequence[dict], value_range: tuple[float, float] | None) -> tup
 # %% ../../nbs/rl/331_spread_table.ipynb #e60403ec
 def spread_table(
     rows: Sequence[dict],   # a response each: prompt or prompt_hash, reward (None: failed), response if known
-    value_range: tuple[float, float] | None = None, # that the reward can have; None: seen in the rows
+    reward_range: tuple[float, float] | None = None, # that the reward can have; None: seen in the rows
     threshold: float = .1,  # share of the range: a std below it counts as no spread
     alpha: float = .05,     # 1 - nominal coverage of the intervals
     groups: Sequence[int] = (2, 4, 8, 16), # group sizes to estimate the chance of no gradient for
     group: int = 8,         # the size whose chance of a gradient gets an interval
 ) -> pd.DataFrame:          # a row a prompt, in order of appearance: fields of `PromptSpread`, zero_group_G
     "Estimate every prompt. `attrs` hold range and threshold in units of the reward. Raises `AuditError`."
-    found, (a, b) = _by_prompt(rows), _range(rows, value_range)
-    width, table, declared = (b - a) or 1., [], value_range is not None
+    found, (a, b) = _by_prompt(rows), _range(rows, reward_range)
+    width, table, declared = (b - a) or 1., [], reward_range is not None
     for name, mine in found.items():
         texts = [r['response'] for r in mine] if all('response' in r for r in mine) else None
         rewards = [r['reward'] for r in mine]
@@ -88,7 +89,7 @@ def spread_table(
         chances = {f'zero_group_{g}': zero_group_chance(same, g, 0.) for g in groups}
         table.append(_about(name, mine[0]) | made | chances)
     table = pd.DataFrame(table)
-    table.attrs |= dict(value_range=(a, b), threshold=threshold*width, constant=bool(b == a), alpha=alpha,
+    table.attrs |= dict(reward_range=(a, b), threshold=threshold*width, constant=bool(b == a), alpha=alpha,
                         group=group, range='declared' if declared else 'seen')
     return table
 
@@ -125,10 +126,10 @@ def noise_free_share(
     seed: int = 0,             # of the draws
 ) -> tuple[float, float, float]: # share, low and high end of its 95% interval
     "Share of prompts under a threshold with the sampling noise taken out; interval by drawing prompts."
-    k, n, g = np.asarray(successes), np.asarray(n), np.random.default_rng(seed)
-    some = [g.integers(0, len(k), len(k)) for _ in range(draws)]
-    shares = [share_below(*fit_beta(k[i], n[i]), threshold) for i in some]
-    return share_below(*fit_beta(k, n), threshold), *np.quantile(shares, [.025, .975]).tolist()
+    k = np.asarray(successes)
+    n = np.asarray(n)
+    def share(drawn: np.ndarray) -> float: return share_below(*fit_beta(k[drawn], n[drawn]), threshold)
+    return share_below(*fit_beta(k, n), threshold), *bootstrap(share, len(k), draws, seed)
 
 # %% ../../nbs/rl/331_spread_table.ipynb #5bc24914
 def spread_mixture(
@@ -158,7 +159,7 @@ def group_costs(
 ) -> pd.DataFrame:            # group, useful (share), cost (responses a useful group), how
     "Share of useful groups and their cost, by group size; without the model up to the fewest responses of a prompt."
     ok, lines = table[table.n > 0], []
-    two = _two_valued(ok, *table.attrs['value_range'])
+    two = _two_valued(ok, *table.attrs['reward_range'])
     none = _model_chances(*two, groups) if two else _sample_chances(ok, groups)
     for g, chances in none.items():
         useful = 1 - float(chances.mean())
@@ -197,13 +198,13 @@ def spread_summary(
     seed: int = 0,           # of the draws
 ) -> dict[str, Any]:         # JSON-able
     "Shares with intervals over prompts, quantiles, the split of the variance, the share that a model corrects."
-    a, b = table.attrs['value_range']
+    a, b = table.attrs['reward_range']
     ok, g = table[table.n > 1], np.random.default_rng(seed)
     if not len(ok): raise AuditError('no prompt has two finite rewards: draw more')
     def share(mask): return _share(np.asarray(mask, float), draws, g)
     within = float((ok['std']**2).mean())
     between = max(0., float(ok['mean'].var(ddof=1) - (ok['std']**2/ok.n).mean())) if len(ok) > 1 else 0.
-    made = dict(prompts=len(table), samples=int(table.n.sum()), failed=int(table.failed.sum()), value_range=[a, b],
+    made = dict(prompts=len(table), samples=int(table.n.sum()), failed=int(table.failed.sum()), reward_range=[a, b],
                 range=table.attrs['range'], threshold=table.attrs['threshold'], constant=table.attrs['constant'],
                 verdicts={v: share(table.verdict == v) for v in VERDICTS}, **_unseen(table),
                 causes=table.cause[table.cause != ''].value_counts().to_dict(),
@@ -224,8 +225,7 @@ def _unseen(table: pd.DataFrame) -> dict[str, Any]:
 
 def _share(mask: Float[np.ndarray, "n"], draws: int, g: np.random.Generator) -> list[float]:
     "A share and its 95% interval, by drawing prompts"
-    some = [mask[g.integers(0, len(mask), len(mask))].mean() for _ in range(draws)]
-    return [float(mask.mean()), *np.quantile(some, [.025, .975]).tolist()]
+    return [float(mask.mean()), *bootstrap(lambda drawn: mask[drawn].mean(), len(mask), draws, g)]
 
 def _below(ok: pd.DataFrame, a: float, b: float, threshold: float, seed: int) -> dict[str, Any]:
     "Share of prompts under the threshold by a model, and how many prompts the model has to take as they are"
