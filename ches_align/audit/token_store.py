@@ -60,15 +60,13 @@ class TokenStore:
         for i in which:
             number, at = divmod(int(i), self.block)
             if number not in blocks: blocks[number] = self.reader.get_batch(number)
-            columns = {name: blocks[number].column(name)[at].as_py() for name in SCHEMA.names}
-            pairs.append(EncodedPair(**columns))
+            pairs.append(EncodedPair(**{name: blocks[number].column(name)[at].as_py() for name in SCHEMA.names}))
         return pairs
 
     def remarks(self) -> Counter[str]:
         "Count what is noteworthy of pairs that can be scored."
         counts: Counter[str] = Counter()
-        for number in range(self.reader.num_record_batches):
-            batch = self.reader.get_batch(number)
+        for batch in map(self.reader.get_batch, range(self.reader.num_record_batches)):
             both = zip(batch.column('status').to_pylist(), batch.column('detail').to_pylist())
             counts.update(detail for status, detail in both if status == 'ok' and detail)
         return counts
