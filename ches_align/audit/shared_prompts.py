@@ -10,7 +10,7 @@ __all__ = ['SHARE', 'Row', 'make_rows', 'tree_inputs', 'Side', 'stream_states', 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -40,20 +40,23 @@ def make_rows(
     budget: int,                  # tokens of a shared row, unless one pair alone has more
     key: Callable[[int], Any] = lambda length: 0, # responses in a row have the same key of their length with the prompt
 ) -> list[Row]:
-    "What the model is to read."
-    rows, open_rows = [], {}  # (prompt, key) -> its last row
+    "Lay out what the model is to read."
+    rows = []
+    open_rows = {}  # (prompt, key) -> its last row
     for k, pair in enumerate(pairs):
         sides = pair.chosen_ids, pair.rejected_ids
         if not share:
             rows += [Row(pair.prompt_ids, [ids], [(k, side, 0)]) for side, ids in enumerate(sides)]
             continue
-        kinds, prompt = [key(len(pair.prompt_ids) + len(ids)) for ids in sides], tuple(pair.prompt_ids)
+        kinds = [key(len(pair.prompt_ids) + len(ids)) for ids in sides]
+        prompt = tuple(pair.prompt_ids)
         for kind in dict.fromkeys(kinds):
             mine = [(side, ids) for side, ids in enumerate(sides) if kinds[side] == kind]
             row = open_rows.get((prompt, kind))
             new = [ids for _, ids in mine if row is None or ids not in row.responses]
             if row is None or row.width + sum(map(len, new)) > budget:
-                rows.append(row := Row(pair.prompt_ids, [], []))
+                row = Row(pair.prompt_ids, [], [])
+                rows.append(row)
                 open_rows[prompt, kind] = row
                 new = [ids for _, ids in mine]
             row.responses.extend(new)
@@ -73,15 +76,19 @@ def tree_inputs(
     windows: dict[str, int | None],     # kinds of layers and how far back each sees
     dtype: torch.dtype = torch.float32, # of the model
 ) -> dict[str, Any]:                    # `input_ids`; `position_ids`, `attention_mask` if a row has several responses
-    "Ids, positions and masks (@eq-tree); padding goes to the right."
-    width, apart = max(r.width for r in rows), all(len(r.responses) == 1 for r in rows)
+    "Make ids, positions and masks (@eq-tree); padding goes to the right."
+    width = max(row.width for row in rows)
+    apart = all(len(row.responses) == 1 for row in rows)
     ids, positions, part = torch.zeros(3, len(rows), width, dtype=torch.long)
     for row, (prompt, responses, _) in enumerate(rows):
         at = len(prompt)
-        ids[row, :at], positions[row, :at], part[row, at:] = torch.tensor(prompt), torch.arange(at), -1
+        ids[row, :at] = torch.tensor(prompt)
+        positions[row, :at] = torch.arange(at)
+        part[row, at:] = -1
         for k, response in enumerate(responses, 1):
             end = at + len(response)
-            ids[row, at:end], part[row, at:end] = torch.tensor(response), k
+            ids[row, at:end] = torch.tensor(response)
+            part[row, at:end] = k
             positions[row, at:end] = torch.arange(len(prompt), len(prompt) + len(response))
             at = end
     if apart: return dict(input_ids=ids)  # a causal model never looks at padding on the right
@@ -98,24 +105,31 @@ def tree_inputs(
 # %% ../../nbs/audit/132_shared_prompts.ipynb #c2cdae96
 def _ahead(make: Callable, batches: Sequence, device: torch.device, threads: bool) -> Iterator[tuple[Any, dict]]:
     "Each batch with its inputs on the device, two made in advance where there are threads"
-    def moved(made) -> Any: return send_to_device(made, device, non_blocking=True)
+    def moved(inputs) -> Any: return send_to_device(inputs, device, non_blocking=True)
     if not threads:
         for batch in batches: yield batch, moved(make(batch))
         return
     def ready(batch):
-        return recursively_apply(torch.Tensor.pin_memory, make(batch)) if device.type == 'cuda' else make(batch)
+        inputs = make(batch)
+        return recursively_apply(torch.Tensor.pin_memory, inputs) if device.type == 'cuda' else inputs
     with ThreadPoolExecutor(1) as pool:
-        soon = deque(pool.submit(ready, b) for b in batches[:2])
+        soon = deque(pool.submit(ready, batch) for batch in batches[:2])
         for k, batch in enumerate(batches):
-            made = soon.popleft().result()
+            inputs = soon.popleft().result()
             if k + 2 < len(batches): soon.append(pool.submit(ready, batches[k + 2]))
-            yield batch, moved(made)
+            yield batch, moved(inputs)
 
 # %% ../../nbs/audit/132_shared_prompts.ipynb #4756dba4
 class Side(NamedTuple):
     "One response, read by the model."
     states: Tensor  # [n + 1, dim] from the last prompt token through the last response token, in the model's dtype
     ids: Tensor     # [n] its tokens, on the same device
+
+# %% ../../nbs/audit/132_shared_prompts.ipynb #2944f626
+def _side(states: Tensor, ids: Tensor, prompt: int, start: int, end: int) -> Side:
+    "A response in a row of states and ids; before its own states stands the last one of the prompt"
+    if start == prompt: return Side(states[prompt - 1:end].clone(), ids[start:end])
+    return Side(torch.cat([states[prompt - 1:prompt], states[start:end]]), ids[start:end])
 
 @torch.no_grad()
 def stream_states(
@@ -124,26 +138,31 @@ def stream_states(
     share_prompt: bool = False,      # compute each prompt once, see `can_share_prompt`
     batch_tokens: int | None = None, # rows times longest row of a batch, at most; None: `default_budget`
 ) -> Iterator[tuple[int, Side, Side]]: # index of a pair, its chosen and its rejected response
-    "States of both responses of each pair, longest rows first."
-    budget, windows, dtype = batch_tokens or default_budget(lm), _windows(lm), lm.head.weight.dtype
+    "Compute the states of both responses of each pair, longest rows first."
+    budget = batch_tokens or default_budget(lm)
+    windows = _windows(lm)
+    dtype = lm.head.weight.dtype
     rules = length_rules(lm.model)
     rows = make_rows(pairs, share_prompt, budget, lambda length: length_key(rules, length))
     waiting: dict[int, Side] = {}
     def make(batch): return tree_inputs([rows[i] for i in batch], windows, dtype)
-    batches = plan_batches([r.width for r in rows], budget, [length_key(rules, r.reach) for r in rows])
+    batches = plan_batches([row.width for row in rows], budget, [length_key(rules, row.reach) for row in rows])
     for batch, inputs in _ahead(make, batches, lm.device, lm.device.type == 'cuda'):
         if rules: forget_lengths(lm.model)
         hidden = lm.backbone(**inputs, use_cache=False).last_hidden_state.to(lm.device)
         for place, i in enumerate(batch):
-            n, ends = len(rows[i].prompt), np.cumsum([len(rows[i].prompt), *map(len, rows[i].responses)]).tolist()
+            ends = np.cumsum([len(rows[i].prompt), *map(len, rows[i].responses)]).tolist()
             for k, side, which in rows[i].uses:
-                start, end = ends[which], ends[which + 1]
-                states = (hidden[place, n - 1:end].clone() if start == n
-                          else torch.cat([hidden[place, n - 1:n], hidden[place, start:end]]))
-                got = Side(states, inputs['input_ids'][place, start:end])
-                if k not in waiting: waiting[k] = got; continue
-                both = (waiting.pop(k), got) if side else (got, waiting.pop(k))
-                yield k, *both
+                span = ends[0], ends[which], ends[which + 1]
+                response = _side(hidden[place], inputs['input_ids'][place], *span)
+                if k not in waiting:
+                    waiting[k] = response
+                    continue
+                other = waiting.pop(k)
+                if side:
+                    yield k, other, response
+                else:
+                    yield k, response, other
 
 # %% ../../nbs/audit/132_shared_prompts.ipynb #65dd48bf
 def pair_states(
@@ -152,17 +171,20 @@ def pair_states(
     share_prompt: bool = False,      # as for `stream_states`
     batch_tokens: int | None = None, # as for `stream_states`
 ) -> list[tuple[Tensor, Tensor]]:    # states of both responses, in the order of the pairs
-    "All states at once, for those who keep them."
+    "Collect the states of all pairs, for those who keep them."
     read = stream_states(lm, pairs, share_prompt, batch_tokens)
     both = {k: (chosen.states, rejected.states) for k, chosen, rejected in read}
     return [both[k] for k in range(len(pairs))]
 
 def largest_difference(
-    found: Sequence[tuple[Tensor, ...]],    # states, as `pair_states` gives them
+    actual: Sequence[tuple[Tensor, ...]],   # states, as `pair_states` gives them
     expected: Sequence[tuple[Tensor, ...]], # the same, made another way
 ) -> float:                                 # of a response, relative to the norm of what is expected
-    "How far two ways of reading responses are apart."
-    apart = [((p - q).float().norm()/q.float().norm()).item() for s, t in zip(found, expected) for p, q in zip(s, t)]
+    "Measure how far two ways of reading responses are apart."
+    apart = []
+    for ours, theirs in zip(actual, expected):
+        for state, wanted in zip(ours, theirs):
+            apart.append(((state - wanted).float().norm() / wanted.float().norm()).item())
     return max(apart, default=0.)
 
 # %% ../../nbs/audit/132_shared_prompts.ipynb #8d1f62bf
@@ -176,27 +198,31 @@ class Shape(NamedTuple):
 def _trial_pairs(ids: list[int], shape: Shape) -> list[EncodedPair]:
     "Pairs of one prompt that fill a row: two responses as the shape says, then more of the first one's length"
     ends = [shape.prompt, shape.prompt + shape.first, shape.prompt + shape.first + shape.second]
-    ends += [*range(ends[-1] + shape.first, len(ids), shape.first), len(ids)] if len(ids) > ends[-1] else []
+    if len(ids) > ends[-1]: ends += [*range(ends[-1] + shape.first, len(ids), shape.first), len(ids)]
     responses = [ids[a:b] for a, b in zip(ends[:-1], ends[1:])]
     if len(responses) % 2: responses.append(responses[0])
     both = zip(responses[::2], responses[1::2])
     return [EncodedPair(k, '', 'ok', ids[:shape.prompt], *two) for k, two in enumerate(both)]
 
+# %% ../../nbs/audit/132_shared_prompts.ipynb #06029ba4
 def can_share_prompt(
     lm: ScoringModel,             # from `load_model`
     shape: Shape = Shape(9, 6, 5), # as wide as the widest row that there will be
 ) -> str:                         # '' when tree rows give this model's states, else why not
-    "Only attention layers, and two responses to one prompt with the same states packed and apart."
+    "Test for only attention layers, and for the same states of two responses to one prompt packed and apart."
     windows = _windows(lm)
     if other := sorted(set(windows) - {'full_attention', 'sliding_attention'}):
         return f'the model has layers of the kind {other[0]}'
     width = max(shape.width, shape.prompt + shape.first + shape.second)
     trial = _trial_pairs(trial_rows(lm.model, lm.head, width, 1)[0], shape)
     try:
-        with fixed_precision(): packed, apart = (pair_states(lm, trial, share, width) for share in (True, False))
-    except torch.OutOfMemoryError: return f'no memory for a row of {width} tokens'
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as e:  # it takes no masks or positions
-        return f'the model takes no mask of its own ({type(e).__name__})'
+        with fixed_precision():
+            packed = pair_states(lm, trial, True, width)
+            apart = pair_states(lm, trial, False, width)
+    except torch.OutOfMemoryError:
+        return f'no memory for a row of {width} tokens'
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:  # it takes no masks or positions
+        return f'the model takes no mask of its own ({type(error).__name__})'
     near = largest_difference([packed[0][:1]], [apart[0][:1]])
     far = max(largest_difference([packed[0][1:]], [apart[0][1:]]), largest_difference(packed[1:], apart[1:]))
     wide = dtype_is_wide(lm)  # the first response stands as it would alone: it shows the rounding of 16 bits
@@ -204,7 +230,8 @@ def can_share_prompt(
     if max(near if wide else 0, far) < limit and near < 5e-2: return ''
     return f'self-test: packed states are off by {max(near, far):.1%} in a row of {width} tokens'
 
-def dtype_is_wide(lm: ScoringModel) -> bool: return lm.head.weight.dtype in (torch.float32, torch.float64)
+def dtype_is_wide(lm: ScoringModel) -> bool:
+    return lm.head.weight.dtype in (torch.float32, torch.float64)
 
 # %% ../../nbs/audit/132_shared_prompts.ipynb #dfe2df69
 class Sizes(NamedTuple):
@@ -223,21 +250,25 @@ class Sizes(NamedTuple):
 def prompt_key(
     ids: Sequence[int], # tokens
 ) -> int:               # 63 bits; two different prompts share one with a chance of 1e-9 in a hundred thousand
-    "A number for a prompt."
+    "Number a prompt by a hash of its tokens."
     return int.from_bytes(blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=8).digest(), 'big') >> 1
 
 def sizes_of(
     pairs: Sequence[EncodedPair], # in any state
 ) -> Sizes:
-    "The lengths of pairs in memory."
-    columns = zip(*((p.status == 'ok', len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids),
-                     prompt_key(p.prompt_ids)) for p in pairs))
-    return Sizes(*(np.array(c, dtype=t) for c, t in zip(columns, (bool, np.int64, np.int64, np.int64, np.int64))))
+    "Measure the lengths of pairs in memory."
+    def column(values: Iterable[int]) -> np.ndarray: return np.array(list(values), dtype=np.int64)
+    return Sizes(
+        ok=np.array([pair.status == 'ok' for pair in pairs], dtype=bool),
+        prompt=column(len(pair.prompt_ids) for pair in pairs),
+        chosen=column(len(pair.chosen_ids) for pair in pairs),
+        rejected=column(len(pair.rejected_ids) for pair in pairs),
+        prompt_key=column(prompt_key(pair.prompt_ids) for pair in pairs))
 
 def share_saved(
     sizes: Sizes, # of the data set
 ) -> float:       # share of the tokens that need not be computed, 0 to 1
-    "What is saved when each prompt is computed once, whatever the number of its pairs."
+    "Estimate what is saved when each prompt is computed once, whatever the number of its pairs."
     ok = sizes.ok
     twice = 2 * sizes.prompt[ok].sum() + sizes.chosen[ok].sum() + sizes.rejected[ok].sum()
     _, firsts = np.unique(sizes.prompt_key[ok], return_index=True)
@@ -252,7 +283,7 @@ def choose_sharing(
     wish: str = 'auto',    # one of `SHARE`; 'yes' asks whether it holds, not whether it pays
     batch_tokens: int | None = None, # as for `stream_states`: so wide a row of many pairs may be
 ) -> tuple[bool, str]:     # compute prompts once in this run? And a sentence that says why
-    "Does it hold for the model, and does it pay for the data? Raises `AuditError` for an unknown wish."
+    "Decide by the model (does it hold?) and the data (does it pay?). Raises `AuditError` for an unknown wish."
     if wish not in SHARE: raise AuditError(f"share_prompt {wish!r}: one of {', '.join(SHARE)}")
     saved = share_saved(sizes)
     says = f'{saved:.0%} of the tokens are prompts that need not be computed again'
@@ -260,7 +291,8 @@ def choose_sharing(
     pays = saved > (.08 if dtype_is_wide(lm) else .15)
     if lm.device.type != 'cpu': pays = saved > .15 and sizes.width[sizes.ok].max(initial=0) <= 2048
     if wish == 'auto' and not pays: return False, f'each response apart: too little to share ({says})'
-    if why := _trial(lm, sizes, batch_tokens or default_budget(lm)): return False, f'each response apart: {why}'
+    why = _trial(lm, sizes, batch_tokens or default_budget(lm))
+    if why: return False, f'each response apart: {why}'
     return True, f'prompts shared: {says}'
 
 def _widest(sizes: Sizes, budget: int) -> int:
@@ -273,7 +305,8 @@ def _widest(sizes: Sizes, budget: int) -> int:
 def _trial(lm: ScoringModel, sizes: Sizes, budget: int) -> str:
     "As `can_share_prompt`, in the widest row that these pairs can make"
     if not sizes.ok.any(): return can_share_prompt(lm)
-    pair, longest = (int(x[sizes.ok].max()) for x in (sizes.width, sizes.length))
+    pair = int(sizes.width[sizes.ok].max())
+    longest = int(sizes.length[sizes.ok].max())
     width = _widest(sizes, budget)
     most = 4096 if lm.device.type == 'cpu' else 16384
     if width > most: return f'the widest row has {width} tokens, more than a trial may read ({most})'

@@ -29,6 +29,7 @@ SCHEMA = pa.schema(dict(
     chosen_ids=pa.list_(pa.int32()), rejected_ids=pa.list_(pa.int32()),
     chosen_truncated=pa.bool_(), rejected_truncated=pa.bool_(), prompt_cut=pa.int64(), detail=pa.string()))
 
+# %% ../../nbs/audit/133_token_store.ipynb #2a077b16
 class TokenStore:
     "Encoded pairs on disk: `sizes`, `data_hash` of rows, `token_hash` of token ids, `has_text`: one is plain text."
     def __init__(self,
@@ -43,26 +44,29 @@ class TokenStore:
         self.reader = pa.ipc.open_file(self.source)
         self.block = self.reader.get_batch(0).num_rows
         self.sizes = Sizes(*(np.concatenate(column) for column in zip(*sizes)))
-        self.data_hash, self.token_hash, self.has_text, self.unknown = data_hash, token_hash, has_text, unknown
+        self.data_hash = data_hash
+        self.token_hash = token_hash
+        self.has_text = has_text
+        self.unknown = unknown
 
     def __len__(self) -> int: return len(self.sizes.ok)
 
     def rows(self,
         which: Iterable[int], # positions
     ) -> list[EncodedPair]:   # in that order
-        "Pairs of a shard."
-        blocks, made = {}, []  # neighbours in length come from everywhere: each block is opened once
+        "Read the pairs of a shard."
+        pairs = []
+        blocks = {}  # neighbours in length come from everywhere: each block is opened once
         for i in which:
-            b, at = divmod(int(i), self.block)
-            if b not in blocks: blocks[b] = self.reader.get_batch(b)
-            made.append(EncodedPair(**{name: blocks[b].column(name)[at].as_py() for name in SCHEMA.names}))
-        return made
+            number, at = divmod(int(i), self.block)
+            if number not in blocks: blocks[number] = self.reader.get_batch(number)
+            pairs.append(EncodedPair(**{name: blocks[number].column(name)[at].as_py() for name in SCHEMA.names}))
+        return pairs
 
     def remarks(self) -> Counter[str]:
-        "What is noteworthy of pairs that can be scored, and of how many."
+        "Count what is noteworthy of pairs that can be scored."
         counts: Counter[str] = Counter()
-        for b in range(self.reader.num_record_batches):
-            batch = self.reader.get_batch(b)
+        for batch in map(self.reader.get_batch, range(self.reader.num_record_batches)):
             both = zip(batch.column('status').to_pylist(), batch.column('detail').to_pylist())
             counts.update(detail for status, detail in both if status == 'ok' and detail)
         return counts
@@ -72,10 +76,19 @@ def unknown_tokens(
     pair: EncodedPair, # encoded
     limit: int,        # from `token_limit`
 ) -> set[int]:         # its token ids that the model has no embedding for
-    "Ids of a pair that are beyond the model."
+    "Find the ids of a pair that the model has no embedding for."
     three = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
     if max((max(ids, default=0) for ids in three), default=0) < limit: return set()
     return {i for ids in three for i in ids if i >= limit}
+
+def _flag_unknown(pair: EncodedPair, limit: int) -> set[int]:
+    "Mark a pair with ids that have no embedding as one that cannot be scored; its ids of that kind"
+    if pair.status != 'ok': return set()
+    odd = unknown_tokens(pair, limit)
+    if odd:
+        pair.status = 'bad_token'
+        pair.detail = f'no embedding for token id {min(odd)} (the model has {limit})'
+    return odd
 
 def _add_tokens(digest: Any, pair: EncodedPair) -> None:
     "The token ids, their lengths and the state of a pair go into the hash"
@@ -86,7 +99,7 @@ def _add_tokens(digest: Any, pair: EncodedPair) -> None:
 def token_hash(
     pairs: Iterable[EncodedPair], # in any state
 ) -> str:                         # 16 hex digits
-    "Hash of the token ids and states of pairs in memory, as `TokenStore.token_hash`."
+    "Hash the token ids and states of pairs in memory, as `TokenStore.token_hash`."
     digest = hashlib.sha256()
     for pair in pairs: _add_tokens(digest, pair)
     return digest.hexdigest()[:16]
@@ -103,7 +116,11 @@ def token_store(
     limit: int | None = None,      # ids from here on have no embedding (`token_limit`); None: all have one
 ) -> Iterator[TokenStore]:
     "Tokenise a stream into a file that goes with the context. Raises `AuditError` for bad settings or a full disk."
-    digest, tokens, has_text, sizes, unknown = hashlib.sha256(), hashlib.sha256(), False, [], Counter()
+    rows = hashlib.sha256()
+    tokens = hashlib.sha256()
+    has_text = False
+    sizes = []
+    unknown = Counter()
     pairs = iter(tqdm(pairs, unit='pair', desc='tokenising', disable=None if progress else True))
     with tempfile.TemporaryDirectory(prefix='ches_align_', ignore_cleanup_errors=True) as folder:
         path = Path(folder)/'tokens.arrow'
@@ -112,19 +129,17 @@ def token_store(
             while some := list(islice(pairs, block)):  # what cannot be read is told by who reads it
                 encoded = encode_pairs(some, tokenizer, max_length, convention, block)
                 for pair in encoded:
-                    if limit is not None and pair.status == 'ok' and (odd := unknown_tokens(pair, limit)):
-                        pair.status = 'bad_token'
-                        pair.detail = f'no embedding for token id {min(odd)} (the model has {limit})'
-                        unknown.update(odd)
+                    if limit is not None: unknown.update(_flag_unknown(pair, limit))
                     _add_tokens(tokens, pair)
-                digest.update((' ' * bool(sizes) + ' '.join(f'{p.row_id}:{p.row_hash}' for p in some)).encode())
-                has_text = has_text or any(isinstance(p.prompt, str) for p in some)
+                rows.update((' ' * bool(sizes) + ' '.join(f'{pair.row_id}:{pair.row_hash}' for pair in some)).encode())
+                has_text = has_text or any(isinstance(pair.prompt, str) for pair in some)
                 sizes.append(sizes_of(encoded))
-                made = pa.RecordBatch.from_pylist([vars(e) for e in encoded], SCHEMA)
-                with writing(path): file.write_batch(made)
+                batch = pa.RecordBatch.from_pylist([vars(pair) for pair in encoded], SCHEMA)
+                with writing(path): file.write_batch(batch)
         finally:
             with writing(path): file.close()
-        hashes = digest.hexdigest()[:16], tokens.hexdigest()[:16]
-        store = TokenStore(path, sizes, *hashes, has_text, dict(unknown))
-        try: yield store
-        finally: store.source.close()
+        store = TokenStore(path, sizes, rows.hexdigest()[:16], tokens.hexdigest()[:16], has_text, dict(unknown))
+        try:
+            yield store
+        finally:
+            store.source.close()

@@ -21,8 +21,10 @@ def as_numbers(
     if getattr(values, 'dtype', None) is not None and 'bfloat16' in str(values.dtype): values = values.float()
     if isinstance(values, Iterable) and not hasattr(values, '__array__'):
         values = [as_numbers(value) for value in values]
-    try: array = np.asarray(values)
-    except ValueError as e: raise AssertionError(f'items of different shapes: {e}') from None
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise AssertionError(f'items of different shapes: {error}') from None
     if array.dtype.kind not in 'biufc' and array.size: raise AssertionError(f'not numbers: {array.dtype}')
     return array.astype(np.complex128 if array.dtype.kind == 'c' else np.float64)
 
@@ -33,7 +35,9 @@ def test_close(
     eps: Any = 1e-5,    # largest absolute difference that passes: a number, or one per value
 ) -> None:
     "Assert that all numbers agree within `eps`. Raises `AssertionError` for no numbers, other shapes, NaN."
-    ours, theirs, limit = as_numbers(actual), as_numbers(expected), as_numbers(eps)
+    ours = as_numbers(actual)
+    theirs = as_numbers(expected)
+    limit = as_numbers(eps)
     assert ours.size, 'nothing to compare: the computed side is empty'
     assert theirs.ndim == 0 or ours.shape == theirs.shape, f'shapes {ours.shape} and {theirs.shape}'
     same = ours == theirs  # equal infinities

@@ -50,9 +50,12 @@ def ches_from_sums(
     rejected_len: Int[Tensor, "batch"],       # states in S-
 ) -> PairScores:                              # fp64 scores
     "CHES, its length-normalised form and the flipped pair's, from the sums; the last products are taken in fp64."
-    s_c, s_r = chosen_sum.double(), rejected_sum.double()
-    m_c, m_r = s_c / chosen_len[:, None], s_r / rejected_len[:, None]
-    return PairScores((s_c * (s_r - s_c)).sum(1), (m_c * (m_r - m_c)).sum(1), (s_r * (s_c - s_r)).sum(1))
+    s_c = chosen_sum.double()
+    s_r = rejected_sum.double()
+    m_c = s_c / chosen_len[:, None]
+    m_r = s_r / rejected_len[:, None]
+    return PairScores(ches=(s_c * (s_r - s_c)).sum(1), ln_ches=(m_c * (m_r - m_c)).sum(1),
+                      ches_reversed=(s_r * (s_c - s_r)).sum(1))
 
 # %% ../../nbs/theory/050_ches.ipynb #584e2fcb
 CONVENTIONS = ('paper', 'official_script', 'official_module')
@@ -80,16 +83,21 @@ def pair_scores(
     convention: str = 'paper',                       # which states are summed, see `summed_mask`
 ) -> PairScores:                                     # fp64; higher = more similar = more displacement
     "All three CHES scores of each pair, summed in fp32 or better. Raises `ValueError` for masks that do not fit."
-    sums, counts = [], []
+    sums = []
+    counts = []
     for hidden, mask in ((chosen_hidden, chosen_mask), (rejected_hidden, rejected_mask)):
         if hidden.shape[:2] != mask.shape:
             raise ValueError(f'mask {tuple(mask.shape)} does not fit hidden states {tuple(hidden.shape)}')
         summed = summed_mask(mask.bool(), convention)
-        if convention == 'official_module': sums.append((hidden * summed[..., None]).sum(1))
-        else: sums.append(response_sum(hidden, summed, torch.promote_types(hidden.dtype, torch.float32)))
+        if convention == 'official_module':
+            sums.append((hidden * summed[..., None]).sum(1))
+        else:
+            sums.append(response_sum(hidden, summed, torch.promote_types(hidden.dtype, torch.float32)))
         counts.append(summed.sum(1))
     if convention != 'official_module': return ches_from_sums(*sums, *counts)
-    def published(s_c, s_r): return ((s_c * s_r).sum(1) - s_c.norm(dim=1) ** 2).double()  # in the states' own dtype
+    def published(s_c, s_r):
+        "The module's formula, in the states' own dtype"
+        return ((s_c * s_r).sum(1) - s_c.norm(dim=1) ** 2).double()
     means = [s / n[:, None] for s, n in zip(sums, counts)]
     return PairScores(published(*sums), published(*means), published(*sums[::-1]))
 
@@ -154,12 +162,14 @@ def token_grams(
     "Inner products of the tokens' gradients in the output layer (@eq-gram), several groups a pass; fp32 or better."
     hidden = torch.cat([h for h, _, _ in groups])
     H = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    parts, start = [], 0
+    parts = []
+    start = 0
     for h, _, n in groups:
         parts.append((slice(start, start + n), slice(start, start + len(h))))
         start += len(h)
     top = H.new_full((len(H),), -torch.inf)      # largest logit so far, a row each
-    mass, inner = H.new_zeros(len(H)), [H.new_zeros(n, len(h)) for h, _, n in groups]
+    mass = H.new_zeros(len(H))
+    inner = [H.new_zeros(n, len(h)) for h, _, n in groups]
     for start in range(0, len(head.weight), block):
         z, slope = _block_logits(head, H, slice(start, start + block))
         new_top = torch.maximum(top, z.amax(1))
@@ -174,6 +184,7 @@ def token_grams(
     return [_gram(head, H[both], ids, n, ln_mass[both], mass[both], total)
             for (_, ids, n), (_, both), total in zip(groups, parts, inner)]
 
+# %% ../../nbs/theory/050_ches.ipynb #2ad95487
 def _gram(head: Head, H: Tensor, ids: Tensor, n: int, ln_mass: Tensor, mass: Tensor, inner: Tensor,
 ) -> tuple[Tensor, Tensor]:
     "What is left when a group's sums over the vocabulary are known"
@@ -188,7 +199,7 @@ def _gram(head: Head, H: Tensor, ids: Tensor, n: int, ln_mass: Tensor, mass: Ten
 
 # %% ../../nbs/theory/050_ches.ipynb #a9989edb
 class HeadScores(NamedTuple):
-    "What the output layer says of one pair."
+    "Head-gradient CHES of one pair and the log-probabilities of its tokens."
     head_ches: Tensor       # [] head-gradient CHES: positive = a step on the head lowers ln pi(y+)
     chosen_logps: Tensor    # [n] ln pi(y+_k | x, y+_<k), nats
     rejected_logps: Tensor  # [n'] ln pi(y-_k | x, y-_<k), nats
@@ -209,11 +220,10 @@ def head_ches_of(
     pairs: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], # as for `head_ches`, one after another
     block: int = 8192,                                      # vocabulary rows at a time
 ) -> list[HeadScores]:                                      # one a pair
-    "The same for several pairs: the matrix is read, and converted to fp32, once for all of them."
-    grams = token_grams(head, [(torch.cat([h, h2]), torch.cat([y, y2]), len(y)) for h, y, h2, y2 in pairs], block)
+    "Head-gradient CHES (@eq-headches) of several pairs; the matrix is read and converted to fp32 once for all."
+    groups = [(torch.cat([h, h2]), torch.cat([y, y2]), len(y)) for h, y, h2, y2 in pairs]
     scores = []
-    for (terms, logps), (_, y, _, _) in zip(grams, pairs):
-        n = len(y)
+    for (terms, logps), (_, _, n) in zip(token_grams(head, groups, block), groups):
         total = terms[:, n:].sum(dtype=torch.float64) - terms[:, :n].sum(dtype=torch.float64)
         scores.append(HeadScores(total, logps[:n], logps[n:]))
     return scores

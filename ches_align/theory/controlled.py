@@ -61,11 +61,15 @@ def controlled_data(
     inside: bool = False,             # draw new labels among the other pretraining labels instead of outside them
 ) -> ControlledData:                  # all but `new` are the same for both values of `inside`
     "The data of one seed (Section 4.2). Raises `ValueError` for sizes that do not fit."
-    gen, vocab, k, n = torch.Generator().manual_seed(seed), int(labels.max()) + 1, cfg.labels_per_class, cfg.n_train
+    gen = torch.Generator().manual_seed(seed)
+    vocab = int(labels.max()) + 1
+    k = cfg.labels_per_class
+    n = cfg.n_train
     if not 1 < k < vocab: raise ValueError(f'labels_per_class {k}: must be in 2..{vocab - 1} for {vocab} classes')
     if not 0 < cfg.modified_share < 1: raise ValueError(f'modified_share {cfg.modified_share} is not in (0, 1)')
     rows = stratified(labels, n, gen)
-    x, old = images[rows].float(), labels[rows]
+    x = images[rows].float()
+    old = labels[rows]
     ranks = torch.rand(vocab, vocab, generator=gen).fill_diagonal_(2)  # the class itself always comes first
     pretrain = torch.zeros(vocab, vocab).scatter_(1, ranks.topk(k).indices, 1/k)[old]
     modified = torch.zeros(n, dtype=torch.bool)
@@ -125,12 +129,14 @@ def logit_gram(
     "J_f J_f^T of every input in closed form (eq-gram); gamma^2 is its largest eigenvalue."
     acts = [x]
     for layer in net: acts.append(layer(acts[-1]))
-    back, gram = torch.eye(acts[-1].shape[1], dtype=x.dtype).expand(len(x), -1, -1), x.new_zeros(())
+    back = torch.eye(acts[-1].shape[1], dtype=x.dtype).expand(len(x), -1, -1)
+    gram = x.new_zeros(())
     for layer, a in reversed(list(zip(net, acts))):
         if isinstance(layer, nn.Linear):
             gram = gram + back @ back.mT * (a.square().sum(1) + 1)[:, None, None]
             back = back @ layer.weight
-        else: back = back * (a > 0)[:, None]
+        else:
+            back = back * (a > 0)[:, None]
     return gram
 
 # %% ../../nbs/theory/070_controlled.ipynb #80599b9a
@@ -142,7 +148,8 @@ def input_bounds(
 ) -> dict[str, Float[Tensor, "batch"]]:   # fp64: std, rft and sft gradient norms, and the bounds fisher, gamma, theorem
     "Per input: reward STD, gradient norms of expected reward and of ln p of the best label, three bounds (eq-bounds)."
     net, x, r = deepcopy(net).double(), x.double(), reward.double()
-    z, K = net(x), logit_gram(net, x)
+    z = net(x)
+    K = logit_gram(net, x)
     logps = z.log_softmax(-1)
     mean, std = torch.vmap(reward_moments)(logps, r)
     v = logps.exp() * (r - mean[:, None])
@@ -168,7 +175,8 @@ def input_stats(
     reward: Float[Tensor, "batch vocab"], # r(x, y)
 ) -> Float[Tensor, "batch 4"]:            # mean reward, STD, norm of its gradient, best label likeliest (0, 1)
     "Where every input stands (columns `STATS`), exact expectations over the labels."
-    logps, r = logits.double().log_softmax(-1), reward.double()
+    logps = logits.double().log_softmax(-1)
+    r = reward.double()
     mean, std = torch.vmap(reward_moments)(logps, r)
     norm = _norm(logps.exp() * (r - mean[:, None]), logit_gram(net, x).double())
     return torch.stack([mean, std, norm, logits.argmax(-1) == r.argmax(-1)], 1)
@@ -183,16 +191,21 @@ def train(
     batch: int,                                 # inputs of a step
     seed: int,                                  # order of the batches
     optimizer: str = 'adam',                    # 'adam' or 'sgd' (no momentum)
-    reward: Float[Tensor, "batch vocab"] | None = None, # what `input_stats` is told, if anything is logged
+    *,
+    reward: Float[Tensor, "batch vocab"] | None = None, # what `input_stats` takes, if anything is logged
     log_epochs: Collection[int] = (),           # epochs done when the inputs are looked at; 0 = before the first step
 ) -> dict[int, Float[Tensor, "batch 4"]]:       # `input_stats` of every input, by epoch
     "Minimise a loss in mini-batches. Raises `ValueError` for an unknown optimizer or a loss that is not finite."
     if optimizer not in ('adam', 'sgd'): raise ValueError(f'optimizer {optimizer!r}: choose adam or sgd')
     kind = torch.optim.Adam if optimizer == 'adam' else torch.optim.SGD
-    opt, gen, log = kind(net.parameters(), lr, fused=True), torch.Generator().manual_seed(seed), {}
+    opt = kind(net.parameters(), lr, fused=True)
+    gen = torch.Generator().manual_seed(seed)
+    log = {}
     for epoch in range(epochs + 1):
-        if epoch in log_epochs: log[epoch] = torch.zeros(len(x), len(STATS), dtype=torch.float64)
-        elif epoch == epochs: break
+        if epoch in log_epochs:
+            log[epoch] = torch.zeros(len(x), len(STATS), dtype=torch.float64)
+        elif epoch == epochs:
+            break
         for rows in torch.randperm(len(x), generator=gen).split(batch):
             logits = net(x[rows])
             if epoch in log:
@@ -200,6 +213,8 @@ def train(
                 log[epoch][rows] = input_stats(net, x[rows], logits, reward[rows])
             if epoch == epochs: continue   # the last look comes after the last step
             value = loss(logits, rows)
-            opt.zero_grad(); value.backward(); opt.step()
+            opt.zero_grad()
+            value.backward()
+            opt.step()
         if epoch < epochs and not torch.isfinite(value): raise ValueError(f'epoch {epoch}: the loss is {value.item()}')
     return log

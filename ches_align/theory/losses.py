@@ -140,7 +140,8 @@ def kto_pair(
     _require(kl is None or 0 <= kl < math.inf, 'kl', kl, 'None or at least 0')
     z_w = r_l.mean().clamp(min=0).detach() if kl is None else kl
     z_l = r_w.mean().clamp(min=0).detach() if kl is None else kl
-    u, v = beta*(r_w - z_w), beta*(r_l - z_l)
+    u = beta*(r_w - z_w)
+    v = beta*(r_l - z_l)
     return _result(torch.sigmoid(-u) + torch.sigmoid(v),
                    beta*torch.sigmoid(u)*torch.sigmoid(-u), beta*torch.sigmoid(v)*torch.sigmoid(-v))
 
@@ -203,7 +204,9 @@ def cal_dpo(
     "Cal-DPO (eq-cal)."
     _require(0 <= weight < math.inf, 'weight', weight, 'at least 0 and finite')
     r_w, r_l = _log_ratios(pair, beta)
-    m, a, b = r_w - r_l, r_w - 1/(2*beta), r_l + 1/(2*beta)
+    m = r_w - r_l
+    a = r_w - 1/(2*beta)
+    b = r_l + 1/(2*beta)
     c = torch.sigmoid(-m)
     return _result(-F.logsigmoid(m) + weight*(a**2 + b**2), c - 2*weight*a, c + 2*weight*b)
 

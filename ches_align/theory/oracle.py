@@ -37,13 +37,18 @@ def feature_grads(
     "W^T (e_y - p) for each position, in fp32 or better. Raises `ValueError` for scaled or soft-capped logits."
     if head.scale != 1 or head.softcap is not None: raise ValueError('feature_grads takes plain logits only')
     H = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    top, mass, mean = H.new_full((len(H), 1), -torch.inf), H.new_zeros(len(H), 1), torch.zeros_like(H)
+    top = H.new_full((len(H), 1), -torch.inf)
+    mass = H.new_zeros(len(H), 1)
+    mean = torch.zeros_like(H)
     for start in range(0, len(head.weight), block):
         W = head.weight[start:start + block].to(H.dtype)
         z = H @ W.T + (0 if head.bias is None else head.bias[start:start + block].to(H.dtype))
         new_top = torch.maximum(top, z.amax(1, keepdim=True))
-        p, shrink = (z - new_top).exp(), (top - new_top).exp()
-        mass, mean, top = mass * shrink + p.sum(1, keepdim=True), mean * shrink + p @ W, new_top
+        p = (z - new_top).exp()
+        shrink = (top - new_top).exp()
+        mass = mass * shrink + p.sum(1, keepdim=True)
+        mean = mean * shrink + p @ W
+        top = new_top
     return head.weight[ids].to(H.dtype) - mean / mass
 
 def feature_ches(
@@ -104,7 +109,7 @@ def change_after(
 # %% ../../nbs/theory/080_oracle.ipynb #4e1d7a20
 def partial_spearman(
     a: Sequence[float],                # a score
-    b: Sequence[float],                # what it is to foretell
+    b: Sequence[float],                # what it is to predict
     held: Sequence[Sequence[float]] = (), # things held constant, each as long as `a`; none: plain Spearman
 ) -> float:                            # in [-1, 1]; NaN when nothing is left to correlate
     "Rank correlation with others held constant (@eq-partial). Raises `ValueError` for lengths that differ."

@@ -23,7 +23,8 @@ def prefix_values(
 ) -> Float[Tensor, "output len+1"]: # column l: mean reward after l tokens of y; column 0 is V, the last r itself
     "Exact values of all prefixes of all outputs (eq-token-advantage). Raises `ValueError` for bad rewards."
     check_reward(reward, len(policy.outputs))
-    values, steps = [reward], policy.token_logps().exp()
+    values = [reward]
+    steps = policy.token_logps().exp()
     for l in reversed(range(policy.length)):
         by_prefix = (len(reward) // policy.vocab**l, policy.vocab**l)  # outputs are in lexicographic order
         here = (steps[:, l] * values[0]).view(by_prefix[1], policy.vocab, -1)[:, :, 0].sum(1)
@@ -57,9 +58,10 @@ def group_gain(
     log_choose = math.lgamma(group + 1) - (k + 1).lgamma() - (group - k + 1).lgamma()
     weight = (log_choose + (k - 1)*math.log(success) + (group - k - 1)*math.log1p(-success)).exp()  # over q (1 - q)
     spread = k/group * (1 - k/group)
-    return (weight * (spread / ((group/(group - 1) * spread).sqrt() + eps) if scale else spread)).sum().item()
+    if scale: spread = spread / ((group/(group - 1) * spread).sqrt() + eps)
+    return (weight * spread).sum().item()
 
-# %% ../../nbs/theory/060_policy_gradient_bounds.ipynb #7e375615
+# %% ../../nbs/theory/060_policy_gradient_bounds.ipynb #3aed5616
 class GradNormEstimate(NamedTuple):
     "What N sampled responses to one prompt say about the gradient of the expected reward."
     std: float      # reward's standard deviation (square root of the unbiased variance)
@@ -72,6 +74,7 @@ class GradNormEstimate(NamedTuple):
     ratio_sq_low: float # its interval; NaN also where a single sample makes all the spread
     ratio_sq_high: float
 
+# %% ../../nbs/theory/060_policy_gradient_bounds.ipynb #7e375615
 def grad_norm_ustat(
     rewards: Float[Tensor, "n"], # rewards of n responses sampled from the policy itself, untruncated
     gram: Float[Tensor, "n n"],  # inner products of their scores, <s_i, s_j>
@@ -84,16 +87,23 @@ def grad_norm_ustat(
     if n < 4: raise ValueError(f'{n} samples: at least 4')
     bad = int((~rewards.isfinite()).sum() + (~gram.isfinite()).sum())
     if bad: raise ValueError(f'{bad} numbers are not finite')
-    r, K = rewards.double() - rewards[0].double(), gram.double()
+    r = rewards.double() - rewards[0].double()
+    K = gram.double()
     keep = torch.cat([torch.ones(1, n), 1 - torch.eye(n)]).double()  # all samples, then without each in turn
     m = keep.sum(1)
     centred = keep * (r - (keep @ r / m)[:, None])
-    total, own = ((centred @ K) * centred).sum(1), centred.square() @ K.diagonal()
+    total = ((centred @ K) * centred).sum(1)
+    own = centred.square() @ K.diagonal()
     loo = (m/(m - 1))**2  # r_i minus the mean of the others is n / (n - 1) times r_i minus the mean
     sq_norm = loo * (total - own) / (m*(m - 1)) / (1 + (m - 1)**-2)
-    var, trace = centred.square().sum(1)/(m - 1), keep @ K.diagonal() / m
+    var = centred.square().sum(1)/(m - 1)
+    trace = keep @ K.diagonal() / m
     ratio = sq_norm / (var*trace)
-    def half(x): return z * ((n - 1)/n * (x[1:] - x[1:].mean()).square().sum()).sqrt()
-    values = (var[0].sqrt(), sq_norm[0], sq_norm[0] - half(sq_norm), sq_norm[0] + half(sq_norm), loo[0]*total[0]/n**2,
-              trace[0], ratio[0], ratio[0] - half(ratio), ratio[0] + half(ratio))
-    return GradNormEstimate(*(v.item() for v in values))
+    def half(x):
+        "Half the width of the jackknife interval"
+        return z * ((n - 1)/n * (x[1:] - x[1:].mean()).square().sum()).sqrt()
+    numbers = dict(
+        std=var[0].sqrt(), sq_norm=sq_norm[0], low=sq_norm[0] - half(sq_norm), high=sq_norm[0] + half(sq_norm),
+        naive=loo[0]*total[0]/n**2, trace=trace[0],
+        ratio_sq=ratio[0], ratio_sq_low=ratio[0] - half(ratio), ratio_sq_high=ratio[0] + half(ratio))
+    return GradNormEstimate(**{name: number.item() for name, number in numbers.items()})

@@ -51,7 +51,9 @@ def reward_std_bounds(
     check_reward(reward, len(policy.outputs), reward_range)
     logps_sum = policy.logps_sum()
     if bad := int((~logps_sum.isfinite()).sum()): raise ValueError(f'{bad} log-probabilities are not finite')
-    s, n, B = policy.scores(), policy.length, (reward_range[1] - reward_range[0]) / 2
+    s = policy.scores()
+    n = policy.length
+    B = (reward_range[1] - reward_range[0]) / 2
     usual = reward[logps_sum.argmax()]
     centred = reward - usual
     mean, std = reward_moments(logps_sum, centred)
@@ -59,9 +61,11 @@ def reward_std_bounds(
     gamma = torch.linalg.matrix_norm(policy.logits_jacobian(), 2).amax()
     power = n * gamma * B**(1/3) * std**(2/3)
     top = torch.linalg.eigvalsh(info)[-1].clamp(min=0)
-    values = (expected_reward_grad(logps_sum, centred, s).norm(), mean + usual, std, gamma, 6*power, 3*4**(1/3)*power,
-              n**0.5 * gamma * std, std * info.trace().sqrt(), std * top.sqrt())
-    return RewardStdBounds(*(v.item() for v in values))
+    bounds = dict(
+        grad_norm=expected_reward_grad(logps_sum, centred, s).norm(), mean=mean + usual, std=std, gamma=gamma,
+        paper=6*power, optimal=3*4**(1/3)*power, gamma_linear=n**0.5 * gamma * std,
+        trace=std * info.trace().sqrt(), fisher=std * top.sqrt())
+    return RewardStdBounds(**{name: bound.item() for name, bound in bounds.items()})
 
 # %% ../../nbs/theory/020_reward_std.ipynb #520f0bf5
 class FinetuningTimes(NamedTuple):
@@ -75,5 +79,6 @@ def finetuning_times(
 ) -> FinetuningTimes: # unit-rate flow on two free logits
     "Time of RFT and SFT in the two-outcome case (eq-finetuning-times). Raises `ValueError` for another p0."
     if not 0 < p0 <= 0.5: raise ValueError(f'p0 = {p0}: a probability above 0 and at most 1/2')
-    var, log = 4*p0*(1 - p0), math.log((1 - p0)/p0)/2
-    return FinetuningTimes((1 - 2*p0)/var + log, (1 - 2*p0)/(2*(1 - p0)) + log, math.sqrt(var))
+    var = 4*p0*(1 - p0)
+    log = math.log((1 - p0)/p0)/2
+    return FinetuningTimes(rft=(1 - 2*p0)/var + log, sft=(1 - 2*p0)/(2*(1 - p0)) + log, std=math.sqrt(var))

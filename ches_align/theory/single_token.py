@@ -67,7 +67,10 @@ def chosen_rate(
 ) -> Float[Tensor, ""]:            # d/dt ln p(y+), fp64, nats per unit of step size; negative = displaced at the start
     "Rate of the preferred token's log-probability, term by term (eq-chosen-rate). Raises as `logp_rates`."
     p, wu, h2 = _ready(W, h, chosen, rejected, c, moves, block)
-    a, b, p_a, p_b = W[chosen].detach().double(), W[rejected].detach().double(), p[chosen], p[rejected]
+    a = W[chosen].detach().double()
+    b = W[rejected].detach().double()
+    p_a = p[chosen]
+    p_b = p[rejected]
     others = p @ wu - p_a*wu[chosen] - p_b*wu[rejected]
     features = (1 - p_a)*(a @ a) + p_b*(b @ b) - (1 - p_a + p_b)*(a @ b) - others
     head = (1 - p_a + p_b)*h2
@@ -96,12 +99,17 @@ def pair_geometry(
 ) -> PairGeometry:                 # taken in fp64
     "Geometry of a pair of single-token responses. Raises `ValueError` for ids out of range and for equal or zero rows."
     _check_pair(W, chosen, rejected)
-    a, b = W[chosen].detach().double(), W[rejected].detach().double()
-    u, norm = a - b, a.norm()
+    a = W[chosen].detach().double()
+    b = W[rejected].detach().double()
+    u = a - b
+    norm = a.norm()
     if not u.any(): raise ValueError(f'tokens {chosen} and {rejected} have the same row: no step can tell them apart')
     if not (a.any() and b.any()): raise ValueError(f'token {rejected if a.any() else chosen} has a row of zeros')
     along = a @ u / norm
     across = u - along * a / norm
     best = _times(W, u, block=block)[0].topk(min(top, len(W)))
-    numbers = (norm, b.norm(), a@b, a@b/(norm*b.norm()), along, across.norm(), across@across/(u@u), -(a@u))
-    return PairGeometry(*(x.item() for x in numbers), best.indices.tolist(), best.values.tolist())
+    return PairGeometry(
+        chosen_norm=norm.item(), rejected_norm=b.norm().item(), inner=(a@b).item(),
+        cosine=(a@b/(norm*b.norm())).item(), along=along.item(), orthogonal=across.norm().item(),
+        orthogonal_share=(across@across/(u@u)).item(), token_ches=-(a@u).item(),
+        top=best.indices.tolist(), top_inner=best.values.tolist())

@@ -68,7 +68,10 @@ class TabularPolicy:
         max_outputs: int = 100_000, # more outputs than this raise ValueError
     ):
         if vocab**length > max_outputs: raise ValueError(f'{vocab}**{length} outputs, more than {max_outputs}')
-        self.table_fn, self.theta, self.vocab, self.length = table_fn, theta, vocab, length
+        self.table_fn = table_fn
+        self.theta = theta
+        self.vocab = vocab
+        self.length = length
         self.outputs = all_outputs(vocab, length)
         self.rows = prefix_rows(self.outputs, vocab)
 
@@ -98,9 +101,11 @@ def random_policy(
 ) -> TabularPolicy: # fp64
     "Random tabular policy, or a linear one with z = W h and theta = W (eq-tabular-policy)."
     n_prefix = sum(vocab**l for l in range(length))
-    if dim is None: return TabularPolicy(lambda t: t.view(n_prefix, vocab), scale*randn64(n_prefix*vocab, seed=seed),
-                                         vocab, length)
-    hidden, W = randn64(n_prefix, dim, seed=seed + 1), scale*randn64(vocab*dim, seed=seed)
+    if dim is None:
+        theta = scale * randn64(n_prefix*vocab, seed=seed)
+        return TabularPolicy(lambda theta: theta.view(n_prefix, vocab), theta, vocab, length)
+    hidden = randn64(n_prefix, dim, seed=seed + 1)
+    W = scale*randn64(vocab*dim, seed=seed)
     return TabularPolicy(lambda W: hidden @ W.view(vocab, dim).T, W, vocab, length)
 
 # %% ../../nbs/theory/010_softmax.ipynb #5054b1db

@@ -25,21 +25,25 @@ def read_architecture(
     source: str | dict[str, Any], # a name for `load_model`, or a Transformers config with its `model_type`
     revision: str | None = None,  # on the hub
 ) -> Any:                         # a Transformers config
-    "The config of a causal language model. Raises `AuditError` when there is none, naming the remedy."
+    "Read the config of a causal language model. Raises `AuditError` when there is none, naming the remedy."
     from transformers import CONFIG_MAPPING, AutoConfig
     if isinstance(source, dict):
-        kind, rest = source.get('model_type'), {k: v for k, v in source.items() if k != 'model_type'}
+        kind = source.get('model_type')
+        rest = {key: value for key, value in source.items() if key != 'model_type'}
         if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             raise AuditError(f'architecture: model_type {kind!r} is not one of Transformers')
         known = CONFIG_MAPPING[kind]()
-        odd = [k for k in rest if not hasattr(known, k)]
+        odd = [key for key in rest if not hasattr(known, key)]
         if odd: raise AuditError(f'architecture: {kind} has no {odd[0]!r}')
-        try: return AutoConfig.for_model(kind, **rest)
-        except Exception as e: raise AuditError(f"architecture: {' '.join(str(e).split())[:300]}") from None
-    try: return _named_config(source, revision)
-    except Exception as e:  # the hub's client has many error types
-        if isinstance(e, AuditError) and not isinstance(e, LoadError): raise
-        raise AuditError(f'the config of model {source} cannot be read ({told(e, 200)}); '
+        try:
+            return AutoConfig.for_model(kind, **rest)
+        except Exception as error:
+            raise AuditError(f"architecture: {' '.join(str(error).split())[:300]}") from None
+    try:
+        return _named_config(source, revision)
+    except Exception as error:  # the hub's client has many error types
+        if isinstance(error, AuditError) and not isinstance(error, LoadError): raise
+        raise AuditError(f'the config of model {source} cannot be read ({told(error, 200)}); '
                          'give it as `architecture:`, a mapping with model_type') from None
 
 def _named_config(name: str, revision: str | None) -> Any:
@@ -54,7 +58,7 @@ def _named_config(name: str, revision: str | None) -> Any:
 
 # %% ../../nbs/training/190_memory.ipynb #6a2944df
 class Sizes(NamedTuple):
-    "Of one model and one batch."
+    "What decides the memory of a training step: of one model and one batch."
     parameters: int      # all
     trained: int         # those that get a gradient
     layers: int
@@ -67,19 +71,21 @@ def saved_bytes(
     rows: int,           # sequences
     length: int,         # tokens of each
 ) -> int:                # bytes
-    "What a forward pass keeps for its backward pass, weights left out; on real or fake tensors."
-    weights, kept = {p.untyped_storage()._cdata for p in backbone.parameters()}, {}
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage._cdata not in weights: kept[storage._cdata] = (storage.nbytes(), t)  # held, so that no id is reused
-        return t
+    "Measure what a forward pass keeps for its backward pass, without weights; on real or fake tensors."
+    weights = {p.untyped_storage()._cdata for p in backbone.parameters()}
+    kept = {}
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = (storage.nbytes(), tensor)  # held, so that no id is reused
+        return tensor
     ids = torch.zeros(rows, length, dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[0, -1] = 0  # batches are padded: without padding some models take another, smaller path
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held):
         out = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     del out
-    return sum(n for n, _ in kept.values())
+    return sum(size for size, _ in kept.values())
 
 # %% ../../nbs/training/190_memory.ipynb #45e67f33
 def measure_architecture(
@@ -93,8 +99,10 @@ def measure_architecture(
     def build(): return automatic.from_config(config, dtype=torch.float32)
     try:
         with torch.device('meta'): model = build()
-    except ValueError as e: raise AuditError(f"architecture: {' '.join(str(e).split())[:200]}") from None
-    total, head = sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.shape
+    except ValueError as error:
+        raise AuditError(f"architecture: {' '.join(str(error).split())[:200]}") from None
+    total = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight.shape
     if adapters is not None:
         from peft import get_peft_model
         model = get_peft_model(model, adapters)
@@ -115,25 +123,27 @@ def memory_table(
     checkpointing: bool = False, # gradient checkpointing
     gpus: tuple[int, ...] = (1, 2, 4), # how many share weights, gradients and state
 ) -> pd.DataFrame:               # gigabytes (1e9 bytes) on each GPU
-    "What a training step takes, on each of n GPUs; an estimate, without what the system takes for itself."
+    "Estimate what a training step takes on each of n GPUs, without what the system takes for itself."
     table = []
     for name, (wide, active, autocast) in PRECISIONS.items():
         kept = sizes.activations * active / 4
         if checkpointing: kept = kept / sizes.layers + sizes.layers * rows * length * sizes.dim * active
         head = sizes.vocab * sizes.dim * 4 if sizes.trained == sizes.parameters else 0
         tile = min(rows * length, TILE[0]) * min(sizes.vocab, TILE[1]) * 4
-        for n in gpus:
-            layer = (n > 1) * sizes.parameters * wide / sizes.layers
-            parts = dict(weights=sizes.parameters * wide / n + layer, gradients=sizes.trained * wide / n,
-                         optimiser=sizes.trained * wide * STATES[optimizer] / n, reference=0,
-                         activations=kept + 2 * sizes.parameters * autocast / (n if n > 1 else 1), logits=tile + head)
-            table.append(dict(precision=name, gpus=n, **{k: v / 1e9 for k, v in parts.items()},
-                              total=sum(parts.values()) / 1e9))
+        for count in gpus:
+            layer = (count > 1) * sizes.parameters * wide / sizes.layers
+            copies = 2 * sizes.parameters * autocast / (count if count > 1 else 1)
+            parts = dict(
+                weights=sizes.parameters * wide / count + layer, gradients=sizes.trained * wide / count,
+                optimiser=sizes.trained * wide * STATES[optimizer] / count, reference=0,
+                activations=kept + copies, logits=tile + head)
+            gigabytes = {part: size / 1e9 for part, size in parts.items()}
+            table.append(dict(precision=name, gpus=count, **gigabytes, total=sum(parts.values()) / 1e9))
     return pd.DataFrame(table)
 
 # %% ../../nbs/training/190_memory.ipynb #6446ccfc
 def table_text(
     table: pd.DataFrame, # from `memory_table`
 ) -> str:                # lines of text
-    "The table for a terminal, in GB."
+    "Lay the table out for a terminal, in GB."
     return table.to_string(index=False, float_format='{:.1f}'.format)

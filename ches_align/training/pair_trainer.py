@@ -25,8 +25,10 @@ from ..audit.runs import write_files
 from ..audit.workers import processes
 from ..theory.losses import PairLogps, PairLoss
 
-try: from trl import DPOTrainer
-except (ImportError, RuntimeError): DPOTrainer = None  # the extra `train` is not installed: all but the trainer works
+try:
+    from trl import DPOTrainer
+except (ImportError, RuntimeError):
+    DPOTrainer = None  # the extra `train` is not installed: all but the trainer works
 
 # %% ../../nbs/training/180_pair_trainer.ipynb #deedb769
 def usable(
@@ -35,16 +37,17 @@ def usable(
     max_length: int | None,  # of prompt + response, in tokens; responses are cut
     where: str = 'data',     # named in messages
 ) -> tuple[list[EncodedPair], dict[str, int]]: # the pairs to train on; how many rows have which status
-    "Encode pairs; flagged rows are told and left out. Raises `AuditError` when none remains."
-    encoded, counts = encode_pairs(pairs, tokenizer, max_length), {}
-    for e in encoded: counts[e.status] = counts.get(e.status, 0) + 1
-    first = {e.status: f'row {e.row_id}: {e.detail}' for e in reversed(encoded)}
-    flagged = ', '.join(f'{n} {s} ({first[s]})' for s, n in counts.items() if s != 'ok')
+    "Encode pairs; flagged rows are left out with a warning. Raises `AuditError` when none remains."
+    encoded = encode_pairs(pairs, tokenizer, max_length)
+    counts = {}
+    for pair in encoded: counts[pair.status] = counts.get(pair.status, 0) + 1
+    first = {pair.status: f'row {pair.row_id}: {pair.detail}' for pair in reversed(encoded)}
+    flagged = ', '.join(f'{count} {status} ({first[status]})' for status, count in counts.items() if status != 'ok')
     if not counts.get('ok'):
         raise AuditError(f'{where}: no pair can be trained on ({flagged or "there are none"}); '
                          'ches score lists the rows')
     if flagged: warnings.warn(f'{where}: {len(pairs) - counts["ok"]} of {len(pairs)} pairs are left out: {flagged}')
-    return [e for e in encoded if e.status == 'ok'], counts
+    return [pair for pair in encoded if pair.status == 'ok'], counts
 
 def hold_out(
     pairs: Sequence[Any], # of any kind
@@ -54,18 +57,21 @@ def hold_out(
     "Hold some pairs out. Raises `AuditError` when none would be left."
     if count >= len(pairs): raise AuditError(f'{len(pairs)} pairs: none is left to train on when {count} are held out')
     out = set(random.Random(seed).sample(range(len(pairs)), count))
-    return [p for i, p in enumerate(pairs) if i not in out], [p for i, p in enumerate(pairs) if i in out]
+    rest = [pair for i, pair in enumerate(pairs) if i not in out]
+    held_out = [pair for i, pair in enumerate(pairs) if i in out]
+    return rest, held_out
 
 # %% ../../nbs/training/180_pair_trainer.ipynb #95ae2166
 def as_dataset(
     pairs: Sequence[EncodedPair], # all usable
     folder: Path,                 # where it is kept
 ) -> Dataset:                     # `row_id prompt_ids chosen_ids rejected_ids`
-    "Token ids as an Arrow file, written once; its name holds their hash."
-    columns = dict(row_id=[p.row_id for p in pairs], **{
-        k: pa.array([list(getattr(p, k)) for p in pairs], pa.list_(pa.int64()))
-        for k in ('prompt_ids', 'chosen_ids', 'rejected_ids')})
-    table, sink = pa.table(columns), pa.BufferOutputStream()
+    "Write token ids as an Arrow file, once; its name holds their hash."
+    columns: dict[str, Any] = dict(row_id=[pair.row_id for pair in pairs])
+    for name in ('prompt_ids', 'chosen_ids', 'rejected_ids'):
+        columns[name] = pa.array([list(getattr(pair, name)) for pair in pairs], pa.list_(pa.int64()))
+    table = pa.table(columns)
+    sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer: writer.write_table(table)
     content = sink.getvalue().to_pybytes()
     path = folder/f'pairs-{hashlib.sha256(content).hexdigest()[:16]}.arrow'
@@ -86,7 +92,8 @@ class PairLossTrainer(DPOTrainer or object):  # pyright: ignore[reportGeneralTyp
         reference: bool = True,                # whether it reads the reference's log-probabilities
         **kwargs):                             # of `DPOTrainer`; set `precompute_ref_log_probs=True, max_length=None`
         need_trl()
-        self.pair_loss, self.reads_reference = loss, reference
+        self.pair_loss = loss
+        self.reads_reference = reference
         super().__init__(**kwargs)
 
     def _prepare_dataset(self, dataset, *args): return dataset  # token ids by now
@@ -97,15 +104,16 @@ class PairLossTrainer(DPOTrainer or object):  # pyright: ignore[reportGeneralTyp
         mask = inputs['completion_mask']
         labels = inputs['input_ids'].masked_fill(mask == 0, -100)
         routers = dict(output_router_logits=True) if self.aux_loss_enabled else {}
-        found = model(input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask'], labels=labels,
+        output = model(input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask'], labels=labels,
                       fused_lm_head=True, use_cache=False, **routers)
-        sums, lengths = found.log_probs.float().sum(1).chunk(2), mask[:, 1:].sum(1).chunk(2)
+        sums = output.log_probs.float().sum(1).chunk(2)
+        lengths = mask[:, 1:].sum(1).chunk(2)
         pair = PairLogps(*sums, inputs.get('ref_chosen_logps'), inputs.get('ref_rejected_logps'), *lengths)
         self._stop_if_not_finite(pair)
         result = self.pair_loss(pair)
-        self._keep(pair, result, found.entropy, inputs)
+        self._keep(pair, result, output.entropy, inputs)
         loss = result.loss.mean()
-        return loss + self.router_aux_loss_coef * found.aux_loss if routers else loss
+        return loss + self.router_aux_loss_coef * output.aux_loss if routers else loss
 
 # %% ../../nbs/training/180_pair_trainer.ipynb #327d7cbb
 def _stop_if_not_finite(self: PairLossTrainer, pair: PairLogps) -> None:
@@ -121,7 +129,8 @@ def _means(pair: PairLogps, result: PairLoss, beta: float) -> dict[str, Tensor]:
     means = {'logps/chosen': pair.chosen, 'logps/rejected': pair.rejected, 'rates/chosen': result.d_w,
              'rates/rejected': result.d_l}
     if pair.ref_chosen is None or pair.ref_rejected is None: return means
-    chosen, rejected = beta * (pair.chosen - pair.ref_chosen), beta * (pair.rejected - pair.ref_rejected)
+    chosen = beta * (pair.chosen - pair.ref_chosen)
+    rejected = beta * (pair.rejected - pair.ref_rejected)
     return means | {'rewards/chosen': chosen, 'rewards/rejected': rejected, 'rewards/margins': chosen - rejected,
                     'rewards/accuracies': chosen > rejected}
 
@@ -129,14 +138,16 @@ def _keep(self: PairLossTrainer, pair: PairLogps, result: PairLoss, entropy: Ten
     "Hand TRL's `log` the means over all processes"
     means = _means(pair, result, self.beta)
     means['entropy'] = entropy.sum() / (pair.chosen_len.sum() + pair.rejected_len.sum())
-    mine = torch.stack([x.detach().float().mean() for x in means.values()])
+    mine = torch.stack([value.detach().float().mean() for value in means.values()])
     kept = self._metrics['train' if self.model.training else 'eval']
-    for name, value in zip(means, self.accelerator.gather(mine[None]).mean(0).tolist()): kept[name].append(value)
+    for name, value in zip(means, self.accelerator.gather(mine[None]).mean(0).tolist()):
+        kept[name].append(value)
     if self.model.training:
         self._total_train_tokens += self.accelerator.gather(inputs['attention_mask'].sum()[None]).sum().item()
     kept['num_tokens'] = [self._total_train_tokens]
 
-PairLossTrainer._stop_if_not_finite, PairLossTrainer._keep = _stop_if_not_finite, _keep
+PairLossTrainer._stop_if_not_finite = _stop_if_not_finite
+PairLossTrainer._keep = _keep
 
 # %% ../../nbs/training/180_pair_trainer.ipynb #bc9ac640
 def stuck_share(
@@ -144,10 +155,10 @@ def stuck_share(
     step: float,                  # size of a step of one weight
     samples: int = 1000,          # values looked at in each tensor, about
 ) -> float:                       # share of the values that `step` leaves as they are, in [0, 1]
-    "How many weights are too coarse to be moved by a step."
+    "Estimate how many weights are too coarse to be moved by a step."
     stuck = total = 0
-    for p in parameters:
-        some = p.detach().flatten()[::max(1, p.numel() // samples)]
+    for weight in parameters:
+        some = weight.detach().flatten()[::max(1, weight.numel() // samples)]
         stuck += ((some.double() + step).to(some.dtype) == some).sum().item()
         total += len(some)
     return stuck / max(total, 1)
@@ -156,7 +167,7 @@ def warn_if_stuck(
     model: nn.Module,     # about to be trained
     learning_rate: float, # a step of RMSProp or Adam has about this size
 ) -> None:
-    "Tell, in one warning, when most updates would be rounded away."
+    "Warn when most updates would be rounded away."
     share = stuck_share([p for p in model.parameters() if p.requires_grad], learning_rate)
     if share > 0.5: warnings.warn(
         f'{share:.0%} of the trained weights are too coarse for steps of {learning_rate:g} and will not move: train '
