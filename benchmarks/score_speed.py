@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 from ches_align.audit.data import load_pairs
 from ches_align.audit.hidden_states import EncodedPair, default_budget, encode_pairs
 from ches_align.audit.model_files import embedded_gguf, gguf_folder
-from ches_align.audit.models import compile_backbone, load_model, wrap_model
+from ches_align.audit.models import load_model, wrap_model
 from ches_align.audit.pair_scores import FROM_STATES, score_block
 from ches_align.audit.scoring import score_dataset
 from ches_align.audit.shared_prompts import choose_sharing, share_saved, sizes_of
@@ -94,7 +94,7 @@ def compare(data, name, n_pairs, repeats, batch_tokens, compiled):
     if compiled:  # models of their own; the other arms keep the plain ones
         for d in models:
             lm = load_model(name, dtype=d)
-            compiling[d] = timed(lambda: (compile_backbone(lm), ours(lm, False, shares[d][0])))[0]
+            compiling[d] = timed(lambda: (lm.backbone.compile(dynamic=True), ours(lm, False, shares[d][0])))[0]
             arms[f'ours_{d}_compiled'] = partial(ours, lm, False, shares[d][0])
     times, scores = {k: [] for k in arms}, {k: f() for k, f in arms.items()}  # the first round warms up
     products = {d: partial(backbone_products, lm, batch_tokens or default_budget(lm)) for d, lm in models.items()}

@@ -122,7 +122,6 @@ def ches_score(
     convention: str = 'paper',    # paper, official_script or official_module
     no_head: bool = False,        # leave head-gradient CHES and log-probabilities out (faster)
     share_prompt: str = 'auto',   # compute each prompt once for all its responses: yes, no, or where it pays
-    compile: bool = False,        # have torch compile the model first (minutes; for long runs)
     device: str = None,           # cpu, cuda, cuda:1 ...; auto = spread over GPUs (default: a GPU if there is one)
     adapter: str = None,          # a LoRA folder to put on the model
     revision: str = None,         # branch, tag or commit of the model
@@ -137,8 +136,9 @@ def ches_score(
         _quiet()
         options = dict(adapter=adapter, revision=revision, quantize=quantize, trust_remote_code=trust_remote_code)
         scores = score_dataset(
-            data, model, out, max_length, convention, not no_head, batch_tokens, dtype, device, options, share_prompt,
-            compile, split=split, columns=columns, limit=limit, seed=seed, chat=chat)
+            data, model, out, max_length, convention=convention, head=not no_head, batch_tokens=batch_tokens,
+            dtype=dtype, device=device, model_options=options, share_prompt=share_prompt, split=split,
+            columns=columns, limit=limit, seed=seed, chat=chat)
         if processes().is_main_process:
             say(_summary(scores), scores.attrs['manifest']['sharing'], f'scores: {out}/scores')
         leave()

@@ -77,7 +77,7 @@ def _check_places(prompts: str, out: str, reward: str | None, against: str | Non
 def _audited(prompts: str, model: str, reward: str, out: Path, read: dict, draw: dict, load: dict, run: dict,
              chat: bool | None) -> tuple:
     "Draw, reward, and the table"
-    from ches_align.audit.workers import first_alone, processes
+    from ches_align.audit.workers import on_main, processes
     from ches_align.rl.rewards import load_reward, reward_identity, try_reward
     from ches_align.rl.sampling import Sampling, load_generator
     from ches_align.rl.spread_audit import audit_spread, load_tasks
@@ -85,7 +85,7 @@ def _audited(prompts: str, model: str, reward: str, out: Path, read: dict, draw:
     if here.num_processes > 1: load = load | dict(device=load['device'] or str(here.device))
     known = reward_identity(judge, reward)  # before it is called: an object may count its calls
     tasks, tried = load_tasks(prompts, **read), run.pop('no_try') or (out/'rewards.jsonl').exists()
-    if not tried: first_alone(lambda: try_reward(judge, tasks, reward))  # before a model is loaded
+    if not tried: on_main(lambda: try_reward(judge, tasks, reward))  # before a model is loaded
     if draw['top_p'] < 1 or draw['temperature'] != 1:
         print(f"sampled at temperature {draw['temperature']}, top_p {draw['top_p']}: "
               'not the distribution that a policy gradient at temperature 1 sees')

@@ -85,7 +85,7 @@ def test_training_is_bit_equal_with_and_without(tmp_path, kind):
     assert [row['step'] for row in logged] == [2, 4] and all('displacement/overhead' in row for row in logged)
     manifest = json.loads((tmp_path/'seen'/'manifest.json').read_text())
     noise = 0.05 if kind == 'bf16' else 1e-4
-    assert manifest['identity']['adapter'] == (kind == 'lora') and manifest['noise_per_token'] < noise
+    assert manifest['adapter'] == (kind == 'lora') and manifest['noise_per_token'] < noise
     for name in ('summary.json', 'displacement.png', 'worst_pairs.csv', 'baseline.safetensors'):
         assert (tmp_path/'seen'/name).stat().st_size > 0
     worst = pd.read_csv(tmp_path/'seen'/'worst_pairs.csv')

@@ -108,8 +108,8 @@ def test_the_study_has_the_published_values():
     c = load_config(ROOT/'configs'/'sorry_bench'/'gemma_2b_it.yaml', dict(refusal=RefusalStudy))
     assert (c.keep, c.test, c.pair_temperature, c.rate_temperature, c.max_new_tokens) == (.05, .15, 1., .7, 512)
     assert (c.by, c.judge, c.gold) == ('ln_ches', 'sorry', 'hub')
-    assert {k: c.train[k] for k in ('loss', 'optimizer', 'learning_rate', 'batch', 'accumulation', 'epochs')} == dict(
-        loss='dpo', optimizer='rmsprop', learning_rate=5e-6, batch=4, accumulation=8, epochs=1)
+    assert (c.train.loss, c.train.optim, c.train.learning_rate, c.train.beta) == ('dpo', 'rmsprop', 5e-6, .1)
+    assert (c.train.per_device_train_batch_size, c.train.pairs_a_step, c.train.num_train_epochs) == (4, 32, 1)
     assert c.changes == dict(gold=dict(learning_rate=1e-6))
 
 @pytest.mark.parametrize('path', ARMS, ids=lambda p: p.stem)
@@ -121,9 +121,10 @@ def test_published_values(path):
     model = next(m for m in ('gemma_2b_it', 'llama3_8b_instruct') if path.stem.startswith(m))
     arm = path.stem.removeprefix(f'{model}_')
     here = f'runs/sorry_bench/{model}'
-    assert (c.loss, c.loss_args, c.optimizer, c.schedule, c.dtype, c.bf16) == (
-        'dpo', dict(beta=.1), 'rmsprop', 'constant', 'float32', False)
-    assert (c.batch, c.accumulation, c.epochs, c.out) == (4, 8, 1, f'{here}/{arm}')
+    assert (c.loss, c.beta, c.optim, c.lr_scheduler_type, c.dtype, c.bf16) == (
+        'dpo', .1, 'rmsprop', 'constant', 'float32', False)
+    assert (c.per_device_train_batch_size, c.gradient_accumulation_steps, c.num_train_epochs) == (4, 8, 1)
+    assert c.output_dir == f'{here}/{arm}'
     assert c.learning_rate == (1e-6 if arm == 'gold' else 5e-6) and (c.sft > 0) == (arm == 'dpo_sft')
     assert c.max_steps == (12 if arm == 'filtered_matched' else None)
     data = dict(gold='pairs/gold_train', filtered='kept19', filtered_matched='kept19').get(arm, 'pairs/train')

@@ -55,8 +55,8 @@ def tiny(home): return load_model(str(home/'tiny'))
 def settings(home, tmp_path):
     "A configuration of two steps, changed by keywords"
     def make(**kw):
-        usual = dict(model=str(home/'tiny'), data=str(home/'pairs.jsonl'), out=str(tmp_path/'out'), batch=2,
-                     accumulation=2, max_steps=2, learning_rate=1e-3, max_length=64)
+        usual = dict(model=str(home/'tiny'), data=str(home/'pairs.jsonl'), output_dir=str(tmp_path/'out'), max_steps=2,
+                     per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3, max_length=64)
         return TrainConfig(**(usual | kw))
     return make
 
@@ -67,7 +67,7 @@ def fresh(out): shutil.rmtree(out, ignore_errors=True)
 @pytest.mark.parametrize('loss', LOSSES)
 def test_each_loss_trains(settings, tiny, loss):
     lm = dataclasses.replace(tiny, model=deepcopy(tiny.model))
-    config = settings(loss=loss, limit=6, accumulation=1)
+    config = settings(loss=loss, limit=6, gradient_accumulation_steps=1)
     trainer = make_trainer(config, lm, read_data(config, lm))
     trainer.train()
     losses = [row['loss'] for row in trainer.state.log_history if 'loss' in row]
@@ -76,16 +76,16 @@ def test_each_loss_trains(settings, tiny, loss):
     assert any(not torch.equal(before[k], after[k]) for k in before)
 
 @pytest.mark.parametrize('ours, theirs', [
-    (dict(loss='dpo', optimizer='adamw_torch', schedule='linear', max_grad_norm=1.),
+    (dict(loss='dpo', optim='adamw_torch', lr_scheduler_type='linear', max_grad_norm=1.),
      dict(optim='adamw_torch', max_grad_norm=1.)),
-    (dict(loss='ipo_mean', loss_args=dict(beta=0.5), sft=0.5, sft_convention='mean'),
+    (dict(loss='ipo_mean', beta=0.5, sft=0.5, sft_convention='mean'),
      dict(loss_type=['ipo', 'sft'], loss_weights=[1., 0.5], beta=0.5)),
 ])
 def test_a_run_is_plain_trls(settings, home, tmp_path, ours, theirs):
     "Three steps of TRL's trainer, left to itself on the same text: the same losses, rewards and weights"
     train_preferences(config := settings(**ours, max_steps=3))
     rows = [dict(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected) for p in load_pairs(config.data)]
-    schedule = dict(lr_scheduler_type=config.schedule, optim='rmsprop', max_grad_norm=0.) | theirs
+    schedule = dict(lr_scheduler_type=config.lr_scheduler_type, optim='rmsprop', max_grad_norm=0.) | theirs
     arguments = DPOConfig(
         output_dir=str(tmp_path/'trl'), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2,
         bf16=False, learning_rate=1e-3, logging_steps=1, report_to='none', save_strategy='no',
@@ -93,20 +93,21 @@ def test_a_run_is_plain_trls(settings, home, tmp_path, ours, theirs):
     lm = load_model(config.model)
     trainer = DPOTrainer(lm.model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=lm.tokenizer)
     trainer.train()
-    for a, b in zip(log(config.out)[:3], trainer.state.log_history):
+    for a, b in zip(log(config.output_dir)[:3], trainer.state.log_history):
         for key in ('loss', 'logps/chosen', 'logps/rejected', 'rewards/margins', 'learning_rate'):
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
-    mine, own = weights(config.out), lm.model.state_dict()
+    mine, own = weights(config.output_dir), lm.model.state_dict()
     for key in mine: torch.testing.assert_close(mine[key], own[key], rtol=0, atol=2e-5)  # 2% of one step of 1e-3
 
 def run(*args, wait=True, **env):
-    command = [sys.executable, '-m', 'ches_align.training.train', *map(str, args)]
+    command = [sys.executable, '-m', 'ches_align', 'train', *map(str, args)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env)
     return (*process.communicate(timeout=120), process.returncode) if wait else process
 
 def test_killed_and_continued(settings, home, tmp_path):
     "SIGKILL between two checkpoints; the continued run ends with the weights of an unbroken one, bit by bit on a CPU"
-    file, many = tmp_path/'run.yaml', ['max_steps=20', 'save_steps=2', 'batch=1', 'accumulation=1', 'limit=8']
+    file, many = tmp_path/'run.yaml', ['max_steps=20', 'save_steps=2', 'limit=8',
+                  'per_device_train_batch_size=1', 'gradient_accumulation_steps=1']
     file.write_text(f"kind: preference\nmodel: {home/'tiny'}\ndata: {home/'pairs.jsonl'}\nlearning_rate: 1e-4\n"
                     f'out: {tmp_path/"killed"}\n')
     process = run(file, '--set', *many, wait=False)
@@ -122,7 +123,7 @@ def test_killed_and_continued(settings, home, tmp_path):
     with pytest.raises(AuditError, match='continue it with --resume'): train_preferences(config)
     made = train_preferences(config, resume=True)
     assert 2 <= made['sessions'][0]['from_step'] < 20 and made['steps'] == 20
-    train_preferences(load_config(file, KINDS, [*many, f'out={tmp_path}/whole']))
+    train_preferences(load_config(file, KINDS, [*many, f'output_dir={tmp_path}/whole']))
     a, b = weights(tmp_path/'killed'), weights(tmp_path/'whole')
     assert all(torch.equal(a[k], b[k]) for k in a)
     unbroken = [row['loss'] for row in log(tmp_path/'whole') if 'loss' in row]
@@ -131,13 +132,14 @@ def test_killed_and_continued(settings, home, tmp_path):
 def test_lora(settings, home):
     config = settings(lora=Lora(r=2, target_modules=['q_proj', 'v_proj']), save_steps=1)
     train_preferences(config)
-    made = log(config.out)
+    made = log(config.output_dir)
     assert made[0]['loss'] == pytest.approx(torch.log(torch.tensor(2.)).item(), abs=1e-5)  # adapters off: the reference
-    tuned, base = load_model(f'{config.out}/model'), load_model(config.model)
+    tuned, base = load_model(f'{config.output_dir}/model'), load_model(config.model)
     ids = torch.arange(5, 25)[None]
     with torch.no_grad(): change = (tuned.model(ids).logits - base.model(ids).logits).abs().max()
-    assert 0 < change < 1 and not (Path(config.out)/'model/model.safetensors').exists()
-    again = settings(model=f'{config.out}/model', out=f'{config.out}_2', max_steps=1, learning_rate=1e-9)
+    assert 0 < change < 1 and not (Path(config.output_dir)/'model/model.safetensors').exists()
+    again = settings(model=f'{config.output_dir}/model', output_dir=f'{config.output_dir}_2', max_steps=1,
+                     learning_rate=1e-9)
     train_preferences(again)  # an adapter is folded into its base, and all weights are trained on
     once_more = load_model(f'{again.out}/model')
     with torch.no_grad(): change = (once_more.model(ids).logits - tuned.model(ids).logits).abs().max()
@@ -146,7 +148,7 @@ def test_lora(settings, home):
 def test_eval_and_probes_are_held_out(settings):
     made = train_preferences(config := settings(eval_share=0.25, displacement=Displacement(probes=4, every=1)))
     assert made['counts'] == dict(rows=16, status=dict(ok=16), train=8, eval=4, probes=4)
-    rows = log(config.out)
+    rows = log(config.output_dir)
     assert any('eval_loss' in row for row in rows) and any('displacement/chosen_change' in row for row in rows)
 
 def test_flagged_rows_are_told_and_left_out(settings, tmp_path):
@@ -157,7 +159,7 @@ def test_flagged_rows_are_told_and_left_out(settings, tmp_path):
         assert train_preferences(settings(data=str(path)))['counts']['status'] == dict(ok=8, identical=1)
     path.write_text('{"prompt": "p", "chosen": "a", "rejected": "a"}\n' * 3)
     with pytest.raises(AuditError, match='no pair can be trained on'):
-        train_preferences(settings(data=str(path), out=str(tmp_path/'x')))
+        train_preferences(settings(data=str(path), output_dir=str(tmp_path/'x')))
 
 def test_coarse_weights_are_told(settings):
     with pytest.warns(UserWarning, match='too coarse for steps of 1e-07 and will not move: train fp32 weights'):
@@ -165,18 +167,18 @@ def test_coarse_weights_are_told(settings):
 
 def test_destroyed_weights_end_the_run(settings):
     with pytest.raises(AuditError, match='the weights are destroyed.*lower the learning rate'):
-        train_preferences(settings(optimizer='sgd', learning_rate=1e12, max_steps=4))
-    assert not (Path(settings().out)/'model').exists()
+        train_preferences(settings(optim='sgd', learning_rate=1e12, max_steps=4))
+    assert not (Path(settings().output_dir)/'model').exists()
 
 @pytest.mark.parametrize('change, says', [
     (dict(loss='dpoo'), "unknown loss 'dpoo': did you mean dpo?"),
     (dict(loss='simpo', loss_args=dict(gama=1.)), "loss simpo: unknown argument 'gama': did you mean gamma?"),
-    (dict(loss_args=dict(beta=0.)), 'loss dpo: beta = 0.0: must be positive'),
+    (dict(beta=0.), 'loss dpo: beta = 0.0: must be positive'),
     (dict(lerning_rate=1.), "line 4: unknown key 'lerning_rate': did you mean learning_rate?"),
-    (dict(optimizer='adam'), "unknown value 'adam': did you mean adamw_torch?"),
+    (dict(optim='adam'), "unknown value 'adam': did you mean adamw_torch?"),
     (dict(lora=dict(rank=3)), "unknown key 'lora.rank'"),
     (dict(displacement=dict(stop=dict(share_faling=.5))), "unknown key 'displacement.stop.share_faling': did you mean"),
-    (dict(max_steps=0), 'max_steps 0: must be at least 1'),
+    (dict(max_steps=0), 'key max_steps: must be at least 1, is 0'),
 ])
 def test_a_slip_in_the_file(tmp_path, change, says):
     said = dict(kind='preference', model='m', data='d') | change
@@ -205,8 +207,8 @@ def test_wrong_input(settings, home, tmp_path):
     with pytest.raises(AuditError, match='holds another run .*learning_rate was 0.001, is 0.01'):
         train_preferences(settings(max_steps=1, learning_rate=1e-2), resume=True)
     (tmp_path/'other').mkdir(); (tmp_path/'other/manifest.json').write_text('{}')
-    with pytest.raises(AuditError, match='not a manifest of ches_train'):
-        train_preferences(settings(out=str(tmp_path/'other')))
+    with pytest.raises(AuditError, match='its manifest is of format 1, this version reads format 2'):
+        train_preferences(settings(output_dir=str(tmp_path/'other')))
     _, error, code = run(tmp_path/'absent.yaml')
     assert code == 1 and error.strip().splitlines()[-1].startswith('ches_train: ') and 'Traceback' not in error
 
@@ -223,10 +225,11 @@ def test_committed_launch_files_parse():
     assert all(v.fsdp_config['fsdp_version'] == 2 for k, v in made.items() if k.startswith('fsdp'))
 
 def test_one_process_where_two_were_asked_for_is_told(home, tmp_path):
-    (tmp_path/'run.yaml').write_text(f"kind: preference\nmodel: {home/'tiny'}\ndata: {home/'pairs.jsonl'}\nbatch: 2\n"
-                                     f'accumulation: 1\nmax_steps: 1\nout: {tmp_path}/out\n')
+    (tmp_path/'run.yaml').write_text(f"kind: preference\nmodel: {home/'tiny'}\ndata: {home/'pairs.jsonl'}\n"
+                                     'per_device_train_batch_size: 2\n'
+                                     f'gradient_accumulation_steps: 1\nmax_steps: 1\noutput_dir: {tmp_path}/out\n')
     launch = ['accelerate.commands.launch', '--config_file', ROOT/'configs/accelerate/ddp_2gpu.yaml', '--cpu',
-              '--num_processes', '2', '-m', 'ches_align.training.train', tmp_path/'run.yaml']
+              '--num_processes', '2', '-m', 'ches_align', 'train', tmp_path/'run.yaml']
     done = subprocess.run([sys.executable, '-m', *map(str, launch)], capture_output=True, text=True, timeout=120,
                           env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -234,15 +237,17 @@ def test_one_process_where_two_were_asked_for_is_told(home, tmp_path):
 
 def test_two_processes(settings, home, tmp_path):
     "Both see half of each step's pairs; the weights are those of one process with the same pairs a step"
-    (tmp_path/'run.yaml').write_text(f"kind: preference\nmodel: {home/'tiny'}\ndata: {home/'pairs.jsonl'}\nbatch: 2\n"
-                                     'accumulation: 1\nmax_steps: 2\nlearning_rate: 1e-3\n')
+    (tmp_path/'run.yaml').write_text(f"kind: preference\nmodel: {home/'tiny'}\ndata: {home/'pairs.jsonl'}\n"
+                                     'per_device_train_batch_size: 2\n'
+                                     'gradient_accumulation_steps: 1\nmax_steps: 2\nlearning_rate: 1e-3\n')
     launch = ['accelerate.commands.launch', '--config_file', ROOT/'configs/accelerate/ddp_2gpu.yaml', '-m']
-    command = [sys.executable, '-m', *map(str, launch), 'ches_align.training.train', str(tmp_path/'run.yaml')]
-    done = subprocess.run([*command, '--set', f'out={tmp_path}/two'], capture_output=True, text=True, timeout=120,
+    command = [sys.executable, '-m', *map(str, launch), 'ches_align', 'train', str(tmp_path/'run.yaml')]
+    done = subprocess.run([*command, '--set', f'output_dir={tmp_path}/two'], capture_output=True, text=True, timeout=120,
                           env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stdout + done.stderr
     made = json.loads((tmp_path/'two/manifest.json').read_text())
-    assert made['identity']['processes'] == 2 and made['steps'] == 2 and done.stdout.count('step 1/2') == 1
-    train_preferences(settings(batch=4, accumulation=1, out=str(tmp_path/'one')))
+    assert made['processes'] == 2 and made['steps'] == 2 and done.stdout.count('step 1/2') == 1
+    train_preferences(settings(per_device_train_batch_size=4, gradient_accumulation_steps=1,
+                               output_dir=str(tmp_path/'one')))
     a, b = weights(tmp_path/'two'), weights(tmp_path/'one')
     for key in a: torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-5)  # 2% of one step of 1e-3

@@ -45,7 +45,7 @@ def test_a_killed_process_loses_its_open_shard(place):
     pd.testing.assert_frame_equal(load_scores(out), load_scores(place/'one'), check_exact=True)
 
 @pytest.mark.parametrize('args, said', [
-    (['--limit', '5', '--out', 'one'], 'holds the scores of another run'),
+    (['--limit', '5', '--out', 'one'], 'holds another run'),
     (['--out', '/proc/no'], 'cannot be written')], ids=['other', 'folder'])
 def test_what_cannot_work_ends_both(place, args, said):
     done = run_two(place, 'ches_score', 'pairs.jsonl', '--model', 'model', *args)

@@ -19,9 +19,10 @@ from .options import one_of, path_of
 from .page import md_escape
 from .runs import plain, refuse_sources, refuse_strangers, write_files
 from .selection import (
-    RANKED, matched_epochs, merge_extra, optimiser_steps, order_values, stratum_names)
-from .training_file import (
-    REWRITTEN, SIDES, TRL_NAMES, column_forms, encode_rows, own_columns, parquet_bytes, survey_data, training_rows)
+    RANKED, matched_epochs, optimiser_steps, order_values, stratum_names)
+from ches_align.audit.training_file import (
+    REWRITTEN, SIDES, TRL_NAMES, Survey, column_forms, encode_rows, file_rows, kept_rows, own_columns,
+    parquet_bytes, survey_data)
 
 # %% ../../nbs/audit/170_card.ipynb #4a200095
 def rule_text(
@@ -170,12 +171,12 @@ def length_text(
 FORMATS = ('jsonl', 'json', 'parquet')
 
 def check_kept(
-    out: str | Path,               # the file to be written
+    output: str | Path,            # the file to be written
     sources: Iterable[Any] = (),   # what is read
     format: str | None = None,     # instead of the suffix
 ) -> tuple[Path, str]:             # the file, and a value of `FORMATS`
     "Ask before any work whether the kept pairs may be written there. Raises `AuditError`."
-    path = Path(path_of('out', out) or '').expanduser()
+    path = Path(path_of('output', output) or '').expanduser()
     if format is None and path.suffix.lstrip('.') not in FORMATS:
         raise AuditError(f"{path}: unknown format {path.suffix.lstrip('.')!r}; choose a name in .{', .'.join(FORMATS)}")
     if path.exists() and not path.is_file(): raise AuditError(f'{path}: not a file')
@@ -200,29 +201,32 @@ def run_files(
 
 def write_selection(
     selection: pd.DataFrame,    # from `select_pairs` or a control
-    pairs: Iterable[Pair],      # the data that were scored, in a list or a `PairSource`
-    out: str | Path,            # .jsonl, .json or .parquet; OUT.card.json and OUT.card.md are written beside it
+    pairs: Iterable[Pair],      # the data that were scored, in a list or a `PairSource`; read once
+    output: str | Path,         # .jsonl, .json or .parquet; OUTPUT.card.json and OUTPUT.card.md are written beside it
     format: str | None = None,  # instead of the suffix
     weights: bool = False,      # add the `weight` column (plain TRL passes over it)
     batch_size: int = 32,       # for the steps in the card
 ) -> dict[str, Any]:            # the card
     "Write the kept pairs for TRL, and the drop card. Raises `AuditError`: other data, a file that is read ..."
     sources = [getattr(pairs, 'source', None), selection.attrs.get('manifest', {}).get('data'), *run_files(selection)]
-    out, format = check_kept(out, sources, format)
-    survey = survey_data(selection, pairs)
-    if 'kind' in survey.columns and 'kind' not in selection: selection = merge_extra(selection, pairs, 'kind')
-    card, own = drop_card(selection, batch_size), {*SIDES, 'row_id', *(['weight'] if weights else [])}
-    native = format == 'parquet'
-    rows = training_rows(selection, pairs, weights, survey, native)
-    hows = column_forms(survey, native)
-    told = {k: REWRITTEN[hows[k]] for k in own_columns(survey, own) if hows[k]}
-    content: Any = encode_rows(rows, format)
-    if native:
-        content, more = parquet_bytes(list(rows))
-        told |= more
-    card['columns_left_out'] = sorted({*survey.columns} & (own | TRL_NAMES))
-    card |= dict(columns_rewritten=told, form='text' if survey.as_text else next(iter(survey.forms)))
-    card['counts']['data_rows_without_score'] = survey.unscored
-    text = json.dumps(card, indent=1, ensure_ascii=False, allow_nan=False)
-    write_files(dict(zip(_beside(out), (text.encode(), card_markdown(card).encode(), content))))
+    path, format = check_kept(output, sources, format)
+    own = {*SIDES, 'row_id', *(['weight'] if weights else [])}
+    with kept_rows(format == 'parquet') as rows:
+        survey = survey_data(selection, pairs, rows.add)
+        card = drop_card(_with_kinds(selection, survey), batch_size)
+        content: Any = encode_rows(file_rows(selection, survey, rows, weights), format)
+        hows, told = column_forms(survey, rows.native), {}
+        if rows.native: content, told = parquet_bytes(list(file_rows(selection, survey, rows, weights)))
+        told = {k: REWRITTEN[hows[k]] for k in own_columns(survey, own) if hows[k]} | told
+        card['columns_left_out'] = sorted({*survey.columns} & (own | TRL_NAMES))
+        card |= dict(columns_rewritten=told, form='text' if survey.as_text else next(iter(survey.forms)))
+        card['counts']['data_rows_without_score'] = survey.unscored
+        text = json.dumps(card, indent=1, ensure_ascii=False, allow_nan=False)
+        write_files(dict(zip(_beside(path), (text.encode(), card_markdown(card).encode(), content))))
     return card
+
+def _with_kinds(selection: pd.DataFrame, survey: Survey) -> pd.DataFrame:
+    "The selection with the column `kind` of the data, for the card"
+    if 'kind' not in survey.columns or 'kind' in selection: return selection
+    cells = pd.Series([survey.groups.get(i) for i in selection.row_id], index=selection.index, dtype=object)
+    return selection.assign(kind=cells)

@@ -25,6 +25,7 @@ from typing import Any, Callable, Iterable, Iterator
 from warnings import warn
 
 from .files import DEPTH, AuditError, deep_column, read_rows, shorten
+from .options import one_of
 
 # %% ../../nbs/audit/110_data.ipynb #1cec9b9e
 Text = str | list[dict[str, Any]]  # plain text, or messages with `role` and `content`
@@ -424,13 +425,13 @@ def _check_sides(row: dict, names: dict[str, str | None], responses: list[str]) 
             raise _Unfit('own_preference', f"{names[part]!r} is {shorten(repr(value), 60)}, the name of a response and "
                          'no response: make columns chosen and rejected by it, row by row, and leave draws out')
 
-def _general(names: dict[str, str | None], responses: list[str], chat: bool) -> Callable[[dict], tuple]:
+def _general(names: dict[str, str | None], responses: list[str], as_chat: bool) -> Callable[[dict], tuple]:
     "The converter of rows with a column for each response"
     def convert(row):
         if responses: _check_sides(row, names, responses)
         chosen, rejected = row[names['chosen']], row[names['rejected']]
         if names['prompt'] is None or not _filled(row.get(names['prompt'])) and _carries_prompt(chosen, rejected):
-            words = chat or bool(names['system'] and _filled(row.get(names['system'])))
+            words = as_chat or bool(names['system'] and _filled(row.get(names['system'])))
             parts = _implicit(chosen, rejected, words)
         else: parts = _explicit(_read_prompt(row, names), chosen, rejected)
         return _with_system(row, parts, names['system'])
@@ -444,7 +445,7 @@ def _find_layout(
     found: set[str],         # the names of a row's columns
     filled: set[str],        # those that hold something
     columns: dict[str, str], # which column is which; '' = none is
-    chat: bool = False,      # texts will become messages
+    as_chat: bool = False,   # texts will become messages
 ) -> tuple[Callable[[dict], tuple], set[str]]:
     "As `choose_layout`. Raises `_Unfit`."
     has = f"it has {shorten(', '.join(sorted(map(str, found))), 300)}"
@@ -463,7 +464,7 @@ def _find_layout(
     if told and told <= {*responses} and (column := _decides(filled, responses)):
         warn(f'column {column!r} may say which of {" and ".join(map(repr, responses))} is preferred; '
              f'it is passed over, as --columns names {" and ".join(map(repr, sorted(told)))}')
-    return _general(names, [] if told else responses, chat), {name for name in names.values() if name}
+    return _general(names, [] if told else responses, as_chat), {name for name in names.values() if name}
 
 # %% ../../nbs/audit/110_data.ipynb #7da94e02
 def choose_layout(
@@ -548,12 +549,29 @@ def _as_trl_reads(row: dict, pair: Pair) -> dict[str, Any]:
     return made
 
 # %% ../../nbs/audit/110_data.ipynb #f3f87475
+def _as_text(prompt: list[dict], sides: list[list[dict]]) -> tuple[str, str, str]:
+    "A dialogue as the text that a model without a template reads. Raises `ValueError` for what no text can say"
+    if any(len(side) > 1 or side[0].get('tool_calls') for side in sides):
+        raise ValueError('without the template a response is one text, not several messages or a call of a tool')
+    chosen, rejected = (f' {message_text(side[0])}' for side in sides)
+    return dialogue_text(prompt) + '\n\nAssistant:', chosen, rejected
+
+def _in_form(mode: str, prompt: Text, chosen: Text, rejected: Text, detail: str) -> tuple[tuple, str, str]:
+    "A sound pair in the form that was asked for; then its problem and the detail"
+    parts, messages = (prompt, chosen, rejected), isinstance(prompt, list)
+    if mode == 'yes' and not messages:
+        roles = ('user', 'assistant', 'assistant')
+        return tuple(_as_messages(part.strip(), role) for part, role in zip(parts, roles)), '', detail
+    if mode != 'no' or not messages: return parts, '', detail
+    try: return _as_text(prompt, [chosen, rejected]), '', detail
+    except ValueError as error: return parts, 'template_error', str(error)
+
 def make_pair(
     row_id: int,       # position in the source
     row: dict,         # the source's row
     convert: Callable, # from `choose_layout`
     used: set[str],    # columns that the converter uses
-    chat: bool = False,# text prompts become one user message
+    apply_chat_template: str = 'auto', # yes: text becomes messages; no: messages become text
 ) -> Pair:
     "Convert one row; whatever goes wrong becomes the pair's `problem`."
     cells, told = read_cells(row, used)
@@ -565,9 +583,8 @@ def make_pair(
         prompt, chosen, rejected = (row.get(k) for k in ('prompt', 'chosen', 'rejected'))
         problem, detail = 'missing_field', _broken_cells(cells, used) or shorten(f'{type(e).__name__}: {e}', 200)
     else: problem, detail = find_problem(prompt, chosen, rejected)
-    if chat and not problem and isinstance(prompt, str):
-        prompt, chosen, rejected = (_as_messages(v.strip(), role) for v, role in
-                                    ((prompt, 'user'), (chosen, 'assistant'), (rejected, 'assistant')))
+    if not problem:
+        (prompt, chosen, rejected), problem, detail = _in_form(apply_chat_template, prompt, chosen, rejected, detail)
     if wrong and not problem and isinstance(prompt, list): problem, detail = 'template_error', wrong
     pair = Pair(row_id, row_hash(prompt, chosen, rejected, template), prompt, chosen, rejected, template=template)
     pair.problem, pair.detail = problem, detail or '; '.join(told)
@@ -601,9 +618,9 @@ LOOK = 10_000  # rows that are kept while none of them has a usable layout
 
 class _Layouts:
     "The layout of each row by its own columns; those of one kind share one"
-    def __init__(self, columns: dict[str, str], chat: bool):
+    def __init__(self, columns: dict[str, str], as_chat: bool):
         self.columns, self.first = columns, None
-        self.find = lru_cache(maxsize=1000)(lambda found, filled: _find_layout({*found}, {*filled}, columns, chat))
+        self.find = lru_cache(maxsize=1000)(lambda found, filled: _find_layout({*found}, {*filled}, columns, as_chat))
 
     def __call__(self, row: dict) -> tuple[Callable[[dict], tuple], set[str]]:
         "Converter and used columns. Raises `_Unfit`, and keeps the first"
@@ -635,18 +652,18 @@ def _open_rows(read: Callable[[], Iterator[dict]], once: bool, layouts: _Layouts
     raise AuditError(f'{where}: {layouts.first.args[1]}')
 
 # %% ../../nbs/audit/110_data.ipynb #ab61d730
-def _flagged(row_id: int, row: dict, reason: _Unfit, chat: bool) -> Pair:
+def _flagged(row_id: int, row: dict, reason: _Unfit, mode: str) -> Pair:
     "The pair of a row that is none"
     def convert(_): raise reason
-    pair = make_pair(row_id, row, convert, {k for k in row if k in {*chain(*ALIASES.values(), BESIDE)}}, chat)
+    pair = make_pair(row_id, row, convert, {k for k in row if k in {*chain(*ALIASES.values(), BESIDE)}}, mode)
     pair.problem, pair.detail = reason.args
     return pair
 
-def _row_pair(row_id: int, row: dict, layouts: _Layouts, chat: bool) -> Pair:
+def _row_pair(row_id: int, row: dict, layouts: _Layouts, mode: str) -> Pair:
     "One row by its own layout"
     if (deep := deep_column(row)) is not None:
         reason = _Unfit('too_deep', f'{deep} is nested deeper than {DEPTH} levels')
-        return _flagged(row_id, {k: v for k, v in row.items() if deep_column({k: v}) is None}, reason, chat)
+        return _flagged(row_id, {k: v for k, v in row.items() if deep_column({k: v}) is None}, reason, mode)
     reasons: list[_Unfit] = []
     def convert(cells):
         try: return layout(cells)
@@ -655,8 +672,8 @@ def _row_pair(row_id: int, row: dict, layouts: _Layouts, chat: bool) -> Pair:
             if e.parts is None: raise
             return e.parts
     try: layout, used = layouts(row)
-    except _Unfit as e: return _flagged(row_id, row, e, chat)
-    pair = make_pair(row_id, row, convert, used, chat)
+    except _Unfit as e: return _flagged(row_id, row, e, mode)
+    pair = make_pair(row_id, row, convert, used, mode)
     if reasons: pair.problem, pair.detail = reasons[0].args
     if not pair.problem and (held := [k for k in ('image', 'images') if k not in used and _filled(row.get(k))]):
         pair.problem, pair.detail = 'not_text', f'{held[0]} is not empty; a score of the text alone is not of this row'
@@ -667,40 +684,51 @@ def _whole_number(name: str, value: Any) -> None:
         raise AuditError(f'{name} {value!r}: a whole number is needed')
 
 # %% ../../nbs/audit/110_data.ipynb #f4703b8e
-def iter_pairs(
-    source: Any,                                  # 'sample', a path, a hub name, a `datasets` object, a frame or dicts
-    split: str | None = None,                     # which split, where there are several
-    columns: dict[str, str] | str | None = None,  # which column is which: 'chosen=a,rejected=b'
-    limit: int | None = None,                     # at most this many rows
-    seed: int | None = None,                      # draw the `limit` rows at random with this seed; None = the first
-    chat: bool = False,                           # treat text prompts as one user message
-) -> Iterator[Pair]:                              # one pair a row, broken ones included
-    "Read a preference data set row by row, whatever its size. Raises `AuditError` for an unreadable or empty one."
+def _checked_draw(source: Any, split: str | None, limit: int | None, limit_seed: int | None) -> set[int] | None:
+    "The places of the rows that are drawn; None: none is drawn, the first are taken. Raises `AuditError`"
     _whole_number('limit', limit)
-    _whole_number('seed', seed)
+    _whole_number('limit_seed', limit_seed)
     if limit is not None and limit < 1: raise AuditError(f'limit {limit}: at least 1')
-    if seed is not None and limit is None:
-        raise AuditError(f'seed {seed} without a limit: all rows are taken and none is drawn; give both or neither')
+    if limit_seed is None: return None
+    if limit is None:
+        raise AuditError(f'limit_seed {limit_seed} without a limit: all rows are taken and none is drawn; '
+                         'give both or neither')
+    total = sum(1 for _ in read_rows(source, split, any_depth=True))
+    return set(random.Random(limit_seed).sample(range(total), min(limit, total)))
+
+def _pairs_of(source: Any, split: str | None, columns: dict[str, str] | str | None, limit: int | None,
+              drawn: set[int] | None, mode: str) -> Iterator[Pair]:
+    "One pass: the first `limit` rows, or those that were drawn"
     where = shorten(str(source), 300) if isinstance(source, (str, Path)) else type(source).__name__
-    drawn, once = None, isinstance(source, Iterator)
-    if limit is not None and seed is not None:  # one pass to count, one to take
-        if once: source, once = list(source), False
-        n = sum(1 for _ in read_rows(source, split, any_depth=True))
-        drawn = set(random.Random(seed).sample(range(n), min(limit, n)))
-    layouts, told = _Layouts(parse_columns(columns), chat), set()
-    read = lambda: islice(read_rows(source, split, any_depth=True), limit if drawn is None else None)
-    for i, row in enumerate(_open_rows(read, once, layouts, where)):
+    layouts, told = _Layouts(parse_columns(columns), mode == 'yes'), set()
+    first = limit if drawn is None else None
+    def read(): return islice(read_rows(source, split, any_depth=True), first)
+    for i, row in enumerate(_open_rows(read, isinstance(source, Iterator), layouts, where)):
         if drawn is not None and i not in drawn: continue
-        yield _row_pair(i, row, layouts, chat)
+        yield _row_pair(i, row, layouts, mode)
         for name in ('video', 'videos', 'audio', 'audios'):
             if name not in told and _filled(row.get(name)):
                 told.add(name)
                 warn(f'{where}: column {name!r} is passed over; the text alone is read')
 
+def iter_pairs(
+    source: Any,                                  # 'sample', a path, a hub name, a `datasets` object, a frame or dicts
+    split: str | None = None,                     # which split, where there are several
+    columns: dict[str, str] | str | None = None,  # which column is which: 'chosen=a,rejected=b'
+    limit: int | None = None,                     # at most this many rows
+    limit_seed: int | None = None,                # draw the `limit` rows at random with this seed; None = the first
+    apply_chat_template: str = 'auto',            # yes: text prompts become one user message; no: messages become text
+) -> Iterator[Pair]:                              # one pair a row, broken ones included
+    "Read a preference data set row by row, whatever its size. Raises `AuditError` for an unreadable or empty one."
+    one_of('apply_chat_template', apply_chat_template, ('auto', 'yes', 'no'))
+    if limit_seed is not None and isinstance(source, Iterator): source = list(source)  # counted first, then taken
+    drawn = _checked_draw(source, split, limit, limit_seed)
+    yield from _pairs_of(source, split, columns, limit, drawn, apply_chat_template)
+
 # %% ../../nbs/audit/110_data.ipynb #49f015be
 def load_pairs(
     source: Any,  # as for `iter_pairs`
-    *order,       # split, columns, limit, seed, chat: as for `iter_pairs`
+    *order,       # split, columns, limit, limit_seed, apply_chat_template: as for `iter_pairs`
     **named,      # the same by name
 ) -> list[Pair]:  # one pair a row, broken ones included
     "All of `iter_pairs` at once."
@@ -710,11 +738,20 @@ class PairSource:
     "Pairs that are read again whenever they are gone through, in the order of their row ids: for data of any size."
     def __init__(self,
         source: Any,   # as for `iter_pairs`, but no iterator, which could be read only once
-        **loading,     # split, columns, limit, seed, chat: as for `iter_pairs`
+        **loading,     # split, columns, limit, limit_seed, apply_chat_template: as for `iter_pairs`
     ):
         if isinstance(source, Iterator): raise AuditError('an iterator can be read only once: give a list, or a path')
         self.source, self.loading = source, loading
-    def __iter__(self) -> Iterator[Pair]: return iter_pairs(self.source, **self.loading)
+        self._drawn: set[int] | None = None  # rows are counted once, and drawn
+
+    def __iter__(self) -> Iterator[Pair]:
+        kept = dict(split=None, columns=None, limit=None, limit_seed=None, apply_chat_template='auto') | self.loading
+        if kept['limit_seed'] is None: return iter_pairs(self.source, **self.loading)
+        if self._drawn is None:
+            self._drawn = _checked_draw(self.source, kept['split'], kept['limit'], kept['limit_seed'])
+        one_of('apply_chat_template', kept['apply_chat_template'], ('auto', 'yes', 'no'))
+        return _pairs_of(self.source, kept['split'], kept['columns'], kept['limit'], self._drawn,
+                         kept['apply_chat_template'])
 
 # %% ../../nbs/audit/110_data.ipynb #d7b32a6e
 def _calls_text(message: dict) -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['head_readings', 'read_head', 'head_logits', 'BeforeHead', 'find_states', 'ScoringModel', 'wrap_model', 'model_now',
-           'quantize_settings', 'load_model', 'compile_backbone']
+           'quantize_settings', 'load_model']
 
 # %% ../../nbs/audit/120_models.ipynb #4ca9605e
 import hashlib
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .adapters import (
     ModelParts, load_tokenizer, loading_errors, model_parts, put_adapter, stored_shapes)
 from .files import AuditError
-from .model_checks import check_model, fixed_precision, inner_model, stated_length
+from .model_checks import check_model, inner_model, stated_length
 from .model_files import LoadError, check_device
 from .model_identity import adapter_identity, config_identity, weights_hash
 from ..theory.ches import Head
@@ -299,17 +299,3 @@ def _in_memory(model: nn.Module) -> None:
     "Copy mapped weights into memory"
     for p in model.parameters():
         if p.device.type == 'cpu': p.data = p.data.clone()
-
-# %% ../../nbs/audit/120_models.ipynb #8b168cca
-def compile_backbone(
-    lm: ScoringModel, # its backbone is replaced by the compiled one, in place
-) -> None:
-    "Compile for rows of any length; a trial pass shows that it works. Raises `AuditError`, the model as it was."
-    lm.backbone.compile(dynamic=True)
-    try:
-        ids = torch.zeros(1, 4, dtype=torch.long, device=lm.device)
-        with torch.no_grad(), fixed_precision(): lm.backbone(input_ids=ids, use_cache=False)
-    except Exception as e:  # the compiler's, torch's and the system's own types
-        lm.backbone._compiled_call_impl = None
-        said = ' '.join(str(e).split())[:200] or type(e).__name__
-        raise AuditError(f'model {lm.name} cannot be compiled here ({said}): leave --compile out') from None

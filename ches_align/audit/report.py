@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SELECTORS', 'TOP', 'NEAR', 'ADVICE', 'selector_values', 'flagged_rows', 'summarise', 'selector_table', 'composition',
-           'worst_pairs', 'best_pairs', 'recommendations', 'check_report_targets', 'audit_report']
+           'worst_pairs', 'best_pairs', 'recommendations', 'collect_report', 'check_report_targets', 'write_report',
+           'audit_report']
 
 # %% ../../nbs/audit/160_report.ipynb #b4d42fd9
 import json
@@ -162,16 +163,20 @@ def worst_pairs(
     highest: bool = True,            # False: from the other end
 ) -> list[dict]:                     # scores, percentile and `texts` (prompt, chosen, rejected) or None
     "The pairs with the highest ln-CHES: most displacement foretold first."
-    ok, n = scores[scores.status == 'ok'].copy(), whole('worst', n, 0) or 0
+    rows = _end_rows(scores, whole('worst', n, 0) or 0, highest)
+    wanted = {row['row_id'] for row in rows}
+    texts = _match(scores, pairs, lambda row, pair: pair_texts(pair) if row in wanted else None)
+    return [row | dict(texts=texts.get(row['row_id'])) for row in rows]
+
+def _end_rows(scores: pd.DataFrame, n: int, highest: bool) -> list[dict]:
+    "The rows at one end, as plain values"
+    ok = scores[scores.status == 'ok'].copy()
     ok['percentile'] = 100 * ok.ln_ches.rank(pct=True)
     ok = ok.sort_values(['ln_ches', 'row_id'], ascending=[False, True])  # the two ends share no pair, ties or not
     ok = ok.head(n) if highest else ok[::-1].head(n)
     columns = ['row_id', 'row_hash', 'percentile', *SELECTORS[:5],
                'prompt_tokens', 'chosen_tokens', 'rejected_tokens', 'chosen_logps', 'rejected_logps']
-    wanted = set(ok.row_id)
-    texts = _match(scores, pairs, lambda row, pair: pair_texts(pair) if row in wanted else None)
-    return [plain(r) | dict(texts=texts.get(r['row_id']))
-            for r in ok[columns].to_dict('records')]
+    return [plain(row) for row in ok[columns].to_dict('records')]
 
 def best_pairs(
     scores: pd.DataFrame,            # from `load_scores`
@@ -187,11 +192,12 @@ _SAY.filters |= dict(num=short_number, pct=percent)
 
 def _command(data: str | None, path: str) -> str:
     "What keeps the lower half by ln-CHES, on one line and quoted for a shell"
-    parts = ['ches_filter', path, '--data', data or 'DATA', '--by', 'ln_ches', '--keep', '0.5', '--out', 'kept.jsonl']
+    parts = ['ches', 'filter', path, '--data', data or 'DATA', '--by', 'ln_ches', '--keep', '0.5']
+    parts += ['--output', 'kept.jsonl']
     return printable(re.sub(r'\s+', ' ', shlex.join(parts)))
 
 def recommendations(
-    summary: dict, # `summarise`'s numbers with the other parts that `_collect` adds
+    summary: dict, # `summarise`'s numbers with the other parts that `collect_report` adds
 ) -> list[dict]:   # finding, evidence, action, reference, and command where there is one
     "What the numbers advise, by the rules of `advice.yml`."
     agreement = {a['selector']: a for a in summary['selectors']['agreement']}
@@ -202,17 +208,31 @@ def recommendations(
             for rule in ADVICE['rules'] if _SAY.compile_expression(rule['when'])(**facts)]
 
 # %% ../../nbs/audit/160_report.ipynb #ed75ec04
-def _collect(scores: pd.DataFrame, pairs: Iterable[Pair] | None, worst: int = 10, by=None,
-             path: str = 'SCORES') -> dict:
-    "The content of a report before it is laid out; `worst` and `best` never share a pair"
-    matched, s = _match(scores, pairs, lambda row, pair: _labels(pair, by)), summarise(scores)
-    column, groups = _groups(matched, by)
-    s |= dict(path=path, selectors=selector_table(scores), group_column=column,
-              composition=composition(scores, groups),
-              worst=worst_pairs(scores, pairs, min(worst, (s['scored'] + 1) // 2)),
-              best=best_pairs(scores, pairs, min(worst, s['scored'] // 2)))
-    for p in s['worst'] + s['best']: p['group'] = groups.get(p['row_id'])
-    return s | dict(verdict=_SAY.from_string(ADVICE['verdict']).render(s), recommendations=recommendations(s))
+def collect_report(
+    scores: pd.DataFrame,            # from `load_scores`; the manifest in `.attrs['manifest']`
+    pairs: Iterable[Pair] | None = None, # the data that was scored, read once; None = no texts, no composition
+    worst: int = 10,                 # pairs to show at either end
+    by: str | None = None,           # column of the data for the composition; None = the first that suits
+    title: str | None = None,        # heading; None = named after the data
+) -> dict:                           # every number, and `worst` and `best` with their texts; they never share a pair
+    "Collect the content of a report, in one pass over the data. Raises `AuditError`: pairs of other data, ..."
+    worst, summary = whole('worst', worst, 0) or 0, summarise(scores)
+    ends = dict(worst=_end_rows(scores, min(worst, (summary['scored'] + 1) // 2), True),
+                best=_end_rows(scores, min(worst, summary['scored'] // 2), False))
+    wanted = {row['row_id'] for rows in ends.values() for row in rows}
+    def take(row: int, pair: Pair): return _labels(pair, by), pair_texts(pair) if row in wanted else None
+    matched = _match(scores, pairs, take)
+    column, groups = _groups({row: labels for row, (labels, _) in matched.items()}, by)
+    for rows in ends.values():
+        for row in rows:
+            row['texts'] = matched[row['row_id']][1] if row['row_id'] in matched else None
+            row['group'] = groups.get(row['row_id'])
+    summary |= ends | dict(path=scores.attrs.get('path', 'SCORES'), selectors=selector_table(scores),
+                           group_column=column, composition=composition(scores, groups))
+    data = summary['manifest'].get('data')
+    summary['title'] = title or f"Preference audit{f': {Path(str(data)).name}' if data else ''}"
+    verdict = _SAY.from_string(ADVICE['verdict']).render(summary)
+    return summary | dict(verdict=verdict, recommendations=recommendations(summary))
 
 # %% ../../nbs/audit/160_report.ipynb #8591c190
 def _figures(scores: pd.DataFrame, report: dict) -> dict[str, str]:
@@ -241,35 +261,44 @@ def _render(report: dict, pictures: dict[str, str]) -> tuple[str, str]:
 
 # %% ../../nbs/audit/160_report.ipynb #e8603d24
 def check_report_targets(
-    out: str | Path,        # folder of the report
+    output_dir: str | Path, # folder of the report
     sources: Iterable[Any], # what is read
 ) -> None:
     "Ask before any work whether the report may be written there. Raises `AuditError`."
-    folder = Path(path_of('out', out) or '').expanduser()
+    folder = Path(path_of('output_dir', output_dir) or '').expanduser()
     targets = [folder/f'report.{name}' for name in ('html', 'md', 'json')]
     refuse_sources(targets, sources)
     refuse_strangers(targets, folder/'report.json', ['verdict', 'selectors'])
 
+def write_report(
+    report: dict,             # from `collect_report`
+    scores: pd.DataFrame,     # of which it was made, for the figures
+    output_dir: str | Path,   # folder for report.html, report.md and report.json
+) -> dict:                    # what report.json holds: every number, no texts
+    "Write a report as pages for people and numbers for programs, all or none. Raises `AuditError`."
+    folder, numbers = Path(output_dir).expanduser(), _numbers(report)
+    page, text = _render(report, _figures(scores, report))
+    whose = json.dumps(numbers, indent=1, allow_nan=False)  # first: it says that the pages are ours
+    pages = dict(json=whose, html=page, md=text)
+    write_files({folder/f'report.{name}': page.encode('utf-8', 'replace') for name, page in pages.items()})
+    return numbers
+
+def _numbers(report: dict) -> dict:
+    "A report without the texts of strangers"
+    ends = {side: [{k: v for k, v in row.items() if k != 'texts'} for row in report[side]]
+            for side in ('worst', 'best')}
+    return plain(report | ends)
+
 def audit_report(
     scores: pd.DataFrame,            # from `load_scores`; the manifest in `.attrs['manifest']`
     pairs: Iterable[Pair] | None = None, # the data that was scored, from `load_pairs`; None = no texts, no composition
-    out: str | Path | None = None,   # folder for report.html, report.md and report.json; None = write nothing
+    output_dir: str | Path | None = None, # folder for report.html, report.md and report.json; None = write nothing
     title: str | None = None,        # heading; None = named after the data
     worst: int = 10,                 # pairs to show at either end
     by: str | None = None,           # column of the data for the composition; None = the first that suits
 ) -> dict:                           # what report.json holds: every number, no texts
     "One page on what the scores mean. Raises `AuditError`: pairs of other data, a file that is read or another's, ..."
     whole('worst', worst, 0)
-    if out is not None: check_report_targets(out, [getattr(pairs, 'source', None)])
-    report = _collect(scores, pairs, worst, by, scores.attrs.get('path', 'SCORES'))
-    data = report['manifest'].get('data')
-    report['title'] = title or f"Preference audit{f': {Path(str(data)).name}' if data else ''}"
-    numbers = plain(report | {side: [{k: v for k, v in p.items() if k != 'texts'} for p in report[side]]
-                              for side in ('worst', 'best')})
-    if out is not None:
-        folder = Path(out).expanduser()
-        page, text = _render(report, _figures(scores, report))
-        whose = json.dumps(numbers, indent=1, allow_nan=False)  # first: it says that the pages are ours
-        pages = dict(json=whose, html=page, md=text)
-        write_files({folder/f'report.{name}': page.encode('utf-8', 'replace') for name, page in pages.items()})
-    return numbers
+    if output_dir is not None: check_report_targets(output_dir, [getattr(pairs, 'source', None)])
+    report = collect_report(scores, pairs, worst, by, title)
+    return _numbers(report) if output_dir is None else write_report(report, scores, output_dir)

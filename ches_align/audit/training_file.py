@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEEP', 'EXACT', 'REWRITTEN', 'SIDES', 'TRL_NAMES', 'EARLY', 'kind_of', 'merge_kinds', 'how_to_write', 'rewrite',
-           'Survey', 'survey_data', 'scored_as_text', 'cell_of', 'forms', 'refuse_mixture', 'training_rows',
-           'column_forms', 'own_columns', 'native_value', 'encode_rows', 'parquet_bytes']
+           'Survey', 'survey_data', 'scored_as_text', 'cell_of', 'forms', 'OneForm', 'KeptRows', 'kept_rows',
+           'training_rows', 'file_rows', 'column_forms', 'own_columns', 'native_value', 'encode_rows', 'parquet_bytes']
 
 # %% ../../nbs/audit/165_training_file.ipynb #591566ee
 import base64
@@ -13,16 +13,18 @@ import datetime
 import decimal
 import json
 import re
-from itertools import chain, repeat
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import pandas as pd
 
-from .data import Pair
+from .data import Pair, PairSource
 from .files import AuditError
 from .hidden_states import render
-from .runs import plain
+from .runs import plain, writing
 
 # %% ../../nbs/audit/165_training_file.ipynb #37b66bf6
 DEEP = 16         # levels of nesting; deeper cells become text
@@ -115,47 +117,55 @@ EARLY = 1 << 20  # bytes; `datasets` takes the types from the first ten times as
 
 class Survey(NamedTuple):
     "What one pass over the data found."
-    columns: list[str]    # further columns of the data
-    kept: list[str]       # of the kept rows
-    unscored: int         # rows of the data without a score
-    early: dict[str, Any] # column -> its kind in the first kept rows, from which a reader takes the types
-    kinds: dict[str, Any] # column -> its kind in all kept rows
-    forms: dict[str, int] # 'text', 'messages' or 'both' -> the first kept row of that form
-    as_text: bool         # messages are written as the text that was scored
+    columns: list[str]      # further columns of the data
+    kept: list[str]         # of the kept rows
+    unscored: int           # rows of the data without a score
+    early: dict[str, Any]   # column -> its kind in the first kept rows, from which a reader takes the types
+    kinds: dict[str, Any]   # column -> its kind in all kept rows
+    forms: dict[str, int]   # 'text', 'messages' or 'both' -> the first kept row of that form
+    groups: dict[int, Any]  # row id -> its cell in the column `kind`, where there is one
+    as_text: bool           # messages are written as the text that was scored
 
-def _note(survey: Survey, pair: Pair, size: int) -> int:
+def _note(survey: Survey, row_id: int, cells: dict[str, Any], size: int) -> int:
     "Note the kinds of a kept row; the bytes that it takes while it is among the first ones"
-    cells = {k: cell_of(k, v) for k, v in pair.extra.items()}
-    cells |= dict(zip(SIDES, _sides(pair, survey.as_text)))
-    survey.forms.setdefault(forms(pair, survey.as_text), pair.row_id)
+    survey.forms.setdefault(_form([cells[side] for side in SIDES]), row_id)
     for k, value in cells.items():
         kind = kind_of(value)
         survey.kinds[k] = merge_kinds(survey.kinds.get(k, 'null'), kind)
         if size <= EARLY: survey.early[k] = merge_kinds(survey.early.get(k, 'null'), kind)
     return size + len(_json_text(cells)) if size <= EARLY else size
 
-def survey_data(
-    selection: pd.DataFrame, # rows with `row_id`, `row_hash` and `selected`
-    pairs: Iterable[Pair],   # the data; a `PairSource` is read once more, nothing of it is kept
-) -> Survey:
-    "One pass over the data. Raises `AuditError` naming the first scored row that is missing or another one."
-    known, kept = dict(zip(selection.row_id.tolist(), selection.row_hash)), set(selection.row_id[selection.selected])
-    every, own, found, others, count, size = {}, {}, {}, set(), 0, 0
-    survey = Survey([], [], 0, {}, {}, {}, scored_as_text(selection))
-    if isinstance(pairs, list): pairs = sorted(pairs, key=lambda p: p.row_id)  # a source is read in that order
-    for count, pair in enumerate(pairs, 1):
-        every |= dict.fromkeys(pair.extra)
-        if pair.row_id in known: found[pair.row_id] = pair.row_hash
-        else: others.add(pair.row_id)
-        if pair.row_id not in kept or known[pair.row_id] != pair.row_hash: continue
-        own |= dict.fromkeys(pair.extra)
-        size = _note(survey, pair, size)
+def _check_rows(known: dict[int, str], found: dict[int, str], count: int) -> None:
+    "Every row that was scored must be there, and be the same. Raises `AuditError`"
     for row_id, row_hash in known.items():
         if row_id not in found: raise AuditError(
             f'row {row_id} was scored but is not in these data ({count} rows): give all the data that were scored')
         if found[row_id] != row_hash: raise AuditError(
             f'row {row_id}: these are not the data that were scored (hash {found[row_id]}, scored {row_hash}): '
             'give the same data, columns and options, or score these')
+
+def survey_data(
+    selection: pd.DataFrame, # rows with `row_id`, `row_hash` and `selected`
+    pairs: Iterable[Pair],   # the data; a `PairSource` is read once more
+    keep: Callable[[int, dict], None] | None = None, # called with id and cells of each kept row, in order
+) -> Survey:
+    "One pass over the data. Raises `AuditError` naming the first scored row that is missing or another one."
+    known, kept = dict(zip(selection.row_id.tolist(), selection.row_hash)), set(selection.row_id[selection.selected])
+    every, own, found, others, count, size = {}, {}, {}, set(), 0, 0
+    survey = Survey([], [], 0, {}, {}, {}, {}, scored_as_text(selection))
+    if isinstance(pairs, list): pairs = sorted(pairs, key=lambda p: p.row_id)  # a source is read in that order
+    for count, pair in enumerate(pairs, 1):
+        every |= dict.fromkeys(pair.extra)
+        if 'kind' in pair.extra: survey.groups[pair.row_id] = pair.extra['kind']
+        if pair.row_id in known: found[pair.row_id] = pair.row_hash
+        else: others.add(pair.row_id)
+        if pair.row_id not in kept or known[pair.row_id] != pair.row_hash: continue
+        own |= dict.fromkeys(pair.extra)
+        cells = {k: cell_of(k, v) for k, v in pair.extra.items()}
+        cells |= dict(zip(SIDES, _sides(pair, survey.as_text)))
+        size = _note(survey, pair.row_id, cells, size)
+        if keep: keep(pair.row_id, cells)
+    _check_rows(known, found, count)
     return survey._replace(columns=list(every), kept=list(own), unscored=len(others))
 
 # %% ../../nbs/audit/165_training_file.ipynb #bb4a2474
@@ -187,7 +197,10 @@ def forms(
     as_text: bool,  # messages are written as text
 ) -> str:           # 'text', 'messages', or 'both'
     "What a kept row is made of."
-    kinds = {'text' if isinstance(v, str) else 'messages' for v in _sides(pair, as_text)}
+    return _form(_sides(pair, as_text))
+
+def _form(sides: Iterable[Any]) -> str:
+    kinds = {'text' if isinstance(side, str) else 'messages' for side in sides}
     return kinds.pop() if len(kinds) == 1 else 'both'
 
 def _refuse_forms(found: dict[str, int]) -> None:
@@ -196,37 +209,100 @@ def _refuse_forms(found: dict[str, int]) -> None:
     row, at = max(found.values()), min(found.values())
     before = f' (row {at}: {next(k for k, v in found.items() if v == at)})' if row > at else ''
     raise AuditError(f'row {row}: text beside messages{before}; TRL takes one form: '
-                     'use --chat (chat=True) when loading, or split the data')
+                     'give apply_chat_template yes when loading, or split the data')
 
-def refuse_mixture(
-    pairs: Iterable[Pair],   # the data
-) -> None:
-    "Refuse data of text and messages, of which TRL takes one form. Raises `AuditError`."
-    found: dict[str, int] = {}
-    for pair in pairs:
-        if not pair.problem: found.setdefault(forms(pair, False), pair.row_id)
-    _refuse_forms(found)
+class OneForm(PairSource):
+    "A `PairSource` that refuses data of text and messages, of which TRL takes one form, while they are read."
+    def __iter__(self) -> Iterator[Pair]:
+        found: dict[str, int] = {}
+        for pair in super().__iter__():
+            if not pair.problem: found.setdefault(forms(pair, False), pair.row_id)
+            _refuse_forms(found)
+            yield pair
+
+# %% ../../nbs/audit/165_training_file.ipynb #cc2882f5
+class KeptRows:
+    "Kept rows between the pass over the data and the file: on disk for JSON, in memory for Parquet."
+    def __init__(self,
+        native: bool = False,       # for Parquet, which has types of its own
+        folder: Path | None = None, # where the rows of JSON wait
+    ):
+        self.native, self.rows = native, []
+        self.path = None if native or folder is None else folder/'kept.jsonl'
+        self.file = None if self.path is None else open(self.path, 'w', encoding='utf-8')
+
+    def add(self,
+        row_id: int,            # of the row
+        cells: dict[str, Any],  # of all its columns
+    ) -> None:
+        "Keep a row. Raises `AuditError` for a cell that no file can hold, or a full disk."
+        needed = {str(k): v for k, v in cells.items() if k not in TRL_NAMES}
+        if self.file is None or self.path is None:
+            self.rows.append((row_id, needed))
+            return
+        waiting = [row_id, {k: _waiting(row_id, k, v) for k, v in needed.items()}]
+        with writing(self.path): self.file.write(json.dumps(waiting) + '\n')
+
+    def __iter__(self) -> Iterator[tuple[int, dict]]:
+        if self.file is None or self.path is None:
+            yield from self.rows
+            return
+        with writing(self.path): self.file.flush()
+        with open(self.path, encoding='utf-8') as lines:
+            for line in lines:
+                row_id, cells = json.loads(line)
+                yield row_id, {k: _Text(v) if form == 'text' else v for k, (form, v) in cells.items()}
+
+class _Text(str):
+    "A cell that is JSON as text already: it was nested too deep for anything else"
+
+def _waiting(row_id: int, column: str, value: Any) -> list:
+    "A cell in JSON: its value, or its text where it is nested too deep for a column of values"
+    try: return ['value', plain(_with_base64(value))]
+    except RecursionError: pass
+    try: return ['text', _json_text(value)]
+    except AuditError as error: raise AuditError(f'row {row_id}, column {column!r}: {error}; delete it') from None
+
+@contextmanager
+def kept_rows(
+    native: bool = False, # for Parquet
+) -> Iterator[KeptRows]:
+    "Kept rows that go with the context."
+    with tempfile.TemporaryDirectory(prefix='ches_align_', ignore_cleanup_errors=True) as folder:
+        rows = KeptRows(native, Path(folder))
+        try: yield rows
+        finally:
+            if rows.file is not None:
+                with suppress(OSError): rows.file.close()
 
 # %% ../../nbs/audit/165_training_file.ipynb #dd9122a5
 def training_rows(
     selection: pd.DataFrame,     # from `select_pairs` or a control
-    pairs: Iterable[Pair],       # the data, in a list or a `PairSource`
+    pairs: Iterable[Pair],       # the data, in a list or a `PairSource`; read once
     weights: bool = False,       # add the `weight` column
-    survey: Survey | None = None, # of the same; None: it is made here
     native: bool = False,        # leave what Parquet has types for as it is
 ) -> Iterator[dict[str, Any]]:   # one dictionary a kept row, in the order of row ids, all with the same keys
     "The kept rows as TRL takes them, further columns of the data with them. Raises `AuditError`."
-    survey = survey or survey_data(selection, pairs)
+    with kept_rows(native) as rows:
+        survey = survey_data(selection, pairs, rows.add)
+        yield from file_rows(selection, survey, rows, weights)
+
+def file_rows(
+    selection: pd.DataFrame,   # as for `training_rows`
+    survey: Survey,            # of the pass in which `rows` was filled
+    rows: KeptRows,
+    weights: bool = False,     # add the `weight` column
+) -> Iterator[dict[str, Any]]: # as from `training_rows`
+    "The rows of one pass in their final form. Raises `AuditError`."
     kept = selection[selection.selected]
     weight = dict(zip(kept.row_id.tolist(), kept.weight))
     _refuse_forms(survey.forms)
-    hows = column_forms(survey, native)
-    if isinstance(pairs, list): pairs = sorted(pairs, key=lambda p: p.row_id)  # a source is read in that order
-    for pair in pairs:
-        if pair.row_id not in weight: continue
-        own = dict(zip(SIDES, map(plain, _sides(pair, survey.as_text))), row_id=pair.row_id)
-        if weights: own['weight'] = float(weight[pair.row_id])
-        yield own | {str(k): _cell(pair, k, hows[k], native) for k in own_columns(survey, own)}
+    hows = column_forms(survey, rows.native)
+    for row_id, cells in rows:
+        own = {side: _cell(row_id, side, cells[side], '', rows.native) for side in SIDES} | dict(row_id=row_id)
+        if weights: own['weight'] = float(weight[row_id])
+        more = {str(k): (cells.get(str(k), cell_of(k, None)), hows[k]) for k in own_columns(survey, own)}
+        yield own | {k: _cell(row_id, k, value, how, rows.native) for k, (value, how) in more.items()}
 
 def column_forms(
     survey: Survey,
@@ -251,10 +327,11 @@ def own_columns(
     return [k for k in survey.kept if k not in taken and k not in TRL_NAMES
             and not (k == 'chat_template_kwargs' and survey.kinds[k] == empty)]
 
-def _cell(pair: Pair, column: str, how: str, native: bool) -> Any:
-    value = cell_of(column, pair.extra.get(column))
+def _cell(row_id: int, column: str, value: Any, how: str, native: bool) -> Any:
+    if column in SIDES: return plain(value)
+    if how == 'json' and isinstance(value, _Text): return str(value)
     try: return native_value(value) if native and not how else rewrite(value, how)
-    except AuditError as e: raise AuditError(f'row {pair.row_id}, column {column!r}: {e}; delete it') from None
+    except AuditError as error: raise AuditError(f'row {row_id}, column {column!r}: {error}; delete it') from None
 
 # %% ../../nbs/audit/165_training_file.ipynb #46012544
 _TYPED = (bytes, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta)  # a datetime is a date
@@ -280,7 +357,7 @@ def encode_rows(
     if format == 'jsonl':
         for line in lines: yield line + b'\n'
         return
-    for before, line in zip(chain([b'[\n'], repeat(b',\n')), lines): yield before + line
+    for number, line in enumerate(lines): yield (b',\n' if number else b'[\n') + line
     yield b'\n]\n'
 
 def parquet_bytes(

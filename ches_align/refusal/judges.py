@@ -22,7 +22,8 @@ from ..audit.data import Text, dialogue_text
 from ..audit.files import AuditError
 from ..audit.model_files import LoadError
 from ..audit.models import ScoringModel, load_model
-from ..audit.runs import add_run, only_writer, open_runs
+from ..audit.run import open_run
+from ..audit.workers import on_main
 from ..rl.generation import generate_responses
 from ..rl.sampling import Sampling, encode_prompts, prompt_hash
 from ..rl.source_identity import source_identity
@@ -121,7 +122,7 @@ class ChatJudge:
         self,
         model: str | ScoringModel,     # a name for `load_model`, or what it returned
         template: str = JUDGE_PROMPT,  # with {prompt} or {question}, and {response} or {answer}
-        chat: bool | None = None,      # apply the chat template; None: if there is one
+        apply_chat_template: str = 'auto', # yes, no, or auto: where the model has one
         max_new_tokens: int = 8,       # of the reply
         parse: Callable[[str], bool | None] = parse_reply, # reply -> refused?
         **loading,                     # for `load_model`, when `model` is a name
@@ -129,11 +130,12 @@ class ChatJudge:
         self.fields = [re.search(p, template) for p in (r'\{(?:prompt|question)\}', r'\{(?:response|answer)\}')]
         if None in self.fields: raise AuditError('judge template: must hold {prompt} and {response}')
         self.lm = model if isinstance(model, ScoringModel) else load_model(model, **loading)
-        self.template, self.chat, self.parse = template, chat, parse
+        self.template, self.parse = template, parse
+        self.apply_chat_template = apply_chat_template
         self.sampling, self.name = Sampling(temperature=0, max_new_tokens=max_new_tokens), self.lm.name
         digest = hashlib.sha256(template.encode()).hexdigest()[:16]
         kept = {k: v for k, v in self.lm.provenance.items() if k not in ('model', 'revision')}
-        self.identity = dict(judge='chat', template=digest, chat=chat, max_new_tokens=max_new_tokens,
+        self.identity = dict(judge='chat', template=digest, apply_chat_template=apply_chat_template, max_new_tokens=max_new_tokens,
                              parse=source_identity(parse)['source'], **kept)
 
     def ask(self, row: dict) -> str: # the question put to the judge
@@ -143,10 +145,10 @@ class ChatJudge:
     def __call__(self, rows: Sequence[dict]) -> list[Verdict]:
         "One verdict a row; a row that is too long for the judge gets none."
         asked = [self.ask(r) for r in rows]
-        lengths = [len(i) + self.sampling.max_new_tokens for i in encode_prompts(self.lm, asked, self.chat)]
+        lengths = [len(i) + self.sampling.max_new_tokens for i in encode_prompts(self.lm, asked, self.apply_chat_template)]
         fits = [i for i, n in enumerate(lengths) if n <= (self.lm.max_length or n)]
         made = [Verdict(None, '', f'too long for the judge: {n} tokens') for n in lengths]
-        replies = generate_responses(self.lm, [asked[i] for i in fits], self.sampling, chat=self.chat,
+        replies = generate_responses(self.lm, [asked[i] for i in fits], self.sampling, apply_chat_template=self.apply_chat_template,
                                      progress=False) if fits else []
         for i, reply in zip(fits, (r['response'] for r in replies)):
             refused = self.parse(reply)
@@ -170,7 +172,7 @@ def sorry_judge(
         file = Path(template).expanduser()
         if not file.is_file(): raise AuditError(f'judge template {str(template)[:200]}: no such file')
         template = file.read_text('utf-8')
-    try: return ChatJudge(model, f'[INST] {str(template).strip()} [/INST]', chat=False, max_new_tokens=50, **loading)
+    try: return ChatJudge(model, f'[INST] {str(template).strip()} [/INST]', apply_chat_template='no', max_new_tokens=50, **loading)
     except LoadError as e:
         raise LoadError(f'{e}. For this judge: accept its terms at https://huggingface.co/{SORRY_JUDGE}, then '
                          '`hf auth login`; or download it and give the folder as model') from None
@@ -192,36 +194,45 @@ def _judge_some(judge: Callable, rows: list[dict]) -> list[Verdict]:
     if len(made) != len(rows): raise AuditError(f'judge {judge}: {len(made)} verdicts for {len(rows)} rows')
     return made
 
+# %% ../../nbs/refusal/350_judges.ipynb #judge-responses
 def judge_responses(
     rows: Sequence[dict],            # with `prompt` and `response`, as `generate_responses` gives them
     judge: Callable[[Sequence[dict]], list[Verdict]] = RuleJudge(), # `RuleJudge`, `ChatJudge` or your own
-    out: str | Path | None = None,   # folder of its own for `judged.jsonl` and `manifest.json`; None: memory
+    output_dir: str | Path | None = None, # folder of its own for `judged.jsonl` and `manifest.json`; None: memory
     batch: int = 64,                 # rows handed to the judge, and written, at a time
 ) -> list[dict[str, Any]]:           # the rows with refused, judge_reason, judge_error, judge
-    "Judge every row; with `out`, continue, and judge again what failed. Raises `AuditError` for another run's folder."
+    "Judge every row; with `output_dir`, continue, and judge again what failed. Raises `AuditError`."
     if not rows: raise AuditError('no responses to judge')
     name = getattr(judge, 'name', type(judge).__name__)
-    whole = hashlib.sha256(json.dumps([[prompt_hash(r.get('prompt')), r.get('response')] for r in rows]).encode())
+    texts = json.dumps([[prompt_hash(row.get('prompt')), row.get('response')] for row in rows])
+    source = source_identity(judge)
     identity = dict(getattr(judge, 'identity', dict(judge=name)))
-    code = source_identity(judge)
-    identity |= dict(judge_code=code['source'], responses_hash=whole.hexdigest()[:16], rows=len(rows))
-    about = dict(name=name, judge_unseen=code['unseen'])
-    with only_writer(out) as folder:
-        have = {v['row']: v for v in (open_runs(folder, identity, about, 'judged') if folder else [])}
-        if have and code['unseen']:
-            unseen = ', '.join(code['unseen'])
-            warnings.warn(f'{out}: the verdicts there are kept, though nobody can see whether {unseen} changed in the '
-                          'judge; name another folder if it did')
+    identity |= dict(judge_code=source['source'], responses_hash=hashlib.sha256(texts.encode()).hexdigest()[:16],
+                     rows=len(rows))
+    about = dict(name=name, judge_unseen=source['unseen'])
+    with open_run(output_dir, identity, about, files=['judged*.jsonl']) as run:
+        have = {line['row']: line for line in run.rows('judged')}
+        if have and source['unseen']:
+            unseen = ', '.join(source['unseen'])
+            warnings.warn(f'{output_dir}: the verdicts there are kept, though nobody can see whether {unseen} changed '
+                          'in the judge; name another folder if it did')
         todo = [i for i in range(len(rows)) if have.get(i, dict(judge_error='new'))['judge_error']]
+        def judged(some: list[int]) -> list[dict]:
+            lines = _verdict_lines(judge, name, rows, some)
+            run.add(lines, 'judged')
+            return lines
         for some in (todo[k:k + batch] for k in range(0, len(todo), batch)):
-            made = {i: Verdict(None, '', no_text(rows[i].get('response'))) for i in some}
-            fit = [i for i in some if not made[i].error]
-            made.update(zip(fit, _judge_some(judge, [rows[i] for i in fit]) if fit else []))
-            lines = [dict(row=i, refused=v.refused, judge_reason=v.reason, judge_error=v.error, judge=name)
-                     for i, v in made.items()]
-            if folder: add_run(folder, lines, 'judged')
-            have.update((line['row'], line) for line in lines)
+            have.update((line['row'], line) for line in on_main(lambda: judged(some)))
+        run.finish()
     return [{**row, **{k: v for k, v in have[i].items() if k != 'row'}} for i, row in enumerate(rows)]
+
+def _verdict_lines(judge: Callable, name: str, rows: Sequence[dict], some: list[int]) -> list[dict]:
+    "A line for each of some rows; what has no text is not put to the judge"
+    verdicts = {i: Verdict(None, '', no_text(rows[i].get('response'))) for i in some}
+    fit = [i for i in some if not verdicts[i].error]
+    if fit: verdicts.update(zip(fit, _judge_some(judge, [rows[i] for i in fit])))
+    return [dict(row=i, refused=verdict.refused, judge_reason=verdict.reason, judge_error=verdict.error, judge=name)
+            for i, verdict in verdicts.items()]
 
 # %% ../../nbs/refusal/350_judges.ipynb #24602434
 def refusal_rate(

@@ -78,7 +78,7 @@ def load_prompts(
     if lost := [i for i, p in rows if not p]:
         where = f'{str(source)[:80]}, row {lost[0] + 1}'
         raise AuditError(f'{where}: no prompt, as in {len(lost)} of {len(rows)} rows; take them out')
-    return _unique((p for _, p in rows if p), limit, seed)
+    return _unique((p for _, p in rows if p), limit, limit_seed)
 
 # %% ../../nbs/refusal/360_preferences.ipynb #1ee1041f
 def load_gold(
@@ -215,7 +215,7 @@ def split_prompts(
 
 def write_preferences(
     pairs: Sequence[dict],   # from `make_preferences`
-    out: str | Path,         # folder for train, test, left_out and gold_train, gold_test (.jsonl), and split.json
+    output_dir: str | Path,  # folder for train, test, left_out and gold_train, gold_test (.jsonl), and split.json
     test: float = .15,       # share of the usable prompts held out
     seed: int = 128,         # of the split
     about: dict | None = None, # kept in split.json: model, judge, sampling ...
@@ -240,6 +240,6 @@ def write_preferences(
     text = lambda rows: ''.join(json.dumps(plain(r), ensure_ascii=False) + '\n' for r in rows).encode()
     counts = {name: len(rows) for name, rows in files.items()}
     summary = dict(**(about or {}), seed=seed, test=test, counts=counts)
-    written = {Path(out).expanduser()/f'{name}.jsonl': text(rows) for name, rows in files.items()}
-    write_files(written | {Path(out).expanduser()/'split.json': json_bytes(summary)})
+    written = {Path(output_dir).expanduser()/f'{name}.jsonl': text(rows) for name, rows in files.items()}
+    write_files(written | {Path(output_dir).expanduser()/'split.json': json_bytes(summary)})
     return counts

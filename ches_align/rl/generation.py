@@ -11,9 +11,8 @@ import importlib.util
 import json
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
 from tqdm.auto import tqdm
@@ -24,9 +23,9 @@ from ..audit.hidden_states import plan_batches
 from ..audit.model_files import model_source
 from ..audit.models import ScoringModel, model_now, weights_hash
 from ..audit.options import whole
-from ..audit.runs import add_run, open_runs
+from ..audit.run import Run, open_run, versions_of
 from ..audit.scoring import out_of_memory
-from ..audit.workers import errors_of_all, first_alone, main_writer, processes, same_everywhere, shared_counter
+from ..audit.workers import errors_of_all, processes, shared_counter
 from .sampling import Sampling, encode_prompts, end_tokens, generate_batch, prompt_hash, row_seed
 
 # %% ../../nbs/rl/310_generation.ipynb #a3e03e59
@@ -50,9 +49,9 @@ def _vllm_engine(lm: ScoringModel, sampling: Sampling) -> Engine:
     same = dict(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1,
                 max_tokens=sampling.max_new_tokens, stop_token_ids=end_tokens(lm), skip_special_tokens=False)
     def run(prompts, seeds):
-        made = llm.generate([dict(prompt_token_ids=p) for p in prompts],
-                            [SamplingParams(**same, seed=s % 2**31) for s in seeds], use_tqdm=False)
-        return [list(m.outputs[0].token_ids) for m in made]
+        results = llm.generate([dict(prompt_token_ids=ids) for ids in prompts],
+                               [SamplingParams(**same, seed=seed % 2**31) for seed in seeds], use_tqdm=False)
+        return [list(result.outputs[0].token_ids) for result in results]
     return run
 
 def choose_engine(
@@ -82,38 +81,44 @@ def _check_room(lm: ScoringModel, encoded: list[list[int]], new: int) -> None:
                              f'{room} that model {lm.name} was made for; shorten it or lower max_new_tokens')
 
 def _identity(lm, prompts, encoded, sampling, **more) -> dict:
-    kept = {k: v for k, v in lm.provenance.items() if k not in ('model', 'revision')}  # names: the hashes say more
-    kept |= model_now(lm) | dict(end_tokens=end_tokens(lm))                             # as they are now
+    "What makes responses what they are; names are left out, the hashes say more"
+    model = {k: v for k, v in lm.provenance.items() if k not in ('model', 'revision')}
+    model |= model_now(lm) | dict(end_tokens=end_tokens(lm))  # as they are now
     hashes = hashlib.sha256(' '.join(map(prompt_hash, prompts)).encode()).hexdigest()[:16]
-    libraries = {name: version(name) for name in ('ches_align', 'torch', 'transformers', 'tokenizers')}
     ids = json.dumps([list(ids) for ids in encoded])  # a template may print the date
-    return dict(**kept, prompts_hash=hashes, prompts=len(prompts),
+    return dict(**model, prompts_hash=hashes, prompts=len(prompts),
                 token_hash=hashlib.sha256(ids.encode()).hexdigest()[:16], sampling=asdict(sampling), **more,
-                device=lm.device.type, versions=libraries)
+                device=lm.device.type, versions=versions_of())
 
-def _responses(folder: Path, identity: dict, about: dict) -> list[dict]:
-    "What all processes, of this run and of earlier ones, have written"
-    found = open_runs(folder, identity, about, 'responses')
-    return found + [r for f in sorted(folder.glob('responses-*.jsonl'))
-                    for r in open_runs(folder, identity, about, f.stem)]
+# %% ../../nbs/rl/310_generation.ipynb #gen-batches
+class _Draws(NamedTuple):
+    "What is to be drawn: a key, a prompt and a seed each"
+    keys: list[tuple[int, int]]  # position of the prompt, and which of its responses
+    prompts: list[list[int]]     # token ids
+    seeds: list[int]
+    batches: list[list[int]]     # positions of what is drawn together
 
-def _run_batches(plan, keys, encoded, seeds, engine, row, have, folder, progress) -> None:
-    "Fill `have` batch by batch"
-    bar = tqdm(total=len(keys), unit='response', desc='generating', disable=None if progress else True)
-    name = f'responses-{processes().process_index}'.removesuffix('-0')  # a file a process
-    for at in shared_counter(len(plan)):
-        batch = plan[at]
-        if any(keys[j] not in have for j in batch):
+def _draw_batch(engine: Engine, draws: _Draws, batch: Sequence[int]) -> list[list[int]]:
+    "Token ids of a batch's responses; lack of memory becomes an error that says what to do"
+    try: return engine([draws.prompts[j] for j in batch], [draws.seeds[j] for j in batch])
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error): raise
+    raise AuditError(f'{len(batch)} rows are too many for the memory: lower --batch_tokens; the same folder then '
+                     'continues')
+
+def _run_batches(draws: _Draws, engine: Engine, as_row: Callable, have: dict, run: Run, progress: bool) -> None:
+    "Fill `have` batch by batch, and the journal of this process"
+    bar = tqdm(total=len(draws.keys), unit='response', desc='generating', disable=None if progress else True)
+    for number in shared_counter(len(draws.batches)):
+        batch = draws.batches[number]
+        keys = [draws.keys[j] for j in batch]
+        if any(key not in have for key in keys):
             start = time.perf_counter()
-            try: made = engine([encoded[keys[j][0]] for j in batch], [seeds[j] for j in batch])
-            except (RuntimeError, MemoryError) as e:
-                if not out_of_memory(e): raise
-                raise AuditError(f'{len(batch)} rows are too many for the memory: lower --batch_tokens; '
-                                 'the same folder then continues') from None
+            responses = _draw_batch(engine, draws, batch)
             seconds = round((time.perf_counter() - start) / len(batch), 4)
-            rows = [row(*keys[j], ids) | dict(seconds=seconds) for j, ids in zip(batch, made)]
-            if folder: add_run(folder, rows, name)
-            have.update(zip([keys[j] for j in batch], rows))
+            rows = [as_row(*key, ids) | dict(seconds=seconds) for key, ids in zip(keys, responses)]
+            run.add(rows, 'responses')
+            have.update(zip(keys, rows))
         bar.update(len(batch))
     bar.close()
 
@@ -122,38 +127,46 @@ def generate_responses(
     lm: ScoringModel,                # from `load_model` or `load_generator`
     prompts: Sequence[Text],         # texts, or messages in TRL's form
     sampling: Sampling = Sampling(), # how, how long, how many
-    out: str | Path | None = None,   # folder of its own for `responses.jsonl` and `manifest.json`; None: memory
+    output_dir: str | Path | None = None, # folder of its own for `responses.jsonl` and `manifest.json`; None: memory
     batch_tokens: int | None = None, # rows times longest prompt and response; None: 4096, on a GPU 65536, vLLM 2**20
+    *,
     engine: str = 'transformers',    # transformers, vllm or auto
-    chat: bool | None = None,        # apply the chat template; None: if there is one
+    apply_chat_template: str = 'auto', # yes, no, or auto: where the model has one
     progress: bool = True,           # a bar, on a terminal
     names: Sequence[str] | None = None, # what each prompt's responses are drawn by; None: its hash
     keep_ids: bool = False,          # keep the token ids of a response, in `ids`
 ) -> list[dict[str, Any]]:           # a row a (prompt, k), in order
-    "Draw `sampling.count` responses to each prompt; with `out`, continue what is there. Raises `AuditError`."
+    "Draw `sampling.responses` responses to each prompt; with `output_dir`, continue. Raises `AuditError`."
     whole('batch_tokens', batch_tokens)
-    encoded, n = encode_prompts(lm, prompts, chat), sampling.count
+    encoded = encode_prompts(lm, prompts, apply_chat_template)
     _check_room(lm, encoded, sampling.max_new_tokens)
-    name, run = choose_engine(lm, sampling, engine)
+    name, draw = choose_engine(lm, sampling, engine)
     budget = batch_tokens or (2**20 if name == 'vllm' else 4096 if lm.device.type == 'cpu' else 65536)
-    hashes, ends = [prompt_hash(p) for p in prompts], set(end_tokens(lm))
-    keys = [(i, k) for i in range(len(prompts)) for k in range(n)]
-    plan = plan_batches([len(encoded[i]) + sampling.max_new_tokens for i, _ in keys], budget)
-    seeds = [row_seed(sampling.seed, (names or hashes)[i], k) for i, k in keys]
-    def row(i, k, ids):
+    hashes = [prompt_hash(prompt) for prompt in prompts]
+    draws = _plan_draws(encoded, sampling, names or hashes, budget)
+    ends = set(end_tokens(lm))
+    def as_row(i, k, ids):
         return dict(prompt_index=i, k=k, prompt_hash=hashes[i], prompt=prompts[i], tokens=len(ids),
                     response=lm.tokenizer.decode(ids, skip_special_tokens=True),
                     finished=bool(ids) and ids[-1] in ends) | (dict(ids=list(ids)) if keep_ids else {})
-    more = {} if names is None or list(names) == hashes else dict(names=prompt_hash(list(names)))
+    more: dict[str, Any] = {} if names is None or list(names) == hashes else dict(names=prompt_hash(list(names)))
     more |= dict(keep_ids=True) if keep_ids else {}
-    more |= dict(chat=chat, engine=name)  # and not batch_tokens, which decides on memory alone
+    # and not batch_tokens, which decides on memory alone
+    more |= dict(apply_chat_template=apply_chat_template, engine=name)
     identity = _identity(lm, prompts, encoded, sampling, **more)
     about = dict(model=lm.name, revision=lm.provenance['revision'], batch_tokens=budget)
-    same_everywhere(identity)
-    with main_writer(out) as folder:
-        def there(): return first_alone(lambda: _responses(folder, identity, about)) if folder else []
-        have = {(r['prompt_index'], r['k']): r for r in there()}
+    with open_run(output_dir, identity, about, files=['responses*.jsonl']) as run:
+        have = {(row['prompt_index'], row['k']): row for row in run.rows('responses')}
         shown = progress and processes().is_main_process
-        with errors_of_all(): _run_batches(plan, keys, encoded, seeds, run, row, have, folder, shown)
-        if processes().num_processes > 1: have = {(r['prompt_index'], r['k']): r for r in there()}
-    return [have[key] for key in keys]
+        with errors_of_all(): _run_batches(draws, draw, as_row, have, run, shown)
+        if processes().num_processes > 1:
+            have = {(row['prompt_index'], row['k']): row for row in run.rows('responses')}
+        run.finish()
+    return [have[key] for key in draws.keys]
+
+def _plan_draws(encoded: list[list[int]], sampling: Sampling, names: Sequence[str], budget: int) -> _Draws:
+    "Every response with its seed, in batches of similar length"
+    keys = [(i, k) for i in range(len(encoded)) for k in range(sampling.responses)]
+    lengths = [len(encoded[i]) + sampling.max_new_tokens for i, _ in keys]
+    seeds = [row_seed(sampling.seed, names[i], k) for i, k in keys]
+    return _Draws(keys, [encoded[i] for i, _ in keys], seeds, plan_batches(lengths, budget))

@@ -72,7 +72,7 @@ def group_displacement(
     lm: ScoringModel,       # from `load_model` or `load_generator`, causal
     rows: Sequence[dict],   # a response each: prompt, response (or response_ids), reward (None: failed), finished
     scale: bool = True,     # GRPO's division by the group's standard deviation
-    chat: bool | None = None, # apply the chat template; None: if there is one
+    apply_chat_template: str = 'auto', # yes, no, or auto: where the model has one
     batch_tokens: int | None = None, # rows times longest row of a batch
 ) -> pd.DataFrame:          # a row a response: group, reward, advantage, change (nats a unit of step), own ...
     "Which good responses a step of their group would lower (@eq-group). Raises `AuditError` for rows that lack a part."
@@ -85,7 +85,7 @@ def group_displacement(
             raise AuditError(f"row {i}: no {lost[0]}; it has {', '.join(sorted(map(str, r)))}")
     for i, name in enumerate(name_groups(rows)[0]): groups.setdefault(name, []).append(i)
     if not groups: raise AuditError('no rows')
-    prompts = encode_prompts(lm, [rows[mine[0]]['prompt'] for mine in groups.values()], chat)
+    prompts = encode_prompts(lm, [rows[mine[0]]['prompt'] for mine in groups.values()], apply_chat_template)
     made: list[Any] = [None]*len(rows)
     for prompt, (name, mine) in zip(prompts, groups.items()):
         for i, line in zip(mine, _one_group(lm, prompt, [rows[i] for i in mine], scale, batch_tokens)):

@@ -132,7 +132,7 @@ class RLConfig:
     normalise: bool = True         # advantages by their standard deviation
     max_grad_norm: float = .5
     bf16: bool = False             # forward passes under autocast; weights, log-probabilities and moments in fp32
-    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=24)) # its `count` is not looked at
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=24)) # its `responses` is not looked at
     seed: int = 0                  # of prompts and responses
 
     def __post_init__(self):
@@ -201,20 +201,20 @@ def train_policy(
     config: RLConfig,
     on_step: Callable[[dict], None] | None = None, # gets each line
     progress: bool = True,        # a bar, on a terminal
-    chat: bool | None = None,     # apply the chat template; None: if there is one
+    apply_chat_template: str = 'auto', # yes, no, or auto: where the model has one
     save: str | Path | None = None, # file of the state: written every `save_steps`, gone on from if it is there
     save_steps: int = 20,
 ) -> list[dict[str, float]]:      # a line a step: reward, penalty, kl, loss, entropy, zero, failed
     "Train a policy by policy gradients. Raises `AuditError`, also for a loss that is no number."
     c, tasks = config, list(tasks)
-    encoded = encode_prompts(lm, [t['prompt'] for t in tasks], chat)
+    encoded = encode_prompts(lm, [t['prompt'] for t in tasks], apply_chat_template)
     reference = copy.copy(lm) if c.kl else None
     if reference: reference.model = copy.deepcopy(lm.model).eval().requires_grad_(False)
     trained = [p for p in lm.model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, c.learning_rate, weight_decay=0.)
     named = reward_identity(reward)[0] if save else {}
     state = TrainingState(save, lm.model, optimiser,
-                          _identity(lm, tasks, save, config=asdict(c), chat=chat, **named))
+                          _identity(lm, tasks, save, config=asdict(c), apply_chat_template=apply_chat_template, **named))
     told = state.load() or dict(kl=c.kl, lines=[])
     kl, lines = told['kl'], [{k: float('nan') if v is None else v for k, v in line.items()} for line in told['lines']]
     quiet = None if progress else True
@@ -264,7 +264,7 @@ def train_supervised(
     seed: int = 0,               # of the choice and the order
     progress: bool = True,       # a bar, on a terminal
     bf16: bool = False,          # forward passes under autocast
-    chat: bool | None = None,    # apply the chat template; None: if there is one
+    apply_chat_template: str = 'auto', # yes, no, or auto: where the model has one
     save: str | Path | None = None, # as for `train_policy`
     save_steps: int = 100,
 ) -> list[float]:                # the loss of each step: mean over answers of the mean over tokens, nats
@@ -272,12 +272,12 @@ def train_supervised(
     known, g = _learnable(tasks, labels, steps), random.Random(seed)
     mine = g.sample(known, max(1, round(labels*len(known))))
     total = max(1, round(steps*epochs*len(known)/batch))
-    encoded = encode_prompts(lm, [t['prompt'] for t in mine], chat)
+    encoded = encode_prompts(lm, [t['prompt'] for t in mine], apply_chat_template)
     ids = [answer_ids(lm, t['answer'] if isinstance(t['answer'], str) else t['answer'][0]) for t in mine]
     trained = [p for p in lm.model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, learning_rate, weight_decay=0.)
     identity = _identity(lm, mine, save, learning_rate=learning_rate, batch=batch, total=total, seed=seed, bf16=bf16,
-                         chat=chat)
+                         apply_chat_template=apply_chat_template)
     state = TrainingState(save, lm.model, optimiser, identity)
     losses = (state.load() or dict(losses=[]))['losses']
     done, order = len(losses), []

@@ -25,6 +25,7 @@ from ..audit.files import AuditError
 from ..audit.model_files import LoadError, check_device
 from ..audit.models import (
     ScoringModel, _text_hash, _tokenizer_text, load_model, read_head, weights_hash, wrap_model)
+from ..audit.options import one_of
 from ..training.probes import pad_rows
 
 # %% ../../nbs/rl/300_sampling.ipynb #e332ea56
@@ -35,12 +36,12 @@ class Sampling:
     top_p: float = 1.         # keep the most probable tokens up to this mass, in (0, 1]; 1: all
     top_k: int = 0            # keep this many tokens; 0: all
     max_new_tokens: int = 256 # longest response, end token included
-    count: int = 1            # responses a prompt
+    responses: int = 1        # responses a prompt
     seed: int = 0             # of everything random
 
     def __post_init__(self):
         for name, fine in dict(temperature=self.temperature >= 0, top_p=0 < self.top_p <= 1, top_k=self.top_k >= 0,
-                               max_new_tokens=self.max_new_tokens >= 1, count=self.count >= 1).items():
+                               max_new_tokens=self.max_new_tokens >= 1, responses=self.responses >= 1).items():
             if not fine: raise AuditError(f'sampling: {name} {getattr(self, name)} is out of range')
 
 # %% ../../nbs/rl/300_sampling.ipynb #d81b781d
@@ -94,16 +95,24 @@ def _check_text(i: int, prompt: Any) -> None:
         raise AuditError(f'prompt {i}: the content of a message must be text, got {type(odd[0]).__name__}')
     if not any(t and t.strip() for t in turns): raise AuditError(f'prompt {i} is empty')
 
+# %% ../../nbs/rl/300_sampling.ipynb #d2a70002
+def _uses_template(lm: ScoringModel, apply_chat_template: str) -> bool:
+    "Whether prompts go through the chat template. Raises `AuditError` where there is none to apply"
+    one_of('apply_chat_template', apply_chat_template, ('auto', 'yes', 'no'))
+    there = bool(lm.tokenizer.chat_template)
+    if apply_chat_template == 'yes' and not there:
+        raise AuditError(f'model {lm.name} has no chat template: leave apply_chat_template out')
+    return there and apply_chat_template != 'no'
+
 def encode_prompts(
     lm: ScoringModel,        # from `load_model` or `load_generator`
     prompts: Sequence[Text], # texts or messages
-    chat: bool | None = None, # apply the chat template; None: if there is one
+    apply_chat_template: str = 'auto', # yes, no, or auto: where the model has one
 ) -> list[list[int]]:        # token ids of each prompt
     "Tokenise prompts. Raises `AuditError` naming the prompt that is empty, no text, or that the template refuses."
     if isinstance(prompts, str) or not len(prompts): raise AuditError('no prompts: give a list of texts or messages')
     tokenizer = lm.tokenizer
-    if chat and not tokenizer.chat_template: raise AuditError(f'model {lm.name} has no chat template: leave chat out')
-    chat = bool(tokenizer.chat_template) if chat is None else chat
+    chat = _uses_template(lm, apply_chat_template)
     rows = []
     for i, prompt in enumerate(prompts):
         _check_text(i, prompt)
@@ -171,7 +180,7 @@ def generate_batch(
     lm: ScoringModel,             # from `load_model` or `load_generator`
     prompts: Sequence[list[int]], # token ids of each prompt
     seeds: Sequence[int],         # one a prompt, from `row_seed`
-    sampling: Sampling,           # `count` and `seed` are not looked at
+    sampling: Sampling,           # `responses` and `seed` are not looked at
 ) -> list[list[int]]:             # token ids of each response, with the end token where one came
     "Draw one response for each prompt of a batch; the global random state is neither used nor changed."
     model = lm.model

@@ -79,11 +79,11 @@ def _least_root(place: Callable, mass: Float[np.ndarray, "k"], low: float, high:
 
 def std_interval(
     rewards: Float[np.ndarray, "n"], # finite ones
-    value_range: tuple[float, float], # that the reward can have, in units of the reward
+    reward_range: tuple[float, float], # that the reward can have, in units of the reward
     alpha: float = .05,         # 1 - nominal coverage
 ) -> tuple[float, float]:       # low, high, in units of the reward
     "Interval of the standard deviation of any reward within a range, values not yet seen allowed for (@eq-extremes)."
-    bottom, top = map(float, value_range)
+    bottom, top = map(float, reward_range)
     if len(rewards) < 2: return 0., (top - bottom)/2
     compute = _extremes if len(rewards) <= 512 else _extremes.__wrapped__  # long samples hardly repeat
     return compute(tuple(np.clip(np.sort(rewards), bottom, top).tolist()), bottom, top, alpha)
@@ -186,19 +186,19 @@ def _verdict(rewards: Float[np.ndarray, "n"], low: float, high: float, threshold
     within = std_interval(rewards, seen, alpha)[1]  # were there no other values
     return 'no spread seen' if within < threshold else 'undecided'
 
-def _cause(verdict: str, texts: int, mean: float, value_range: tuple[float, float], near: float) -> str:
+def _cause(verdict: str, texts: int, mean: float, reward_range: tuple[float, float], near: float) -> str:
     "Why no spread was seen; '' for the other verdicts"
     if verdict == 'broken': return 'broken'
     if verdict != 'no spread seen': return ''
     if texts == 1: return 'deterministic'
-    bottom, top = value_range
+    bottom, top = reward_range
     if mean <= bottom + near*(top - bottom): return 'floor'
     return 'ceiling' if mean >= top - near*(top - bottom) else 'between'
 
 # %% ../../nbs/rl/330_spread.ipynb #e869385e
 def prompt_spread(
     rewards: Sequence[float | None], # of one prompt's responses
-    value_range: tuple[float, float], # that the reward can have, in its units
+    reward_range: tuple[float, float], # that the reward can have, in its units
     threshold: float,               # a standard deviation under it counts as no spread, in units of the reward
     texts: Sequence[str] | None = None, # the responses
     alpha: float = .05,             # 1 - nominal coverage of the intervals
@@ -210,7 +210,7 @@ def prompt_spread(
     if not threshold > 0: raise AuditError(f'threshold {threshold}: above 0')
     if texts is not None and len(texts) != len(rewards):
         raise AuditError(f'{len(texts)} responses, {len(rewards)} rewards')
-    bottom, top = map(float, value_range)
+    bottom, top = map(float, reward_range)
     known, failed = clean_rewards(rewards)
     known = merge_equal(known, top - bottom)
     values = len(np.unique(known))

@@ -19,8 +19,9 @@ import pandas as pd
 
 from ..audit.files import AuditError, shorten
 from ..audit.models import ScoringModel
-from ..audit.runs import add_run, json_bytes, open_runs, plain, write_files
-from ..audit.workers import first_alone, main_writer
+from ..audit.run import Run, open_run
+from ..audit.runs import json_bytes, plain, write_files
+from ..audit.workers import on_main
 from .generation import generate_responses
 from .rewards import (
     Reward, call_reward, reward_columns, reward_identity, try_reward, warn_unseen)
@@ -57,10 +58,10 @@ def load_tasks(
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #0dcdfd22
 def _round(lm: ScoringModel, tasks: list[dict], which: list[int], reward: Reward, sampling: Sampling, number: int,
-           have: dict, out: Path | None, batch: int, progress: bool, **generation: Any) -> list[dict]:
+           have: dict, run: Run, batch: int, progress: bool, **generation: Any) -> list[dict]:
     "Draw and judge one round; the rows"
     drawn = replace(sampling, seed=1000*sampling.seed + number)
-    folder = out/f'round{number}' if out else None
+    folder = run.folder and run.folder/f'round{number}'
     names = seed_names(tasks)
     rows = generate_responses(lm, [tasks[i]['prompt'] for i in which], drawn, folder, progress=progress,
                               names=[names[i] for i in which], keep_ids=True, **generation)
@@ -72,10 +73,10 @@ def _round(lm: ScoringModel, tasks: list[dict], which: list[int], reward: Reward
         made = call_reward(reward, prompts, responses, [rows[j]['ids'] for j in some], **reward_columns(mine, tasks))
         lines = [dict(round=number, task=keys[j][1], k=keys[j][2], reward=value, reward_error=error)
                  for j, (value, error) in zip(some, made)]
-        if out: add_run(out, lines, 'rewards')
+        run.add(lines, 'rewards')
         return lines
     for i in range(0, len(todo), batch):
-        lines = first_alone(lambda: judged(todo[i:i + batch]))
+        lines = on_main(lambda: judged(todo[i:i + batch]))
         have.update(((line['round'], line['task'], line['k']), line) for line in lines)
     said = [{key: r[key] for key in ('prompt_hash', 'response', 'tokens', 'finished')} for r in rows]
     of_task = {t: dict(prompt=tasks[t]['prompt'], task_hash=task_hash(tasks[t])) for t in set(which)}
@@ -91,13 +92,13 @@ def seed_names(
     return [name if times[name] == 1 else task_hash(task) for name, task in zip(prompts, tasks)]
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #4c070175
-def count_looks(first: int, most: int) -> int:
-    "Rounds from `first` samples to `most`, doubling"
-    return 1 + max(0, math.ceil(math.log2(most/first)))
+def count_looks(min_responses: int, max_responses: int) -> int:
+    "Rounds from `min_responses` samples to `max_responses`, doubling"
+    return 1 + max(0, math.ceil(math.log2(max_responses/min_responses)))
 
-def _check_plan(first: int, most: int, group: int, threshold: float) -> None:
-    if not 2 <= first <= most:
-        raise AuditError(f'first {first}, most {most}: at least 2 responses, and not more than most')
+def _check_plan(min_responses: int, max_responses: int, group: int, threshold: float) -> None:
+    if not 2 <= min_responses <= max_responses:
+        raise AuditError(f'min_responses {min_responses}, max_responses {max_responses}: at least 2, and not more than max_responses')
     if group < 2: raise AuditError(f'group of {group}: at least 2')
     if not threshold > 0: raise AuditError(f'threshold {threshold}: above 0')
 
@@ -110,13 +111,13 @@ def audit_spread(
     lm: ScoringModel,              # from `load_generator`
     tasks: Sequence[dict],         # from `load_tasks`
     reward: Reward,                # in TRL's form
-    sampling: Sampling = Sampling(), # how; its `count` is not looked at
-    first: int = 8,                # responses to every prompt
-    most: int = 64,                # at most so many to one prompt
-    value_range: tuple[float, float] | None = None, # that the reward can have; None: of the rows
+    sampling: Sampling = Sampling(), # how; its `responses` is not looked at
+    min_responses: int = 8,                # responses to every prompt
+    max_responses: int = 64,                # at most so many to one prompt
+    reward_range: tuple[float, float] | None = None, # that the reward can have; None: of the rows
     threshold: float = .1,         # share of the range: a std below it counts as no spread
     alpha: float = .05,            # 1 - nominal coverage of the last interval of a prompt
-    out: str | Path | None = None, # folder; None: memory
+    output_dir: str | Path | None = None, # folder; None: memory
     batch: int = 64,               # completions a call of the reward
     name: str = '',                # of the reward, for the manifest
     group: int = 8,                # responses in a group of the training to come, for the chance of a gradient
@@ -125,50 +126,51 @@ def audit_spread(
     progress: bool = True,         # a bar, on a terminal
     **generation: Any,             # for `generate_responses`: batch_tokens, engine, chat
 ) -> tuple[pd.DataFrame, list[dict]]: # `spread_table`, and a row a response
-    "Audit prompts under a model. With `out`, continue what is there. Raises `AuditError`."
-    _check_plan(first, most, group, threshold)
+    "Audit prompts under a model. With `output_dir`, continue what is there. Raises `AuditError`."
+    _check_plan(min_responses, max_responses, group, threshold)
     tasks, repeated = distinct_tasks(list(tasks))
     if repeated: warnings.warn(f'{repeated} tasks repeat an earlier one; each is asked once')
     named, unseen = known or reward_identity(reward, name)
-    with main_writer(out) as folder:
-        identity = dict(sampling=asdict(replace(sampling, count=1)), first=first, most=most, threshold=threshold,
-                        value_range=value_range, alpha=alpha, tasks=prompt_hash([prompt_hash(plain(t)) for t in tasks]),
-                        **named)
-        about = dict(model=lm.name, reward_unseen=unseen)
-        lines = first_alone(lambda: open_runs(folder, identity, about, 'rewards')) if folder else []
-        if lines: warn_unseen(unseen, folder)
-        elif try_first: first_alone(lambda: try_reward(reward, tasks, name))
-        have, rows, number, count = {(r['round'], r['task'], r['k']): r for r in lines}, [], 0, first
-        which, looks = list(range(len(tasks))), count_looks(first, most)
+    identity = dict(sampling=asdict(replace(sampling, responses=1)), min_responses=min_responses,
+                    max_responses=max_responses, threshold=threshold, reward_range=reward_range, alpha=alpha,
+                    tasks=prompt_hash([prompt_hash(plain(task)) for task in tasks]), **named)
+    about = dict(model=lm.name, reward_unseen=unseen)
+    with open_run(output_dir, identity, about, files=['rewards*.jsonl']) as run:
+        lines = run.rows('rewards')
+        if lines: warn_unseen(unseen, run.folder)
+        elif try_first: on_main(lambda: try_reward(reward, tasks, name))
+        have, rows, number, count = {(r['round'], r['task'], r['k']): r for r in lines}, [], 0, min_responses
+        which, looks = list(range(len(tasks))), count_looks(min_responses, max_responses)
         while which and count:
-            drawing = replace(sampling, count=count)
-            rows += _round(lm, tasks, which, reward, drawing, number, have, folder, batch, progress, **generation)
-            table = spread_table(rows, value_range, threshold, alpha/looks, group=group)
+            drawing = replace(sampling, responses=count)
+            rows += _round(lm, tasks, which, reward, drawing, number, have, run, batch, progress, **generation)
+            table = spread_table(rows, reward_range, threshold, alpha/looks, group=group)
             open_ = set(table.task_hash[_open(table)])
-            drawn = first*2**number
+            drawn = min_responses*2**number
             which = [i for i in which if task_hash(tasks[i]) in open_]
-            number, count = number + 1, min(drawn, most - drawn)
+            number, count = number + 1, min(drawn, max_responses - drawn)
+        run.finish()
     table.attrs |= dict(truncated=sum(not r['finished'] for r in rows)/len(rows), samples=len(rows),
-                        fixed=most*len(tasks))
+                        fixed=max_responses*len(tasks))
     return table, rows
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #75dbe86a
 def adaptive_counts(
     draw: Callable[[int, int], list[float]], # prompt and how many -> rewards
     prompts: int,            # how many
-    value_range: tuple[float, float], # of the reward
-    first: int = 8,          # as for `audit_spread`
-    most: int = 64,
+    reward_range: tuple[float, float], # of the reward
+    min_responses: int = 8,          # as for `audit_spread`
+    max_responses: int = 64,
     threshold: float = .1,
 ) -> pd.DataFrame:           # `spread_table`
     "The rounds of `audit_spread` on rewards that a function draws: to plan an audit, or to simulate one."
     found, which, drawn = [[] for _ in range(prompts)], list(range(prompts)), 0
-    while which and drawn < most:
-        count = first if not drawn else min(drawn, most - drawn)
+    while which and drawn < max_responses:
+        count = min_responses if not drawn else min(drawn, max_responses - drawn)
         for i in which: found[i] += draw(i, count)
         drawn += count
         rows = [dict(prompt=str(i), reward=x) for i, r in enumerate(found) for x in r]
-        table = spread_table(rows, value_range, threshold, .05/count_looks(first, most))
+        table = spread_table(rows, reward_range, threshold, .05/count_looks(min_responses, max_responses))
         open_ = _open(table).tolist()
         which = [i for i in which if open_[i]]
     return table
@@ -182,7 +184,7 @@ def spread_advice(
     "What to do, in words."
     said, total = [], len(table)
     if table.attrs['constant']:
-        same = table.attrs['value_range'][0]
+        same = table.attrs['reward_range'][0]
         return [f'Every reward is {same:g}: the reward is broken, or says nothing about these prompts.']
     said += _not_seen(table)
     for mask, words in (
@@ -190,7 +192,7 @@ def spread_advice(
         (table.failed > 0, 'have failed rewards: see reward_error in rows.jsonl.')):
         if n := int(mask.sum()): said.append(f'{n} of {total} {words}')
     if table.attrs['range'] == 'seen':
-        low, high = table.attrs['value_range']
+        low, high = table.attrs['reward_range']
         said.append('No range of the reward was declared: '
                     f'all of this holds for rewards from {low:g} to {high:g} only.')
     if len(costs):
@@ -223,16 +225,16 @@ def _not_seen(table: pd.DataFrame) -> list[str]:
 def write_spread(
     table: pd.DataFrame,     # from `audit_spread` or `spread_table`
     rows: Sequence[dict],    # a response each
-    out: str | Path,         # folder
+    output_dir: str | Path,  # folder
 ) -> dict[str, Any]:         # the summary
     "Write table.csv, rows.jsonl and summary.json, all or none."
-    out, costs = Path(out).expanduser(), group_costs(table)
+    folder, costs = Path(output_dir).expanduser(), group_costs(table)
     summary = spread_summary(table) if (table.n > 1).any() else dict(prompts=len(table), between_share=None)
     summary |= dict(costs=costs.to_dict('records'), advice=spread_advice(table, summary, costs),
                     written=time.strftime('%Y-%m-%d'),
                     **{k: table.attrs[k] for k in ('truncated', 'samples', 'fixed') if k in table.attrs})
     lines = ''.join(json.dumps(plain(r), ensure_ascii=False) + '\n' for r in rows)
-    write_files({out/'table.csv': table.drop(columns='prompt').to_csv(index=False).encode(),
-                 out/'rows.jsonl': lines.encode(),
-                 out/'summary.json': json_bytes(summary)})
+    write_files({folder/'table.csv': table.drop(columns='prompt').to_csv(index=False).encode(),
+                 folder/'rows.jsonl': lines.encode(),
+                 folder/'summary.json': json_bytes(summary)})
     return summary

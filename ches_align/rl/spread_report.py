@@ -38,7 +38,7 @@ def _said(summary: dict) -> str:
     if summary['constant']: return 'Every reward is the same: no gradient was seen anywhere.'
     v, total, rare = summary['verdicts'], summary['prompts'], summary['rarer_than']
     more = f' (a value rarer than one in {rare} cannot be excluded)' if rare else ''
-    a, b = map(short_number, summary['value_range'])
+    a, b = map(short_number, summary['reward_range'])
     only = f' No range was declared: this holds for rewards from {a} to {b}.' if summary['range'] == 'seen' else ''
     return (f"{percent(v['spread'][0])} of {total} prompts surely have a reward that varies, "
             f"{percent(v['no spread seen'][0])} showed no spread{more}, {percent(v['undecided'][0])} cannot be told "
@@ -48,8 +48,8 @@ def _said(summary: dict) -> str:
 # %% ../../nbs/rl/335_spread_report.ipynb #93c75159
 def _clip(text: str) -> str: return text if len(text) <= 300 else f'{text[:300]}…'
 
-def _arch(ax, table, value_range, threshold):
-    a, b = value_range
+def _arch(ax, table, reward_range, threshold):
+    a, b = reward_range
     p, n = np.linspace(0, 1, 101), table.n.min()  # n - 1 in the deviation: the fewest samples reach highest
     ax.plot(a + (b - a)*p, (b - a)*np.sqrt(p*(1 - p)*n/(n - 1)), color='0.7', lw=1)
     ax.scatter(table['mean'], table['std'], s=14, c='#0072b2', alpha=.6, linewidths=0)
@@ -70,23 +70,23 @@ def spread_report(
     table: pd.DataFrame,    # from `audit_spread` or `spread_table`
     rows: Sequence[dict],   # a response each: prompt_hash or prompt, reward, response, reward_error where known
     summary: dict[str, Any], # from `write_spread`
-    out: str | Path,        # folder for report.html and report.md; its manifest.json, if any, is told of
+    output_dir: str | Path, # folder for report.html and report.md; its manifest.json, if any, is told of
     title: str = 'Reward spread',
     count: int = 25,        # prompts a list
 ) -> list[Path]:            # what was written
     "Write the page. Raises `AuditError` for a folder that cannot be written."
-    out = Path(out).expanduser()
-    manifest = read_object(out/'manifest.json') if (out/'manifest.json').exists() else {}
+    folder = Path(output_dir).expanduser()
+    manifest = read_object(folder/'manifest.json') if (folder/'manifest.json').exists() else {}
     told = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in manifest.items() if v is not None}
     empty = dict(verdicts={}, below=[None]*3, plug_in_below=[None]*3, threshold=table.attrs['threshold'],
                  samples=int(table.n.sum()), model='', gradient=None)
     errors = Counter(r['reward_error'] for r in rows if r.get('reward_error')).most_common(10)
     report = empty | plain(summary) | dict(title=title, verdict=_said(summary), provenance=told,
         model_name=manifest.get('model'), by=model_said(empty | summary), errors=errors,
-        group=table.attrs['group'], range=table.attrs['range'], value_range=list(table.attrs['value_range']),
+        group=table.attrs['group'], range=table.attrs['range'], reward_range=list(table.attrs['reward_range']),
         lists={v: plain(_shown(table[table.verdict == v], rows, count)) for v in ('no spread seen', 'undecided')})
     many = table[table.n > 1]
-    span, threshold = table.attrs['value_range'], table.attrs['threshold']
+    span, threshold = table.attrs['reward_range'], table.attrs['threshold']
     figures = dict(arch=figure_png(_arch, many, span, threshold),
                    histogram=figure_png(_histogram, many, threshold)) if len(many) > 2 else {}
     options, pages = dict(loader=PackageLoader('ches_align'), trim_blocks=True, lstrip_blocks=True), {}
@@ -94,6 +94,6 @@ def spread_report(
                       ('md', Environment(finalize=md_escape, **options))):
         env.filters |= dict(num=short_number, pct=percent, clip=_clip)
         page = env.get_template(f'spread.{name}.j2').render(r=report, figures=figures)
-        pages[out/f'report.{name}'] = page.encode('utf-8', 'replace')
+        pages[folder/f'report.{name}'] = page.encode('utf-8', 'replace')
     write_files(pages)
     return list(pages)

@@ -54,7 +54,7 @@ def _constant(rewards: Sequence, value: float) -> list[float]:
     known = np.isfinite(np.array([np.nan if reward is None else reward for reward in rewards], float))
     return np.where(known, value, np.nan).tolist()
 
-def _range(rows: Sequence[dict], value_range: tuple[float, float] | None) -> tuple[float, float]:
+def _range(rows: Sequence[dict], reward_range: tuple[float, float] | None) -> tuple[float, float]:
     "The range that is given, or that of the rows"
     finite = clean_rewards([row['reward'] for row in rows])[0]
     if not len(finite):
@@ -62,8 +62,8 @@ def _range(rows: Sequence[dict], value_range: tuple[float, float] | None) -> tup
         raise AuditError(f'none of {len(rows)} rewards is a finite number{why}: fix the reward')
     low = float(finite.min())
     high = float(finite.max())
-    bottom, top = value_range or seen_range(low, high)
-    if not value_range and bottom == top: return bottom, top
+    bottom, top = reward_range or seen_range(low, high)
+    if not reward_range and bottom == top: return bottom, top
     slack = 1e-9*(top - bottom)  # metrics that are sums of fractions may leave their range by rounding
     if low < bottom - slack or high > top + slack:
         raise AuditError(f'rewards from {low:g} to {high:g} leave the range {bottom:g} to {top:g}')
@@ -72,7 +72,7 @@ def _range(rows: Sequence[dict], value_range: tuple[float, float] | None) -> tup
 # %% ../../nbs/rl/331_spread_table.ipynb #e60403ec
 def spread_table(
     rows: Sequence[dict],   # a response each: prompt or prompt_hash, reward (None: failed), response if known
-    value_range: tuple[float, float] | None = None, # that the reward can have; None: seen in the rows
+    reward_range: tuple[float, float] | None = None, # that the reward can have; None: seen in the rows
     threshold: float = .1,  # share of the range: a std below it counts as no spread
     alpha: float = .05,     # 1 - nominal coverage of the intervals
     groups: Sequence[int] = (2, 4, 8, 16), # group sizes to estimate the chance of no gradient for
@@ -80,9 +80,9 @@ def spread_table(
 ) -> pd.DataFrame:          # a row a prompt, in order of appearance: fields of `PromptSpread`, zero_group_G
     "Estimate every prompt. `attrs` hold range and threshold in units of the reward. Raises `AuditError`."
     by_prompt = _by_prompt(rows)
-    bottom, top = _range(rows, value_range)
+    bottom, top = _range(rows, reward_range)
     least = threshold*((top - bottom) or 1.)
-    declared = value_range is not None
+    declared = reward_range is not None
     lines = []
     for name, mine in by_prompt.items():
         texts = [row['response'] for row in mine] if all('response' in row for row in mine) else None
@@ -93,7 +93,7 @@ def spread_table(
         chances = {f'zero_group_{size}': zero_group_chance(same, size, 0.) for size in groups}
         lines.append(_about(name, mine[0]) | asdict(spread) | chances)
     table = pd.DataFrame(lines)
-    table.attrs |= dict(value_range=(bottom, top), threshold=least, constant=bool(bottom == top), alpha=alpha,
+    table.attrs |= dict(reward_range=(bottom, top), threshold=least, constant=bool(bottom == top), alpha=alpha,
                         group=group, range='declared' if declared else 'seen')
     return table
 
@@ -168,7 +168,7 @@ def group_costs(
 ) -> pd.DataFrame:            # group, useful (share), cost (responses a useful group), how
     "Share of useful groups and their cost, by group size; without the model up to the fewest responses of a prompt."
     known = table[table.n > 0]
-    two = _two_valued(known, *table.attrs['value_range'])
+    two = _two_valued(known, *table.attrs['reward_range'])
     chances = _model_chances(*two, groups) if two else _sample_chances(known, groups)
     lines = []
     for size, none in chances.items():
@@ -215,13 +215,13 @@ def spread_summary(
     if not len(known): raise AuditError('no prompt has two finite rewards: draw more')
     generator = np.random.default_rng(seed)
     def share(mask): return _share(np.asarray(mask, float), draws, generator)
-    bottom, top = table.attrs['value_range']
+    bottom, top = table.attrs['reward_range']
     threshold = table.attrs['threshold']
     within = float((known['std']**2).mean())
     between = 0.
     if len(known) > 1: between = max(0., float(known['mean'].var(ddof=1) - (known['std']**2/known.n).mean()))
     summary = dict(
-        prompts=len(table), samples=int(table.n.sum()), failed=int(table.failed.sum()), value_range=[bottom, top],
+        prompts=len(table), samples=int(table.n.sum()), failed=int(table.failed.sum()), reward_range=[bottom, top],
         range=table.attrs['range'], threshold=threshold, constant=table.attrs['constant'],
         verdicts={verdict: share(table.verdict == verdict) for verdict in VERDICTS}, **_unseen(table),
         causes=table.cause[table.cause != ''].value_counts().to_dict(),
@@ -245,9 +245,9 @@ def _share(mask: Float[np.ndarray, "n"], draws: int, generator: np.random.Genera
     some = [mask[generator.integers(0, len(mask), len(mask))].mean() for _ in range(draws)]
     return [float(mask.mean()), *np.quantile(some, [.025, .975]).tolist()]
 
-def _below(known: pd.DataFrame, value_range: tuple[float, float], threshold: float, seed: int) -> dict[str, Any]:
+def _below(known: pd.DataFrame, reward_range: tuple[float, float], threshold: float, seed: int) -> dict[str, Any]:
     "Share of prompts under the threshold by a model, and how many prompts the model has to take as they are"
-    bottom, top = value_range
+    bottom, top = reward_range
     width = (top - bottom) or 1.
     if two := _two_valued(known, bottom, top):
         return dict(model='Beta-binomial', below=list(noise_free_share(*two, threshold/width, seed=seed)), ties=0)

@@ -42,7 +42,7 @@ def _width(a: float, b: float) -> float:
 def step_spread(
     prompt_ids: Sequence[Hashable],     # one a response: hash, index or text of its prompt
     rewards: Sequence[float | None],    # what the trainer uses; None or NaN: failed
-    value_range: tuple[float, float],   # that the reward can have
+    reward_range: tuple[float, float],   # that the reward can have
     raw_rewards: Sequence[float | None] | None = None, # before shaping
     tolerance: float = 1e-6,            # share of the range under which a std is zero
     near: float = .05,                  # share of the range under which a std is nearly zero
@@ -53,7 +53,7 @@ def step_spread(
         raise AuditError(f'{len(prompt_ids)} prompt ids, {len(rewards)} rewards{raw}')
     groups = {p: r for p, r in _by_prompt(prompt_ids, rewards).items() if len(r) > 1}
     finite = clean_rewards(rewards)[0]
-    a, width = value_range[0], _width(*value_range)
+    a, width = reward_range[0], _width(*reward_range)
     std = np.array([r.std(ddof=1) for r in groups.values()])/width
     mean = (np.array([r.mean() for r in groups.values()]) - a)/width
     zero = std < tolerance
@@ -76,13 +76,13 @@ class SpreadWatch:
     "Follows the reward spread of a run, `update` by `update`."
     def __init__(
         self,
-        value_range: tuple[float, float] | None = None, # that the reward can have; None: of what has been seen
+        reward_range: tuple[float, float] | None = None, # that the reward can have; None: of what has been seen
         limits: dict[str, float] | None = None, # share -> alarm above it; None: zero .5, phantom .1, failed_share .05
         patience: int = 3,      # steps in a row that make an alarm
         near: float = .05,      # share of the range under which a std is nearly zero
         tell: Callable[[str], None] = print, # told when an alarm goes on or off
     ):
-        self.value_range, self.patience, self.near, self.tell = value_range, patience, near, tell
+        self.reward_range, self.patience, self.near, self.tell = reward_range, patience, near, tell
         self.limits = dict(zero=.5, phantom=.1, failed_share=.05) if limits is None else limits
         self.steps, self.alarms, self._seen = [], set(), (float('inf'), float('-inf'))
         self._prompts: dict[Hashable, dict] = {}
@@ -101,7 +101,7 @@ class SpreadWatch:
         "Take one batch."
         finite = clean_rewards(rewards)[0]
         if len(finite): self._seen = (min(self._seen[0], float(finite.min())), max(self._seen[1], float(finite.max())))
-        a, b = self.value_range or (seen_range(*self._seen) if self._seen[0] <= self._seen[1] else (0., 1.))
+        a, b = self.reward_range or (seen_range(*self._seen) if self._seen[0] <= self._seen[1] else (0., 1.))
         groups = prompt_ids if groups is None else groups
         made = step_spread(groups, rewards, (a, b), raw_rewards, near=self.near)
         made['failed_share'] = made['failed']/len(rewards) if len(rewards) else 0.

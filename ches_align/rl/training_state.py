@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..audit.files import AuditError
+from ..audit.run import refuse_other
 from ..audit.runs import plain, writing
 
 # %% ../../nbs/rl/334_training_state.ipynb #485d12ec
@@ -30,8 +31,9 @@ class TrainingState:
         optimiser: torch.optim.Optimizer, # its state of each of them
         identity: dict[str, Any],        # what must be the same for the training to go on
     ):
-        self.path, self.optimiser, self.identity = path and Path(path), optimiser, plain(identity)
-        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.path = path and Path(path)
+        self.optimiser, self.identity = optimiser, plain(identity)
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def save(
         self,
@@ -39,40 +41,42 @@ class TrainingState:
     ) -> None:
         "Write the file, whole or not at all. Raises `AuditError` when it cannot be written."
         if self.path is None: return
-        kept = {f'weight {n}': p.detach().contiguous() for n, p in self.trained.items()}
-        moments = ((k, n, v) for n, p in self.trained.items() for k, v in self.optimiser.state.get(p, {}).items())
-        kept |= {f'{k} {n}': v for k, n, v in moments if torch.is_tensor(v)}
+        kept = {f'weight {name}': p.detach().contiguous() for name, p in self.trained.items()}
+        for name, p in self.trained.items():
+            moments = self.optimiser.state.get(p, {})
+            kept |= {f'{what} {name}': value for what, value in moments.items() if torch.is_tensor(value)}
+        header = dict(identity=json.dumps(self.identity, sort_keys=True), told=json.dumps(plain(told)))
         part = self.path.with_name(f'.{self.path.name}.{os.getpid()}.partial')
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                save_file(kept, part,
-                          dict(identity=json.dumps(self.identity, sort_keys=True), told=json.dumps(plain(told))))
+                save_file(kept, part, header)
                 os.replace(part, self.path)
-            except SafetensorError as e: raise OSError(str(e)) from None
+            except SafetensorError as error: raise OSError(str(error)) from None
             finally: part.unlink(missing_ok=True)  # half a file of a full disk
 
     def load(self) -> dict[str, Any] | None: # what was told; None: there is no file
         "Put weights and moments back. Raises `AuditError` for a file of another training, or one that holds no state."
         if self.path is None or not self.path.exists(): return None
         try:
-            with safe_open(self.path, 'pt') as f:
-                about = f.metadata()
-                if json.loads(about['identity']) != self.identity:
-                    raise AuditError(f'{self.path} is of another training: delete it, or name another folder')
-                self._put_back(f)
-                return json.loads(about['told'])
-        except (SafetensorError, KeyError, ValueError) as e:
-            if isinstance(e, AuditError): raise
-            raise AuditError(f'{self.path}: no state of a training ({e}): delete it') from None
+            with safe_open(self.path, 'pt') as file:
+                header = file.metadata()
+                then = json.loads(header['identity'])
+                refuse_other(self.path, then, dict.fromkeys(then) | self.identity, 'training')
+                self._put_back(file)
+                return json.loads(header['told'])
+        except AuditError: raise
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise AuditError(f'{self.path}: no state of a training ({error}): delete it') from None
 
 # %% ../../nbs/rl/334_training_state.ipynb #a0cb7657
 @patch
-def _put_back(self: TrainingState, f: Any) -> None:
+def _put_back(self: TrainingState, file: Any) -> None:
     "Weights and moments of an open file"
-    for n, p in self.trained.items(): p.data.copy_(f.get_tensor(f'weight {n}'))
-    for key in f.keys():
+    for name, p in self.trained.items(): p.data.copy_(file.get_tensor(f'weight {name}'))
+    for key in file.keys():
         what, _, name = key.partition(' ')
         if what == 'weight': continue
-        p, value = self.trained[name], f.get_tensor(key)
+        p = self.trained[name]
+        value = file.get_tensor(key)
         self.optimiser.state[p][what] = value if value.ndim == 0 else value.to(p.device)

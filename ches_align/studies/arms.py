@@ -20,7 +20,7 @@ from torch import nn
 
 from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair
-from ..audit.runs import add_run
+from ..audit.run import Run
 from ..training.config import ConfigError, build_config, config_dict
 from ..audit.workers import processes
 from ..training.probes import measure_probes, weights_dtype
@@ -28,7 +28,7 @@ from ..training.train import RunData, load_trainable, make_trainer
 from ..training.train_config import TrainConfig
 
 # %% ../../nbs/studies/380_arms.ipynb #86a64fac
-SHARED = ('model', 'revision', 'data', 'split', 'columns', 'limit', 'chat', 'out', 'max_length', 'dtype', 'seed')
+SHARED = ('model', 'revision', 'data', 'split', 'columns', 'limit', 'apply_chat_template', 'out', 'max_length', 'dtype', 'seed')
 UNUSED = ('eval_share', 'eval_data', 'eval_steps', 'displacement', 'save_steps', 'keep_checkpoints', 'report_to')
 
 @dataclass
@@ -98,12 +98,12 @@ def run_arm(
 
 # %% ../../nbs/studies/380_arms.ipynb #19103a2a
 def finish_arm(
-    out: Path,       # the study's folder
+    run: Run,        # of the study
     arm: Arm,
     line: dict,      # from `run_arm`, and whatever else was found
     **about,         # more columns
 ) -> dict:           # what was written
     "Write what an arm did."
     whole = dict(key=arm.key, arm=arm.name, seed=arm.seed, rows=arm.rows, changes=arm.changes) | about | line
-    add_run(out, whole)
+    run.add(whole)
     return whole

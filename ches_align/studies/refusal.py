@@ -9,11 +9,9 @@ __all__ = ['HELD', 'GOLD', 'PARTS', 'SCORED', 'study_prompts', 'taught_start', '
 # %% ../../nbs/studies/402_refusal.ipynb #c19ca956
 import dataclasses
 import hashlib
-import os
 import random
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -25,7 +23,8 @@ from ..audit.data import load_pairs
 from ..audit.files import AuditError, read_rows
 from ..audit.hidden_states import EncodedPair, encode_pairs
 from ..audit.models import ScoringModel, model_now
-from ..audit.runs import load_runs, only_writer, open_runs, plain
+from ..audit.run import Run, open_run
+from ..audit.runs import plain
 from ..audit.scoring import score_dataset
 from ..refusal.judges import JUDGE_PROMPT, ChatJudge, RuleJudge, judge_responses, sorry_judge
 from ..refusal.preferences import load_gold, load_prompts, make_preferences, write_preferences
@@ -115,7 +114,7 @@ def _encode(path: Path, first: int, lm: ScoringModel, longest: int | None, flagg
 
 def _pair_rows(study: RefusalStudy, lm: ScoringModel, prompts: Sequence, seed: int, out: Path, progress: bool) -> list:
     "Two responses to each prompt"
-    drawn = Sampling(temperature=study.pair_temperature, max_new_tokens=study.max_new_tokens, count=2, seed=seed)
+    drawn = Sampling(temperature=study.pair_temperature, max_new_tokens=study.max_new_tokens, responses=2, seed=seed)
     rows = generate_responses(lm, [p['prompt'] for p in prompts], drawn, out/'responses', progress=progress)
     return [dict(id=prompts[r['prompt_index']]['id']) | r for r in rows]
 
@@ -176,27 +175,27 @@ def _probes(rows: Sequence[int], count: int, seed: int) -> list[int]:
 def run_refusals(
     study: RefusalStudy,
     progress: bool = True, # bars, on a terminal
-) -> list[dict]:           # all lines, as `load_runs`
+) -> list[dict]:           # all lines, as `run_rows`
     "Run what is missing of a study. Raises `AuditError`."
     if processes().num_processes > 1:
         raise AuditError('a study of refusals runs in one process; configs/sorry_bench has the commands for several')
-    out = Path(study.out).expanduser()
-    with only_writer(out):
-        prompts, taught = study_prompts(study)
-        replies = first_replies(study.prompts, study.split) if study.teach else {}
-        lm = load_trainable(dataclasses.replace(study.common, model=taught_start(study, taught, replies)))
-        judge, gold = _study_judge(study, str(lm.device)), _gold_pairs(study, prompts, replies)
-        scorer = RewardScorer(study.reward_model, device=lm.device.type) if study.reward_model else None
-        identity = _identity(study, lm, prompts, judge, gold, scorer)
-        done = {r['key'] for r in open_runs(out, identity, _about(study))}
+    prompts, taught = study_prompts(study)
+    replies = first_replies(study.prompts, study.split) if study.teach else {}
+    lm = load_trainable(dataclasses.replace(study.common, model=taught_start(study, taught, replies)))
+    judge, gold = _study_judge(study, str(lm.device)), _gold_pairs(study, prompts, replies)
+    scorer = RewardScorer(study.reward_model, device=lm.device.type) if study.reward_model else None
+    identity = _identity(study, lm, prompts, judge, gold, scorer)
+    with open_run(study.out, identity, _about(study), packages=['trl']) as run:
+        done = {row['key'] for row in run.rows()}
         total, hide = len(study.seeds)*(1 + len(study.arms)), None if progress else True
         bar = tqdm(total=total, initial=len(done), unit='arm', disable=hide)
         for seed in study.seeds:
             if done >= {f'{a}|{seed}' for a in ('start', *study.arms)}: continue
             bench = open_refusal_bench(study, lm, prompts, gold, judge, scorer, seed, progress)
-            _run_seed(study, bench, judge, seed, done, bar)
+            _run_seed(study, bench, judge, seed, run, done, bar)
         bar.close()
-    return load_runs(out)
+        run.finish()
+        return run.rows()
 
 # %% ../../nbs/studies/402_refusal.ipynb #refusal-study-identity
 def _identity(study: RefusalStudy, lm: ScoringModel, prompts: list, judge: Any, gold: dict, scorer: Any) -> dict:
@@ -210,13 +209,11 @@ def _identity(study: RefusalStudy, lm: ScoringModel, prompts: list, judge: Any, 
                       reward_model=scorer.identity if scorer else None))
 
 def _about(study: RefusalStudy) -> dict:
-    machine = f'{os.cpu_count()} CPUs, {torch.get_num_threads()} threads'
-    if torch.cuda.is_available(): machine = torch.cuda.get_device_name()
-    told = dict(model=Path(study.model).name, prompts=Path(study.prompts).name, hardware=machine)
+    told: dict[str, Any] = dict(model=Path(study.model).name, prompts=Path(study.prompts).name)
     if study.teach:  # prompts without an answer of the kind drawn are left out, so the share is counted
         refuses = [r['refuses'] for r in read_rows(Path(study.out).expanduser()/'start'/'rows.jsonl')]
         told['taught'] = dict(answers=len(refuses), refusals=sum(refuses))
-    return told | dict(versions={p: version(p) for p in ('ches_align', 'torch', 'transformers', 'trl')})
+    return told
 
 # %% ../../nbs/studies/402_refusal.ipynb #6f5a736c
 PARTS = {'train': 't', 'test': 'h', '': '-'}
@@ -229,7 +226,8 @@ def _start_line(bench: RefusalBench, gold: int) -> dict:
     return dict(pairs=told | dict(kind=bench.scores.kind.tolist()), flagged=bench.flagged, gold=gold,
                 parts=''.join(PARTS[p['part']] for p in bench.prompts), seconds=0)
 
-def _run_seed(study: RefusalStudy, bench: RefusalBench, judge: Callable, seed: int, done: set[str], bar: Any) -> None:
+def _run_seed(study: RefusalStudy, bench: RefusalBench, judge: Callable, seed: int, run: Run, done: set[str],
+              bar: Any) -> None:
     "The start and the arms of one seed that are missing, each a line"
     out = Path(study.out).expanduser()
     held = _probes([r for r in bench.encoded if HELD <= r < GOLD], study.probes, seed)
@@ -240,7 +238,7 @@ def _run_seed(study: RefusalStudy, bench: RefusalBench, judge: Callable, seed: i
         return folder
     if f'start|{seed}' not in done:
         refused = measure_refusal(bench.lm.model, bench, study, judge, seed, texts('start'), False)
-        finish_arm(out, Arm('start', [], seed), _start_line(bench, len(gold)), refused=refused)
+        finish_arm(run, Arm('start', [], seed), _start_line(bench, len(gold)), refused=refused)
         bar.update()
     common = dataclasses.replace(study.common, model=str(bench.lm.name))
     for arm in plan_refusal_arms(study, bench.scores, gold, seed):
@@ -252,5 +250,5 @@ def _run_seed(study: RefusalStudy, bench: RefusalBench, judge: Callable, seed: i
         line, model = run_arm(config, [bench.encoded[r] for r in arm.rows], measured, before)
         refused = ''
         if not line['stopped']: refused = measure_refusal(model, bench, study, judge, seed, texts(arm.name), False)
-        finish_arm(out, arm, line, refused=refused, own=own, held=held)
+        finish_arm(run, arm, line, refused=refused, own=own, held=held)
         bar.update()

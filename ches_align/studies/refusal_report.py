@@ -16,7 +16,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from ..audit.files import AuditError
-from ..audit.runs import load_runs, plain, read_object, write_files
+from ..audit.run import run_rows
+from ..audit.runs import plain, read_object, write_files
 from .arms import Arm, arm_config
 from .refusal_plan import ARMS, RefusalStudy
 from ..training.train_config import check as check_training
@@ -25,7 +26,7 @@ from ..training.train_config import check as check_training
 PART_SIGNS = {'train': 't', 'test': 'h'}
 
 def refusal_counts(
-    runs: Sequence[dict],     # of `load_runs`
+    runs: Sequence[dict],     # of `run_rows`
     arm: str,                 # its name; 'start': before training
     part: str,                # train or test
 ) -> Float[np.ndarray, "prompts 2"]: # refusals and verdicts of each prompt, over the seeds that the arm has
@@ -55,7 +56,7 @@ def contrast(
 
 # %% ../../nbs/studies/403_refusal_report.ipynb #ad908eb5
 def rate_table(
-    runs: Sequence[dict], # of `load_runs`
+    runs: Sequence[dict], # of `run_rows`
     against: str = 'start', # the arm that changes are taken from
 ) -> pd.DataFrame: # arm, seeds, pairs, steps, destroyed; train_ and test_ rate, change, low, high; own, held, rejected
     "One line an arm, in the order of the file."
@@ -79,7 +80,7 @@ def rate_table(
     return pd.DataFrame(lines)
 
 def composition(
-    runs: Sequence[dict],  # of `load_runs`
+    runs: Sequence[dict],  # of `run_rows`
     by: str = 'ln_ches',   # a score of the start's lines
     parts: int = 3,        # of equal size, from the lowest score up
 ) -> pd.DataFrame:         # shares of kinds in each part, its pairs, mean score and mean tokens of both responses
@@ -123,7 +124,7 @@ def write_refusals(
 ) -> list[Path]:     # what was written
     "Write table and figure of a study."
     out, picture = Path(out).expanduser(), io.BytesIO()
-    table = rate_table(load_runs(out))
+    table = rate_table(run_rows(out))
     plot_rates(table).savefig(picture, format='png')
     files = {out/'table.csv': table.to_csv(index=False).encode(), out/'rates.png': picture.getvalue()}
     write_files(files)
@@ -135,10 +136,11 @@ def refusal_record(
     "The record of a study. Raises `AuditError` for folders of different studies, or with a line in two of them."
     folders = [Path(o).expanduser() for o in outs]
     manifests = [read_object(f/'manifest.json') for f in folders]
-    told = [{k: v for k, v in m.items() if k != 'hardware' and v is not None} for m in manifests]  # None: not there
+    free = ('hardware', 'complete')
+    told = [{k: v for k, v in m.items() if k not in free and v is not None} for m in manifests]  # None: not there
     if odd := [f for f, m in zip(folders, told) if m != told[0]]:
         raise AuditError(f'{odd[0]} holds another study than {folders[0]}')
-    runs = [r for f in folders for r in load_runs(f)]
+    runs = [r for f in folders for r in run_rows(f)]
     if len({r['key'] for r in runs}) < len(runs): raise AuditError('a line stands in two folders')
     return plain(manifests[0] | dict(seconds=round(sum(r['seconds'] for r in runs)), runs=runs))
 

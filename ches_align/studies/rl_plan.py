@@ -56,7 +56,7 @@ class RLStudy:
     limit: int | None = None    # prompts, drawn by `task_seed`; None: all
     task_seed: int = 7          # of that draw and of the held-out prompts
     test: float = 0.            # share of the prompts that is measured and never trained on, in [0, 1)
-    chat: bool | None = None    # apply the chat template; None: if there is one
+    apply_chat_template: str = 'auto' # yes, no, or auto: where the model has one
     prompt_tokens: int | None = None # longest prompt; what is longer is cut
     cut: str = 'right'          # the side that is cut off
     low: float = 0.             # lowest value that the reward can have
@@ -81,7 +81,7 @@ class RLStudy:
 
     @property
     def drawn(self) -> Sampling: # how audits draw
-        return build_config(dict(max_new_tokens=24) | self.sampling | dict(count=self.samples), Sampling, 'sampling')
+        return build_config(dict(max_new_tokens=24) | self.sampling | dict(responses=self.samples), Sampling, 'sampling')
 
 # %% ../../nbs/studies/404_rl_plan.ipynb #rl-study-checks
 def _check_values(s: RLStudy) -> None:

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from ..audit.files import AuditError
-from ..audit.runs import load_runs, plain, read_object, write_files
+from ..audit.run import run_rows
+from ..audit.runs import plain, read_object, write_files
 from ..rl.spread_table import spread_summary, spread_table
 
 # %% ../../nbs/studies/406_rl_report.ipynb #30181301
@@ -28,7 +29,7 @@ def reward_matrix(
     return np.array([[np.nan if x is None else x for x in row] for row in measured['rewards']], float)
 
 def start_halves(
-    runs: Sequence[dict], # of `load_runs`
+    runs: Sequence[dict], # of `run_rows`
 ) -> tuple[Float[np.ndarray, "prompts half"], Float[np.ndarray, "prompts half"], int]: # two sets; prompts trained on
     "The rewards of the start, in two; prompts trained on come first. Raises `AuditError` when it is not there."
     start = [r for r in runs if r['key'] == 'start']
@@ -39,7 +40,7 @@ def start_halves(
 STAGES = {'start': 'after', 'after_sft': 'after_sft', 'after': 'after'}
 
 def stage_means(
-    runs: Sequence[dict], # of `load_runs`
+    runs: Sequence[dict], # of `run_rows`
     arm: str,
     stage: str,           # after_sft or after
 ) -> Float[np.ndarray, "seeds prompts"]:
@@ -53,7 +54,7 @@ def _corr(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0 else float('nan')
 
 def spread_correlations(
-    runs: Sequence[dict],   # of `load_runs`
+    runs: Sequence[dict],   # of `run_rows`
     arm: str,
     stage: str,             # after_sft or after
     absolute: bool = True,  # of |change|, or of the change itself
@@ -80,14 +81,14 @@ def spread_correlations(
 # %% ../../nbs/studies/406_rl_report.ipynb #a290fe6a
 def _stage_row(
     r: Float[np.ndarray, "sets prompts samples"],
-    value_range: tuple[float, float],
+    reward_range: tuple[float, float],
     threshold: float,
 ) -> dict:
     "What the spread looks like, averaged over seeds, or over the halves of the start"
     lines = []
     for one in r:
         rows = [dict(prompt_hash=str(i), reward=None if np.isnan(x) else x) for i, row in enumerate(one) for x in row]
-        t = spread_table(rows, value_range, threshold, groups=())
+        t = spread_table(rows, reward_range, threshold, groups=())
         s = spread_summary(t, draws=1)
         lines.append(dict(p10=s['std_quantiles']['0.1'], zero=float((t['std'] == 0).mean()), below=s['below'][0],
                           no_spread_seen=s['verdicts']['no spread seen'][0]))
@@ -95,8 +96,8 @@ def _stage_row(
 
 # %% ../../nbs/studies/406_rl_report.ipynb #stage-table-of-arms
 def stage_table(
-    runs: Sequence[dict],    # of `load_runs`
-    value_range: tuple[float, float] = (0., 1.),
+    runs: Sequence[dict],    # of `run_rows`
+    reward_range: tuple[float, float] = (0., 1.),
     threshold: float = .1,   # share of the range
     draws: int = 2000,       # bootstrap samples of the prompts
     held: bool = False,      # of the held-out prompts, not of those trained on
@@ -109,12 +110,12 @@ def stage_table(
     before, g = np.nanmean(np.concatenate([a, b], 1), 1), np.random.default_rng(0)
     some = g.integers(0, len(a), (draws, len(a)))
     start = dict(arm='start', stage='start', seeds=1, mean=float(before.mean()))
-    lines = [start | _stage_row(np.stack([a, b]), value_range, threshold)]  # each half as large as a stage's samples
+    lines = [start | _stage_row(np.stack([a, b]), reward_range, threshold)]  # each half as large as a stage's samples
     for arm in dict.fromkeys(r['arm'] for r in runs if r['arm'] != 'start'):
         for stage in ('after_sft', 'after'):
             r = np.array([reward_matrix(x[stage])[mine] for x in runs if x['arm'] == arm and x.get(stage)])
             if len(r): lines.append(dict(arm=arm, stage=stage) | _change_row(np.nanmean(r, 2), before, some)
-                                    | _stage_row(r, value_range, threshold))
+                                    | _stage_row(r, reward_range, threshold))
     return pd.DataFrame(lines)
 
 def _change_row(
@@ -150,7 +151,7 @@ def plot_stages(
     return fig
 
 def plot_spread_change(
-    runs: Sequence[dict],                  # of `load_runs`
+    runs: Sequence[dict],                  # of `run_rows`
     shown: Sequence[tuple[str, str, str]], # arm, stage and title of each panel
 ) -> Any:                                  # a Matplotlib figure
     "Change of the mean against the spread before, a dot a prompt, half the start's samples each."
@@ -173,7 +174,7 @@ def write_rl(
     "Write table and figure of a study. Raises `AuditError`."
     out, picture = Path(out).expanduser(), io.BytesIO()
     study = read_object(out/'manifest.json')['study']
-    table = stage_table(load_runs(out), (study['low'], study['high']), study['threshold'])
+    table = stage_table(run_rows(out), (study['low'], study['high']), study['threshold'])
     plot_stages(table).savefig(picture, format='png')
     made = {out/'table.csv': table.to_csv(index=False).encode(), out/'stages.png': picture.getvalue()}
     write_files(made)
@@ -184,5 +185,5 @@ def rl_record(
 ) -> dict:           # JSON: manifest and `runs`; no texts
     "The record of a study."
     out = Path(out).expanduser()
-    runs = load_runs(out)
+    runs = run_rows(out)
     return plain(read_object(out/'manifest.json') | dict(seconds=round(sum(r['seconds'] for r in runs)), runs=runs))

@@ -6,13 +6,11 @@
 __all__ = ['measure_rewards', 'run_rl_arm', 'run_rl']
 
 # %% ../../nbs/studies/405_rl_study.ipynb #d8d14a0c
-import os
 import shutil
 import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -21,7 +19,8 @@ from tqdm.auto import tqdm
 
 from ..audit.files import AuditError
 from ..audit.models import ScoringModel, model_now
-from ..audit.runs import add_run, load_runs, only_writer, open_runs, plain
+from ..audit.run import open_run
+from ..audit.runs import plain
 from ..rl.generation import generate_responses
 from ..rl.policy_gradient import train_policy, train_supervised
 from ..rl.rewards import Reward, call_reward, load_reward, reward_columns, reward_identity, try_reward
@@ -41,8 +40,8 @@ def measure_rewards(
 ) -> dict[str, Any]:        # rewards (a list a prompt, None: failed), failed, error, finished (share), distinct (texts)
     "Draw, reward, count."
     with torch.autocast(lm.device.type, torch.bfloat16) if study.bf16 else nullcontext():
-        rows = generate_responses(lm, [t['prompt'] for t in tasks], replace(study.drawn, count=samples, seed=seed), out,
-                                  study.batch_tokens, chat=study.chat, progress=False, names=seed_names(tasks),
+        rows = generate_responses(lm, [t['prompt'] for t in tasks], replace(study.drawn, responses=samples, seed=seed), out,
+                                  study.batch_tokens, apply_chat_template=study.apply_chat_template, progress=False, names=seed_names(tasks),
                                   keep_ids=True)
     mine = [tasks[r['prompt_index']] for r in rows]
     ids, columns = [r['ids'] for r in rows], reward_columns(mine, tasks)
@@ -82,11 +81,11 @@ def run_rl_arm(
     line: dict[str, Any] = dict(sft=[], after_sft=None, rft=[], after=None)
     if sft:
         losses = train_supervised(lm, train, **asdict(sft), seed=seed, progress=progress, bf16=study.bf16,
-                                  chat=study.chat, save=work/'sft.safetensors', save_steps=study.save_steps)
+                                  apply_chat_template=study.apply_chat_template, save=work/'sft.safetensors', save_steps=study.save_steps)
         line['sft'] = [round(x, 4) for x in losses]
         line['after_sft'] = measure_rewards(lm, study, everything, reward, seed + 1, study.samples, work/'after_sft')
     if rft:
-        made = train_policy(lm, train, reward, rft, None, progress, study.chat, work/'rft.safetensors',
+        made = train_policy(lm, train, reward, rft, None, progress, study.apply_chat_template, work/'rft.safetensors',
                             study.save_steps)
         line['rft'] = [{k: round(v, 5) for k, v in step.items()} for step in made]
         line['after'] = measure_rewards(lm, study, everything, reward, seed + 1, study.samples, work/'after')
@@ -96,13 +95,13 @@ def run_rl_arm(
 def run_rl(
     study: RLStudy,
     progress: bool = True, # bars, on a terminal
-) -> list[dict]:           # all lines, as `load_runs`: `start`, then the arms
+) -> list[dict]:           # all lines, as `run_rows`: `start`, then the arms
     "Run what is missing of a study. Raises `AuditError`."
     out, reward = Path(study.out).expanduser(), load_reward(study.reward)
-    with only_writer(out):
-        lm = _fresh(study)
-        train, held = study_tasks(study, lm.tokenizer)
-        lines = open_runs(out, _identity(study, lm, [*train, *held], reward), _about(study))
+    lm = _fresh(study)
+    train, held = study_tasks(study, lm.tokenizer)
+    with open_run(out, _identity(study, lm, [*train, *held], reward), _about(study)) as run:
+        lines = run.rows()
         arms, done = study.arms, {l['key'] for l in lines}
         if other := [l['arm'] for l in lines if l['arm'] in arms and l['settings'] != plain(arms[l['arm']])]:
             raise AuditError(f'{out}: arm {other[0]} was run with other settings: give the new one another name')
@@ -110,7 +109,7 @@ def run_rl(
         total, hide = 1 + len(study.seeds)*len(arms), None if progress else True
         bar = tqdm(total=total, initial=len(done), unit='arm', disable=hide)
         def finish(key, began, **line):
-            add_run(out, dict(key=key, **line, seconds=round(time.perf_counter() - began, 1)))
+            run.add(dict(key=key, **line, seconds=round(time.perf_counter() - began, 1)))
             shutil.rmtree(work(key), ignore_errors=True)
             bar.update()
         if 'start' not in done:
@@ -125,7 +124,8 @@ def run_rl(
             line = run_rl_arm(study, arm, seed, train, held, reward, work(key), progress)
             finish(key, began, arm=arm, seed=seed, settings=arms[arm], **line)
         bar.close()
-    return load_runs(out)
+        run.finish()
+        return run.rows()
 
 # %% ../../nbs/studies/405_rl_study.ipynb #93ce777f
 def _start_line(lm: ScoringModel, study: RLStudy, tasks: list[dict], reward: Reward, out: Path) -> dict:
@@ -142,8 +142,5 @@ def _identity(study: RLStudy, lm: ScoringModel, tasks: list[dict], reward: Rewar
                       tasks_hash=prompt_hash(plain(tasks))))
 
 def _about(study: RLStudy) -> dict:
-    machine = f'{os.cpu_count()} CPUs, {torch.get_num_threads()} threads'
-    if torch.cuda.is_available(): machine = torch.cuda.get_device_name()
     tasks = Path(study.tasks).name if Path(study.tasks).exists() else study.tasks
-    return dict(model=Path(study.model).name, tasks=tasks, hardware=machine,
-                versions={p: version(p) for p in ('ches_align', 'torch', 'transformers')})
+    return dict(model=Path(study.model).name, tasks=tasks)

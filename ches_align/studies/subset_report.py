@@ -17,7 +17,8 @@ import pandas as pd
 from scipy.stats import t
 
 from ..audit.files import AuditError
-from ..audit.runs import load_runs, plain, read_object, write_files
+from ..audit.run import run_rows
+from ..audit.runs import plain, read_object, write_files
 from ..audit.scoring import load_scores
 from ..audit.selection import ORDERS
 from .arms import Arm, arm_config
@@ -28,7 +29,7 @@ from ..training.train_config import check as check_training
 
 # %% ../../nbs/studies/400_subset_report.ipynb #764995a2
 def point_table(
-    runs: Sequence[dict], # of `load_runs`
+    runs: Sequence[dict], # of `run_rows`
 ) -> pd.DataFrame: # measure quantile seeds trained low high held held_low held_high rejected share destroyed
     "The numbers of the figure; an arm that destroyed the model is counted, and is in no mean."
     rows = []
@@ -49,7 +50,7 @@ def point_table(
                         held_high=table.held + halves['held']).reset_index()
 
 def foretelling(
-    runs: Sequence[dict],   # of `load_runs`
+    runs: Sequence[dict],   # of `run_rows`
     scores: pd.DataFrame,   # of the study
     among: str | None = 'random', # whose arms are looked into; None: all arms not chosen by the score in question
     measures: Sequence[str] = ('ches', 'ln_ches', 'head_ches', 'neg_edit_distance', 'last_hidden_inner', 'length'),
@@ -98,7 +99,7 @@ def write_study(
 ) -> list[Path]:     # what was written
     "Write the table and the figure of a study."
     out = Path(out).expanduser()
-    table, picture = point_table(load_runs(out)), io.BytesIO()
+    table, picture = point_table(run_rows(out)), io.BytesIO()
     plot_points(table).savefig(picture, format='png')
     files = {out/'table.csv': table.to_csv(index=False).encode(), out/'points.png': picture.getvalue()}
     write_files(files)
@@ -113,7 +114,7 @@ def study_record(
 ) -> dict:                            # JSON: manifest, `runs`, `scores` (a column each, six digits)
     "The record of a study."
     out = Path(out).expanduser()
-    runs, table = load_runs(out), load_scores(scores or out/'scores')
+    runs, table = run_rows(out), load_scores(scores or out/'scores')
     used = table[table.row_id.isin({i for r in runs for i in r['rows']})]
     columns = {c: [float(f'{v:.6g}') for v in used[c]] for c in SCORES}
     made = read_object(out/'manifest.json')

@@ -10,24 +10,20 @@ __all__ = ['Fit', 'SubsetStudy', 'quantile_slice', 'Bench', 'study_rows', 'check
 import dataclasses
 import hashlib
 import json
-import os
 import random
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
-from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from ..audit.data import Pair, load_pairs, template_columns
 from ..audit.files import AuditError
 from ..audit.hidden_states import EncodedPair, encode_pairs
-from ..audit.model_identity import differences
-from ..audit.runs import load_runs, only_writer, open_runs, plain, write_files
+from ..audit.run import Run, differences, open_run
+from ..audit.runs import plain, write_files
 from ..audit.scoring import load_scores, score_dataset
 from ..audit.selection import order_values
 from .arms import Arm, arm_config, finish_arm, run_arm
@@ -55,7 +51,7 @@ class SubsetStudy:
     out: str = 'runs/subsets'
     split: str | None = None    # of the data
     columns: dict[str, str] | str | None = None # which column is which
-    chat: bool = False          # treat text prompts as one user message
+    apply_chat_template: str = 'auto' # yes: text prompts become one user message; no: messages become text
     sample: int | None = None   # rows drawn from the data; None = all
     sample_seed: int = 548      # of that draw and of the held-out rows
     max_length: int | None = 512 # of prompt + response, in tokens
@@ -86,7 +82,7 @@ class SubsetStudy:
 
     @property
     def common(self) -> TrainConfig: # what the arms share
-        return TrainConfig(model=self.model, data=self.data, max_length=self.max_length, chat=self.chat,
+        return TrainConfig(model=self.model, data=self.data, max_length=self.max_length, apply_chat_template=self.apply_chat_template,
                            architecture=self.architecture)
 
 # %% ../../nbs/studies/390_subsets.ipynb #74cd142a
@@ -118,7 +114,7 @@ def study_rows(study: SubsetStudy, tokenizer: Any, longest: int | None,
                ) -> tuple[list[Pair], dict[int, EncodedPair], dict[str, int]]:
     "Pairs, the usable ones in token ids, and why others are not"
     seed = None if study.sample is None else study.sample_seed
-    pairs = load_pairs(study.data, study.split, study.columns, study.sample, seed, chat=study.chat)
+    pairs = load_pairs(study.data, study.split, study.columns, study.sample, seed, apply_chat_template=study.apply_chat_template)
     encoded = encode_pairs(pairs, tokenizer, None if study.short else longest)
     flagged: dict[str, int] = {}
     for e in encoded:
@@ -222,36 +218,29 @@ def open_bench(study: SubsetStudy, progress: bool = True) -> tuple[Bench, dict]:
 def run_subsets(
     study: SubsetStudy,
     progress: bool = True, # a bar, on a terminal
-) -> list[dict]:           # all lines, as `load_runs`
+) -> list[dict]:           # all lines, as `run_rows`
     "Run what is missing of a study. Raises `AuditError`."
-    out, here = Path(study.out).expanduser(), processes()
-    with only_writer(out if here.is_main_process else None):
-        bench, identity = open_bench(study, progress)
-        planned, said = plan_arms(study, bench), [None, '']
-        if here.is_main_process:
-            try: said[0] = [r['key'] for r in open_runs(out, identity, _about(study, bench))]
-            except AuditError as e: said[1] = str(e)
-        if here.num_processes > 1: broadcast_object_list(said)
-        if said[1]: raise AuditError(said[1])
-        arms = [(a, named) for a, named in planned if a.key not in said[0]]
-        _run_arms(study, bench, arms, len(said[0]), out, progress)
-        here.wait_for_everyone()
-    return [r for r in load_runs(out) if r['key'] in {a.key for a, _ in planned}]
+    bench, identity = open_bench(study, progress)
+    planned = plan_arms(study, bench)
+    with open_run(study.out, identity, _about(study, bench), packages=['trl']) as run:
+        done = {row['key'] for row in run.rows()}
+        arms = [(arm, named) for arm, named in planned if arm.key not in done]
+        _run_arms(study, bench, arms, len(done), run, progress)
+        run.finish()
+        keys = {arm.key for arm, _ in planned}
+        return [row for row in run.rows() if row['key'] in keys]
 
 def _about(study: SubsetStudy, bench: Bench) -> dict:
     "What the manifest tells besides"
-    machine = (torch.cuda.get_device_name() if torch.cuda.is_available()
-               else f'{os.cpu_count()} CPUs, {torch.get_num_threads()} threads')
     return dict(model=Path(study.model).name, data=Path(study.data).name, usable=len(bench.encoded),
-                flagged=bench.flagged, held=bench.held, hardware=machine,
-                versions={p: version(p) for p in ('ches_align', 'torch', 'transformers', 'trl')})
+                flagged=bench.flagged, held=bench.held)
 
-def _run_arms(study: SubsetStudy, bench: Bench, arms: list, done: int, out: Path, progress: bool) -> None:
+def _run_arms(study: SubsetStudy, bench: Bench, arms: list, done: int, run: Run, progress: bool) -> None:
     "The arms that are missing, each a line"
     before = dict(zip(bench.scores.row_id, bench.scores[['chosen_logps', 'rejected_logps']].values.tolist()))
     common = dataclasses.replace(study.common, model=bench.start)
     for arm, said in tqdm(arms, initial=done, total=done + len(arms), unit='arm', disable=None if progress else True):
         train = [bench.encoded[r] for r in arm.rows]
         measured = train + [bench.encoded[r] for r in bench.held]
-        line, _ = run_arm(arm_config(common, arm, out), train, measured, before)
-        if processes().is_main_process: finish_arm(out, arm, line, **said)
+        line, _ = run_arm(arm_config(common, arm, run.folder), train, measured, before)
+        if processes().is_main_process: finish_arm(run, arm, line, **said)

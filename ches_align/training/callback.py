@@ -17,13 +17,14 @@ from weakref import WeakSet
 
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from fastcore.basics import patch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..audit.files import AuditError
+from ..audit.workers import on_main
 from .probes import ProbeState, join_states, read_probes
 from .tracker import DisplacementTracker, OtherRun, check_watch, reason, say
 
@@ -34,14 +35,15 @@ class DisplacementCallback(TrainerCallback):
     "Put this in the `callbacks` of TRL's `DPOTrainer` or of any Transformers trainer."
     def __init__(self,
         probes: Any,                    # pairs held out, whatever `load_pairs` reads, or a `DisplacementTracker`
-        out: str | Path | None = None,  # folder; None: `displacement` in the trainer's output folder
+        output_dir: str | Path | None = None, # folder; None: `displacement` in the trainer's output folder
         every: int = 10,                # optimiser steps between measurements
         tokenizer: Any = None,          # None: the trainer's
         **options):                     # more for `DisplacementTracker`; `max_length` is the trainer's if not given
         self.tracker = probes if isinstance(probes, DisplacementTracker) else None
         self.every = self.tracker.every if self.tracker else every
         if self.tracker is None: probes = _check_options(probes, every, options)
-        self.probes, self.out, self.tokenizer, self.options = probes, out, tokenizer, options
+        self.probes, self.tokenizer, self.options = probes, tokenizer, options
+        self.output_dir = output_dir
         self.reporters: list | None = None
         self.run: Any = None  # the trainer's state while it trains
         self.mute = ''        # why nothing is measured
@@ -61,11 +63,11 @@ class DisplacementCallback(TrainerCallback):
             self.tracker.start_seconds = self.tracker.clock - began
             return self.tracker.kept
         if not self.mute:
-            opened = self._on_first(open_history)
+            opened = _try(lambda: on_main(open_history))
             self.mute, self.tracker.kept = opened.why, opened.value or self.tracker.kept
         if not self.mute: return
         if PartialState().is_main_process: say(f'displacement is not measured: {self.mute}; training goes on')
-        self._on_first(lambda: self._report(args, state, control, model, dict(error=1.)))
+        _try(lambda: on_main(lambda: self._report(args, state, control, model, dict(error=1.))))
 
 # %% ../../nbs/training/240_callback.ipynb #ec503377
 @patch
@@ -79,7 +81,7 @@ def on_train_end(self: DisplacementCallback, args, state, control, model=None, l
     if not self.mute and state.global_step % self.every and not args.load_best_model_at_end:
         if not self.tracker.stopped: self._measure(args, state, control, model, lr_scheduler)
     close = self.tracker.close if not self.mute else lambda: f'displacement: not measured; {self.mute}'
-    closed = self._on_first(lambda: print(close()))
+    closed = _try(lambda: on_main(lambda: print(close())))
     if closed.why and PartialState().is_main_process: say(f'displacement: {closed.why}')
     for reporter in self.reporters or []:
         with suppress(Exception): reporter.tb_writer.close()
@@ -116,12 +118,13 @@ def _prepare(self: DisplacementCallback, args, state, model, processing_class, o
         tokenizer = self.tokenizer or getattr(processing_class, 'tokenizer', processing_class)
         if tokenizer is None: raise AuditError('the trainer has no tokenizer: give tokenizer=')
         length = dict(max_length=theirs) if hasattr(args, 'max_length') else {}
-        out = self.out or Path(args.output_dir)/'displacement'
-        self.tracker = DisplacementTracker(tokenizer, self.probes, out, self.every, **length | self.options)
+        folder = self.output_dir or Path(args.output_dir)/'displacement'
+        self.tracker = DisplacementTracker(tokenizer, self.probes, folder, self.every, **length | self.options)
     if any(c.tracker is self.tracker for c in others):
         raise AuditError('two callbacks share a tracker: give each its own')
-    taken = {c.tracker.out for c in others if c.tracker}
-    self.tracker.out = next(folder for folder in _folders(self.tracker.out) if folder not in taken)
+    taken = {other.tracker.output_dir for other in others if other.tracker}
+    free = (folder for folder in _folders(self.tracker.output_dir) if folder not in taken)
+    self.tracker.output_dir = next(free)
     if not PartialState().is_main_process: return
     ours, count = self.tracker.max_length, -(-state.max_steps // self.every)
     if theirs is not None and ours != theirs:
@@ -156,13 +159,6 @@ def _everywhere(self: DisplacementCallback, work: Callable) -> Tried:
     if PartialState().num_processes == 1: return mine
     others = [Tried(None, *told) for told in gather_object([tuple(mine[1:])])]
     return next((t for t in others if t.why), mine)
-
-@patch
-def _on_first(self: DisplacementCallback, work: Callable) -> Tried:
-    "Do something on process 0 and give what came of it to all"
-    said: list[Any] = [_try(work) if PartialState().is_main_process else None]
-    if PartialState().num_processes > 1: broadcast_object_list(said)
-    return said[0]
 
 # %% ../../nbs/training/240_callback.ipynb #0d78619b
 @patch
@@ -208,10 +204,12 @@ def _twice(self: DisplacementCallback, model: nn.Module, tries: int = 5) -> list
 @patch
 def _open(self: DisplacementCallback, model: nn.Module, step: int, twice: list[ProbeState]) -> None:
     "Begin the history; where the folder is another run's, in the next free one"
-    taken = {c.tracker.out for c in _RUNNING if c is not self and c.run is self.run and c.tracker}
-    for folder in _folders(asked := self.tracker.out):
+    others = [other for other in _RUNNING if other is not self and other.run is self.run and other.tracker]
+    taken = {other.tracker.output_dir for other in others}
+    asked = self.tracker.output_dir
+    for folder in _folders(asked):
         if folder in taken: continue
-        self.tracker.out = folder
+        self.tracker.output_dir = folder
         try: self.tracker.begin(model, step, twice, whole=not self.split)
         except OtherRun as error:
             problem = str(error)
@@ -221,18 +219,19 @@ def _open(self: DisplacementCallback, model: nn.Module, step: int, twice: list[P
 
 @patch
 def _measure(self: DisplacementCallback, args, state, control, model, lr_scheduler):
-    began, lr, step = time.time(), None, state.global_step
+    began = time.time()
+    step, lr = state.global_step, None
     with suppress(Exception): lr = float(lr_scheduler.get_last_lr()[0])
     probes = self._gathered(model)
     if probes.again and self._leave_out(model): probes = self._gathered(model)
     if probes.why: self.tracker.halve()
     def record():
-        made = Tried(None, probes.why) if probes.why else _try(
+        recorded = Tried(None, probes.why) if probes.why else _try(
             lambda: self.tracker.record(probes.value, step, began, lr))
-        metrics = self.tracker.miss(step, made.why) if made.why else made.value
+        metrics = self.tracker.miss(step, recorded.why) if recorded.why else recorded.value
         self._report(args, state, control, model, {k: v for k, v in metrics.items() if k != 'step'})
         return bool(self.tracker.stopped)
-    done = self._on_first(record)
+    done = _try(lambda: on_main(record))
     if done.why and PartialState().is_main_process: self.tracker.tell(f'displacement: {done.why}')
     if done.value: control.should_training_stop = True
 

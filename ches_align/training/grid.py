@@ -10,12 +10,10 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -28,7 +26,8 @@ from tqdm.auto import tqdm
 
 from ..audit.files import AuditError, read_rows
 from ..audit.models import ScoringModel, load_model, model_now
-from ..audit.runs import add_run, load_runs, only_writer, open_runs, plain, write_files
+from ..audit.run import Run, open_run
+from ..audit.runs import plain, write_files
 from ..theory.losses import LOSSES
 from ..theory.single_token import logp_rates, pair_geometry
 from .config import config_dict
@@ -129,9 +128,7 @@ def _manifest(cfg: SinglePromptConfig, lm: ScoringModel) -> dict:
 
 def _about(cfg: SinglePromptConfig, lm: ScoringModel) -> dict:
     "What the manifest tells besides"
-    return dict(data=Path(cfg.data).name, name=Path(cfg.model).name,
-                versions={p: version(p) for p in ('torch', 'transformers')},
-                hardware=f'{os.cpu_count()} CPUs, {torch.get_num_threads()} threads, weights on {lm.device.type}')
+    return dict(data=Path(cfg.data).name, name=Path(cfg.model).name, device=lm.device.type)
 
 # %% ../../nbs/training/280_grid.ipynb #5678c088
 def _start(lm: ScoringModel, cfg: SinglePromptConfig, start: Start, pair: PairSpec, prompts: dict[int, Prompt]) -> int:
@@ -161,7 +158,7 @@ def _start(lm: ScoringModel, cfg: SinglePromptConfig, start: Start, pair: PairSp
 def run_grid(
     cfg: SinglePromptConfig,
     lm: ScoringModel | None = None, # loaded from `cfg.model` in fp32 when not given
-) -> list[dict]:                    # all runs, as `load_runs`
+) -> list[dict]:                    # all runs, as `run_rows`
     """Run what is missing of a grid. Raises `AuditError` for words that are no token, a folder of another grid, a start
     that its SFT destroys or does not reach, and `untie` where nothing is tied."""
     lm = lm or load_model(cfg.model, dtype='float32', device=cfg.device)
@@ -170,15 +167,16 @@ def run_grid(
     for pair in cfg.pairs:
         for word in (pair.chosen, pair.rejected): single_token(lm.tokenizer, word)
     total = len(cfg.starts)*len(cfg.pairs)*len(cfg.recipes)*len(cfg.seeds)
-    with only_writer(cfg.out):
-        done = {r['key'] for r in open_runs(cfg.out, _manifest(cfg, lm), _about(cfg, lm))}
+    with open_run(cfg.out, _manifest(cfg, lm), _about(cfg, lm)) as run:
+        done = {row['key'] for row in run.rows()}
         held = _Held(snapshot(lm.model))
         try:
             with tqdm(total=total, initial=len(done), unit='run', desc=str(cfg.out)) as bar:
                 for start in cfg.starts:
-                    for pair in cfg.pairs: _cell(cfg, lm, start, pair, held, done, bar)
+                    for pair in cfg.pairs: _cell(cfg, lm, start, pair, held, run, done, bar)
         finally: restore(lm.model, held.base)  # an interrupted grid leaves the model as it came, too
-    return load_runs(cfg.out)
+        run.finish()
+        return run.rows()
 
 # %% ../../nbs/training/280_grid.ipynb #9ceb64ac
 @dataclass
@@ -200,8 +198,8 @@ def _optimizer(lm: ScoringModel, recipe: Recipe, held: _Held) -> torch.optim.Opt
     return held.optimizer
 
 # %% ../../nbs/training/280_grid.ipynb #ad62350a
-def _cell(cfg: SinglePromptConfig, lm: ScoringModel, start: Start, pair: PairSpec, held: _Held, done: set,
-          bar: tqdm) -> None:
+def _cell(cfg: SinglePromptConfig, lm: ScoringModel, start: Start, pair: PairSpec, held: _Held, run: Run,
+          done: set, bar: tqdm) -> None:
     "All recipes and seeds of one start and pair; SFT only when a run is missing"
     wanted = [(r, s) for r in cfg.recipes for s in cfg.seeds if _key(start, pair, r, s) not in done]
     if not wanted: return
@@ -226,5 +224,5 @@ def _cell(cfg: SinglePromptConfig, lm: ScoringModel, start: Start, pair: PairSpe
             name = hashlib.sha256(key.encode()).hexdigest()[:16]
             content = tensor_bytes({str(k): v for k, v in kept.items()})
             write_files({cfg.out/'distributions'/f'{name}.safetensors': content})
-        add_run(cfg.out, line)
+        run.add(line)
         bar.update()

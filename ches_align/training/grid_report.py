@@ -19,7 +19,8 @@ import pandas as pd
 from ..audit.adapters import model_parts
 from ..audit.files import AuditError
 from ..audit.page import md_escape
-from ..audit.runs import load_runs, read_object, write_files
+from ..audit.run import run_rows
+from ..audit.runs import read_object, write_files
 from .grid_config import SinglePromptConfig
 from .memory import measure_architecture, memory_table, read_architecture, table_text
 from .single_prompt import single_token
@@ -94,7 +95,7 @@ def cell_risers(
     return [t for t, n in sorted(count.items(), key=lambda x: -x[1]) if n >= often*len(runs)]
 
 def summary_table(
-    runs: Sequence[dict], # of `load_runs`
+    runs: Sequence[dict], # of `run_rows`
 ) -> pd.DataFrame:        # one row a cell: means over its runs
     "The table of a grid."
     table = pd.DataFrame([run_numbers(r) for r in runs])
@@ -113,7 +114,7 @@ def summary_table(
 
 # %% ../../nbs/training/290_grid_report.ipynb #3b08444d
 def plot_runs(
-    runs: Sequence[dict], # of `load_runs`
+    runs: Sequence[dict], # of `run_rows`
     title: str = '',
 ) -> Any:                 # a Matplotlib figure, one panel a cell
     "Curves of p(y+), one line a run, coloured by verdict."
@@ -140,7 +141,7 @@ def write_report(
     out: Path, # folder of a grid
 ) -> list[Path]: # what was written
     "Write the table (CSV, Markdown) and the picture of a grid's runs."
-    out, runs = Path(out), load_runs(out)
+    out, runs = Path(out), run_rows(out)
     table, picture = summary_table(runs), io.BytesIO()
     plot_runs(runs).savefig(picture, format='png')
     words = table.round(4).astype(str)
@@ -162,11 +163,11 @@ def grid_record(
         marks = {m: {k: v[:5] if isinstance(v, list) else v for k, v in x.items()
                      if m == last or k in ('spearman', 'overlap', 'moved')} for m, x in r['marks'].items()}
         return r | dict(marks=marks, **{k: [round(x, 4) for x in r[k]] for k in ('chosen', 'rejected')})
-    manifest, runs = read_object(Path(out)/'manifest.json'), load_runs(out)
+    manifest, runs = read_object(Path(out)/'manifest.json'), run_rows(out)
     return manifest | dict(seconds=round(sum(r['seconds'] for r in runs)), runs=[short(r) for r in runs])
 
 def compare_runs(
-    ours: Sequence[dict],    # of `load_runs`
+    ours: Sequence[dict],    # of `run_rows`
     record: Sequence[dict],  # `runs` of a `grid_record`
 ) -> pd.DataFrame:           # one row a run that both have: largest difference of p(y+) over the curve, both verdicts
     "Hold a repetition against a record. Raises `AuditError` when they share no run."
@@ -183,7 +184,7 @@ def compare_runs(
 
 # %% ../../nbs/training/290_grid_report.ipynb #61a990fa
 def hold_against(
-    runs: Sequence[dict], # of `load_runs`
+    runs: Sequence[dict], # of `run_rows`
     path: Path,           # a record, JSON
 ) -> str:                 # two lines of text
     "Say how far a repetition is from a record."

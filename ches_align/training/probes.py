@@ -35,7 +35,7 @@ def read_probes(
 ) -> list[Pair]:
     "Read probe pairs. Raises `AuditError` as `load_pairs`, and when none can be measured."
     given = isinstance(source, (list, tuple)) and source and isinstance(source[0], Pair)
-    pairs = list(source) if given else load_pairs(source, limit=limit, seed=None if limit is None else seed)
+    pairs = list(source) if given else load_pairs(source, limit=limit, limit_seed=None if limit is None else seed)
     if all(p.problem for p in pairs):
         rows = ', '.join(f'{p.row_id} ({p.problem})' for p in pairs[:5])
         raise AuditError(f'no probe pair can be measured: {f"rows {rows}" if rows else "there are none"}')

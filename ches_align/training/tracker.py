@@ -28,7 +28,8 @@ from ..audit.data import pair_texts
 from ..audit.files import AuditError
 from ..audit.models import ScoringModel, wrap_model
 from ..audit.pair_scores import score_block
-from ..audit.runs import json_bytes, plain, read_object, write_files, writing
+from ..audit.run import FORMAT, earlier_manifest, provenance
+from ..audit.runs import json_bytes, plain, write_files, writing
 from ..audit.scoring import load_scores
 from .comparison import COMPARED, compare
 from .displacement import (
@@ -65,8 +66,9 @@ class DisplacementTracker:
     def __init__(self,
         tokenizer: Any,              # a tokenizer, or a `ScoringModel`
         probes: Any,                 # pairs, or whatever `load_pairs` reads
-        out: str | Path,             # folder for history, baseline, manifest, plot and tables
+        output_dir: str | Path,      # folder for history, baseline, manifest, plot and tables
         every: int = 10,             # steps between measurements
+        *,
         limit: int | None = 64,      # at most this many probes of what is read; given pairs are all taken
         max_length: int | None = 1024, # tokens of prompt and response; longer ones are cut
         classes: Any = None,         # `TokenClasses` (or one a probe), for verdicts at the fork
@@ -84,18 +86,31 @@ class DisplacementTracker:
         self.alert, self.stop = check_watch(every, patience, alert, stop, classes, answers)
         self.tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ScoringModel) else tokenizer
         self.pairs, self.encoded = load_probes(probes, self.tokenizer, limit, seed, max_length)
-        self.out, self.every, self.patience, self.max_length = Path(out).expanduser(), every, patience, max_length
-        self.classes, self.answers, self.tolerance, self.budget = classes, answers, tolerance, budget
+        self.output_dir = Path(output_dir).expanduser()
+        self.every, self.patience, self.max_length = every, patience, max_length
+        self.classes, self.answers = classes, answers
+        self.tolerance, self.floor, self.budget = tolerance, tolerance, budget
         if isinstance(classes, list) and len(classes) != len(self.pairs):
             raise AuditError(f'{len(classes)} classes for {len(self.pairs)} probes: give one a probe that is measured')
-        self.reference, self.scores, self.stop_destroyed = reference, scores, stop_destroyed
-        self.history, self.baseline, self.floor = pd.DataFrame(columns=HISTORY), None, tolerance
-        self.metrics: list[dict] = []  # of every measurement
-        self.notes: list[str] = []     # alerts and warnings, in words
-        self.missed: list[int] = []    # steps whose measurement failed
-        self.kept, self.half = [*range(len(self.encoded))], False # positions of what is measured; are weights float16
-        self.stopped, self.state, self.spent, self.start_seconds, self.train_data = '', '', 0., 0., train_data
+        self.reference, self.scores, self.train_data = reference, scores, train_data
+        self.stop_destroyed = stop_destroyed
+        self._forget()
 
+# %% ../../nbs/training/230_tracker.ipynb #tracker-forget
+@patch
+def _forget(self: DisplacementTracker) -> None:
+    "As nothing was measured yet"
+    self.history = pd.DataFrame(columns=HISTORY)
+    self.baseline: ProbeState | None = None
+    self.metrics: list[dict] = []  # of every measurement
+    self.notes: list[str] = []     # alerts and warnings, in words
+    self.missed: list[int] = []    # steps whose measurement failed
+    self.kept = [*range(len(self.encoded))]  # positions of what is measured
+    self.half = False              # are weights float16
+    self.stopped = ''              # why training was ended
+    self.state = ''                # of the alarm
+    self.spent = 0.                # seconds of measuring
+    self.start_seconds = 0.
 
 # %% ../../nbs/training/230_tracker.ipynb #8d0557e3
 HALF = ('the weights that are trained are float16: in Adam and RMSProp their 1e-8, and squares of small gradients, are '
@@ -150,33 +165,25 @@ class OtherRun(AuditError):
 
 def _read_run(tracker: DisplacementTracker, identity: dict, step: int) -> dict:
     "The manifest of an earlier part of this run, or {}; refuses another run's folder"
-    path = tracker.out/'manifest.json'
-    if not path.exists():
-        if (tracker.out/'history.parquet').exists():
-            raise OtherRun(f'{tracker.out}: a history without a manifest; name another folder')
-        return {}
-    try: manifest = read_object(path)
+    try: manifest = earlier_manifest(tracker.output_dir, identity, files=['history.parquet'])
     except AuditError as error: raise OtherRun(str(error)) from None
-    was = manifest.get('identity', {})
-    if differ := [k for k in identity if was.get(k) != plain(identity[k])]:
-        says = '; '.join(f'{k} was {was.get(k)}, is {identity[k]}' for k in differ[:3])
-        raise OtherRun(f'{tracker.out} holds the history of another run ({says}); name another or remove that one')
     return manifest if step else {}
 
 def _set_aside(tracker: DisplacementTracker) -> None:
     "Keep the history of an earlier run of the same probes and kind of model under the first free name"
-    path, number = tracker.out/'history.parquet', 1
+    path = tracker.output_dir/'history.parquet'
     if not path.exists(): return
-    while (kept := tracker.out/f'history_{number}.parquet').exists(): number += 1
+    number = 1
+    while (kept := tracker.output_dir/f'history_{number}.parquet').exists(): number += 1
     with writing(kept): path.rename(kept)
-    tracker.tell(f'{tracker.out} holds the history of an earlier run: it is kept as {kept.name}')
+    tracker.tell(f'{tracker.output_dir} holds the history of an earlier run: it is kept as {kept.name}')
 
 # %% ../../nbs/training/230_tracker.ipynb #2a11e2aa
 def _read_history(tracker: DisplacementTracker, manifest: dict, step: int) -> tuple:
     "First step, rounding per token, baseline and rows of an earlier part of this run"
-    path = tracker.out/'history.parquet'
+    path = tracker.output_dir/'history.parquet'
     try:
-        baseline, history = ProbeState.load(tracker.out/'baseline.safetensors'), pd.read_parquet(path)
+        baseline, history = ProbeState.load(tracker.output_dir/'baseline.safetensors'), pd.read_parquet(path)
         rows = history[history.step <= step].reset_index(drop=True).reindex(columns=HISTORY)
         begun, noise = manifest['begun'], manifest['noise_per_token']
     except AuditError as error: raise OtherRun(str(error)) from None
@@ -189,7 +196,7 @@ def _open(tracker: DisplacementTracker, model: nn.Module, step: int, twice: Sequ
     "Baseline, noise floor and what an earlier part of the run left"
     if not all(t.isfinite().all() for t in (twice[0].sums, twice[1].sums)):
         raise AuditError('the log-probabilities of the probes are not finite before training; load sound weights')
-    identity = probe_identity(tracker, model)
+    identity = plain(probe_identity(tracker, model))
     manifest = _read_run(tracker, identity, step)
     noise = ((twice[0].sums - twice[1].sums) / twice[0].tokens).abs().max().item()  # nats per token
     tracker.baseline, begun = tracker.reference or twice[0], step
@@ -197,16 +204,17 @@ def _open(tracker: DisplacementTracker, model: nn.Module, step: int, twice: Sequ
         begun, noise, tracker.baseline, tracker.history = _read_history(tracker, manifest, step)
         known = {*tracker.baseline.row_hashes}  # a probe that could not be measured then has nothing to compare with
         tracker.kept = [k for k in tracker.kept if tracker.encoded[k].row_hash in known]
-    elif step: tracker.tell(f'no history in {tracker.out}: changes are counted from step {step}, not from step 0')
+    elif step: tracker.tell(f'no history in {tracker.output_dir}: changes are counted from step {step}, not from step 0')
     else: _set_aside(tracker)
     tracker.floor, tracker.vocab = max(tracker.tolerance, 2 * noise), twice[0].fork.shape[1]
-    tracker.manifest = dict(identity=identity, begun=begun, noise_per_token=noise, floor=tracker.floor,
-                            tolerance=tracker.tolerance, every=tracker.every,
-                            model=getattr(core_model(model).config, '_name_or_path', ''),
-                            rows=[p.row_id for p in tracker.pairs])
-    with writing(tracker.out): tracker.out.mkdir(parents=True, exist_ok=True)
-    tracker.baseline.save(tracker.out/'baseline.safetensors')
-    write_files({tracker.out/'manifest.json': json_bytes(tracker.manifest)})
+    about = dict(begun=begun, noise_per_token=noise, floor=tracker.floor, tolerance=tracker.tolerance,
+                 every=tracker.every, model=getattr(core_model(model).config, '_name_or_path', ''),
+                 rows=[pair.row_id for pair in tracker.pairs])
+    # the main process measures, the others may be elsewhere
+    tracker.manifest = dict(format=FORMAT) | provenance(alone=True) | about | identity
+    with writing(tracker.output_dir): tracker.output_dir.mkdir(parents=True, exist_ok=True)
+    tracker.baseline.save(tracker.output_dir/'baseline.safetensors')
+    write_files({tracker.output_dir/'manifest.json': json_bytes(tracker.manifest)})
 
 # %% ../../nbs/training/230_tracker.ipynb #181bce30
 HISTORY = ['step', 'seconds', 'chosen_logps', 'rejected_logps', *COMPARED]
@@ -287,7 +295,7 @@ def _tell_last(tracker: DisplacementTracker) -> None:
 @patch
 def begin(self: DisplacementTracker, model: nn.Module, step: int, twice: Sequence[ProbeState],
           whole: bool = True) -> dict[str, float]:
-    "Take the two first measurements; above step 0, go on with the history in `out`; CHES needs a `whole` model"
+    "Take the two first measurements; above step 0, go on with the history there; CHES needs a `whole` model"
     self.history, self.metrics, self.missed = pd.DataFrame(columns=HISTORY), [], []
     self.stopped = self.state = ''
     self.half = any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters())
@@ -337,7 +345,7 @@ def record(self: DisplacementTracker, state: ProbeState, step: int, began: float
     metrics = dict(step=step) | step_metrics(rows, self.floor)
     self.metrics.append(metrics)
     _judge_step(self, metrics, rows, step, lr)
-    try: write_files({self.out/'history.parquet': self.history.to_parquet(index=False)})
+    try: write_files({self.output_dir/'history.parquet': self.history.to_parquet(index=False)})
     except Exception as error: self.tell(f'{reason(error)} (training goes on; the history is kept in memory)')
     now = time.time()
     self.spent += now - max(began, self.clock)
@@ -470,11 +478,11 @@ def close(self: DisplacementTracker) -> str:
     "Write plot, worst pairs and summary; return one line for people"
     _tell_last(self)
     made, picture = self.summary(), io.BytesIO()
-    files = {self.out/'summary.json': json_bytes(made)}
+    files = {self.output_dir/'summary.json': json_bytes(made)}
     with suppress(Exception):  # no picture is no reason to lose the rest
         self.plot().savefig(picture, format='png', dpi=110)
-        files[self.out/'displacement.png'] = picture.getvalue()
-    files[self.out/'worst_pairs.csv'] = self.worst_pairs(len(self.pairs)).to_csv(index=False).encode()
+        files[self.output_dir/'displacement.png'] = picture.getvalue()
+    files[self.output_dir/'worst_pairs.csv'] = self.worst_pairs(len(self.pairs)).to_csv(index=False).encode()
     try: write_files(files)
     except AuditError as e: self.tell(str(e))
     last = made['last']
@@ -484,4 +492,4 @@ def close(self: DisplacementTracker) -> str:
             f'{last["share_falling"]:.0%} fell, worst {last["worst_change"]:+.1f}; measuring took {self.spent:.1f} s, '
             f'{made["overhead"] or 0:.1%} of training, and {self.start_seconds:.1f} s at the start'
             + (f'; {len(self.missed)} measurements FAILED' if self.missed else '')
-            + (f'; STOPPED: {self.stopped}' if self.stopped else '') + f'; see {self.out}')
+            + (f'; STOPPED: {self.stopped}' if self.stopped else '') + f'; see {self.output_dir}')
