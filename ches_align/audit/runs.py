@@ -117,7 +117,8 @@ def refuse_sources(
     for target in [Path(t).expanduser() for t in targets]:
         for files, folders in known:
             if any(_same(target, file) for file in files):
-                raise AuditError(f'{target} is read by this command and would be written over: name another --output_dir')
+                raise AuditError(f'{target} is read by this command and would be written over: '
+                                 'name another --output_dir')
             if _is_data(target) and any(_is_below(target, folder) for folder in folders):
                 raise AuditError(f'{target} would lie in a folder of which all files are read as data: '
                                  'name another --output_dir')
@@ -155,7 +156,7 @@ def refuse_unwritable(
 @contextmanager
 def only_writer(
     output_dir: str | Path | None, # a folder; made when there is none. None: nothing is written
-) -> Iterator[Path | None]:    # the folder
+) -> Iterator[Path | None]:        # the folder
     "Hold a folder against other processes. Raises `AuditError` when another writes there, or nobody may."
     if output_dir is None:
         yield None
@@ -165,6 +166,7 @@ def only_writer(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try: lock.acquire()
-        except Timeout: raise AuditError(f'{folder}: another run is writing there; choose another --output_dir') from None
+        except Timeout:
+            raise AuditError(f'{folder}: another run is writing there; choose another --output_dir') from None
     try: yield folder
     finally: lock.release()

@@ -12,7 +12,7 @@ import time
 import warnings
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import pandas as pd
@@ -128,6 +128,7 @@ def _less_memory(shard: int, batch_tokens: int, longest: int) -> str:
     return (f'out of memory in shard {shard}: a row of {longest} tokens alone is too much; lower --max_length or take '
             '--dtype bfloat16, each with another --output_dir')
 
+# %% ../../nbs/audit/140_scoring.ipynb #score-shards
 def _score_shards(lm, store: TokenStore, plan, run: Run, settings, progress) -> list[dict]:
     "Score what has no shard yet; rows come back only where there is no folder. The bar counts tokens"
     costs = [0] + [int(2 * store.sizes.length[shard].sum()) for shard in plan[1:]]
@@ -180,7 +181,7 @@ def check_scoring(
 
 # %% ../../nbs/audit/140_scoring.ipynb #score-dataset
 def score_dataset(
-    data: Any,                       # pairs or a `PairSource`, 'sample', a path, a hub name, a `datasets.Dataset` ...
+    data: Any,                       # pairs, a `PairSource`, 'sample', a path, a hub name, a `datasets.Dataset`, dicts
     model: str | ScoringModel = 'smollm2-135m', # a name for `load_model`, or what it returned
     output_dir: str | Path | None = None, # folder for `scores/*.parquet` and `manifest.json`; None: memory
     max_length: int | None = None,   # longest prompt + response in tokens; None = what the model was made for
@@ -196,15 +197,12 @@ def score_dataset(
     **loading,                       # for `load_pairs`: split, columns, limit, limit_seed, apply_chat_template
 ) -> pd.DataFrame:                   # a row a pair, `COLUMNS`; the manifest in `attrs['manifest']`
     "Score every pair of a data set; with `output_dir`, continue what is there. Raises `AuditError` for bad input."
-    held = isinstance(data, PairSource)
-    if held and loading: raise AuditError(f"{', '.join(loading)}: a PairSource says itself how it is read")
-    source, loading = (data.source, data.loading) if isinstance(data, PairSource) else (data, loading)
+    source, loading = _as_source(data, loading)
     check_scoring(source, output_dir, max_length, batch_tokens, convention, share_prompt, loading)
     given = isinstance(data, list) and data and isinstance(data[0], Pair)
-    if given and any(v not in (None, False) for v in loading.values()):
+    if given and any(v not in (None, 'auto') for v in loading.values()):
         raise AuditError(f"{', '.join(loading)}: pairs that are loaded already are scored as they are")
-    pairs = iter(data) if given or held else iter_pairs(data, **loading)
-    pairs = chain([next(pairs)], pairs)  # what is wrong with the data is told before the model is loaded
+    pairs = _begun(iter(data) if given or source is not data else iter_pairs(data, **loading))
     if output_dir is not None: on_main(lambda: refuse_unwritable(output_dir))
     here = processes()
     if here.num_processes > 1:
@@ -218,11 +216,22 @@ def score_dataset(
         _check_tokens(lm, store, limit)
         asked = dict(convention=convention, head=head, batch_tokens=batch_tokens or default_budget(lm))
         work = _plan_work(lm, store, asked, max_length, share_prompt, fresh=lm is not model)
-        work.about['data'] = str(source) if isinstance(source, (str, Path)) else None  # from memory: not to be read again
         work.about['loading'] = loading
+        work.about['data'] = str(source) if isinstance(source, (str, Path)) else None  # None: not to be read again
         return _score_store(lm, store, work, output_dir, progress, start)
 
 # %% ../../nbs/audit/140_scoring.ipynb #c94ce066
+def _begun(pairs: Iterator[Pair]) -> Iterator[Pair]:
+    "The same; the first is read, so that what is wrong with the data is told before a model is loaded"
+    return chain([next(pairs)], pairs)
+
+def _as_source(data: Any, loading: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    "What is read, and how: a `PairSource` knows both"
+    if not isinstance(data, PairSource): return data, loading
+    if loading: raise AuditError(f"{', '.join(loading)}: a PairSource says itself how it is read")
+    return data.source, data.loading
+
+# %% ../../nbs/audit/140_scoring.ipynb #score-work
 class _Work(NamedTuple):
     "What a run is to do, and what its manifest says of it"
     plan: list[np.ndarray]   # positions of each shard

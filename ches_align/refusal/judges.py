@@ -23,7 +23,7 @@ from ..audit.files import AuditError
 from ..audit.model_files import LoadError
 from ..audit.models import ScoringModel, load_model
 from ..audit.run import open_run
-from ..audit.workers import on_main
+from ..audit.workers import processes
 from ..rl.generation import generate_responses
 from ..rl.sampling import Sampling, encode_prompts, prompt_hash
 from ..rl.source_identity import source_identity
@@ -133,9 +133,9 @@ class ChatJudge:
         self.template, self.parse = template, parse
         self.apply_chat_template = apply_chat_template
         self.sampling, self.name = Sampling(temperature=0, max_new_tokens=max_new_tokens), self.lm.name
-        digest = hashlib.sha256(template.encode()).hexdigest()[:16]
         kept = {k: v for k, v in self.lm.provenance.items() if k not in ('model', 'revision')}
-        self.identity = dict(judge='chat', template=digest, apply_chat_template=apply_chat_template, max_new_tokens=max_new_tokens,
+        self.identity = dict(judge='chat', template=hashlib.sha256(template.encode()).hexdigest()[:16],
+                             apply_chat_template=apply_chat_template, max_new_tokens=max_new_tokens,
                              parse=source_identity(parse)['source'], **kept)
 
     def ask(self, row: dict) -> str: # the question put to the judge
@@ -144,16 +144,17 @@ class ChatJudge:
 
     def __call__(self, rows: Sequence[dict]) -> list[Verdict]:
         "One verdict a row; a row that is too long for the judge gets none."
-        asked = [self.ask(r) for r in rows]
-        lengths = [len(i) + self.sampling.max_new_tokens for i in encode_prompts(self.lm, asked, self.apply_chat_template)]
-        fits = [i for i, n in enumerate(lengths) if n <= (self.lm.max_length or n)]
-        made = [Verdict(None, '', f'too long for the judge: {n} tokens') for n in lengths]
-        replies = generate_responses(self.lm, [asked[i] for i in fits], self.sampling, apply_chat_template=self.apply_chat_template,
-                                     progress=False) if fits else []
-        for i, reply in zip(fits, (r['response'] for r in replies)):
-            refused = self.parse(reply)
-            made[i] = Verdict(refused, reply.strip()[:80], '' if refused is not None else 'unreadable reply')
-        return made
+        asked = [self.ask(row) for row in rows]
+        encoded = encode_prompts(self.lm, asked, self.apply_chat_template)
+        lengths = [len(ids) + self.sampling.max_new_tokens for ids in encoded]
+        fits = [i for i, length in enumerate(lengths) if length <= (self.lm.max_length or length)]
+        verdicts = [Verdict(None, '', f'too long for the judge: {length} tokens') for length in lengths]
+        replies = generate_responses(self.lm, [asked[i] for i in fits], self.sampling, progress=False,
+                                     apply_chat_template=self.apply_chat_template) if fits else []
+        for i, row in zip(fits, replies):
+            refused = self.parse(row['response'])
+            verdicts[i] = Verdict(refused, row['response'].strip()[:80], 'unreadable reply' * (refused is None))
+        return verdicts
 
 # %% ../../nbs/refusal/350_judges.ipynb #398700ee
 SORRY_JUDGE = 'sorry-bench/ft-mistral-7b-instruct-v0.2-sorry-bench-202406'
@@ -172,7 +173,8 @@ def sorry_judge(
         file = Path(template).expanduser()
         if not file.is_file(): raise AuditError(f'judge template {str(template)[:200]}: no such file')
         template = file.read_text('utf-8')
-    try: return ChatJudge(model, f'[INST] {str(template).strip()} [/INST]', apply_chat_template='no', max_new_tokens=50, **loading)
+    question = f'[INST] {str(template).strip()} [/INST]'
+    try: return ChatJudge(model, question, apply_chat_template='no', max_new_tokens=50, **loading)
     except LoadError as e:
         raise LoadError(f'{e}. For this judge: accept its terms at https://huggingface.co/{SORRY_JUDGE}, then '
                          '`hf auth login`; or download it and give the folder as model') from None
@@ -182,17 +184,17 @@ def _one_verdict(verdict: Any) -> Verdict:
     "Of what a judge returned for a row: a `Verdict`, a tuple like it, or the bare answer"
     verdict = Verdict(*verdict) if isinstance(verdict, tuple) else Verdict(verdict, '')
     try: refused = as_refused(verdict.refused)
-    except ValueError as e: return Verdict(None, verdict.reason, f'unreadable verdict: {e}')
+    except ValueError as error: return Verdict(None, verdict.reason, f'unreadable verdict: {error}')
     return verdict._replace(refused=refused, error=verdict.error or 'no verdict' * (refused is None))
 
 def _judge_some(judge: Callable, rows: list[dict]) -> list[Verdict]:
     "A batch, or where that raises, row by row"
-    try: made = [_one_verdict(verdict) for verdict in judge(rows)]
-    except Exception as e:  # a judge may raise anything; the row says so
-        if len(rows) > 1: return [_judge_some(judge, [r])[0] for r in rows]
-        return [Verdict(None, '', f'{type(e).__name__}: {" ".join(str(e).split())[:200]}')]
-    if len(made) != len(rows): raise AuditError(f'judge {judge}: {len(made)} verdicts for {len(rows)} rows')
-    return made
+    try: verdicts = [_one_verdict(verdict) for verdict in judge(rows)]
+    except Exception as error:  # a judge may raise anything; the row says so
+        if len(rows) > 1: return [_judge_some(judge, [row])[0] for row in rows]
+        return [Verdict(None, '', f'{type(error).__name__}: {" ".join(str(error).split())[:200]}')]
+    if len(verdicts) != len(rows): raise AuditError(f'judge {judge}: {len(verdicts)} verdicts for {len(rows)} rows')
+    return verdicts
 
 # %% ../../nbs/refusal/350_judges.ipynb #judge-responses
 def judge_responses(
@@ -203,6 +205,7 @@ def judge_responses(
 ) -> list[dict[str, Any]]:           # the rows with refused, judge_reason, judge_error, judge
     "Judge every row; with `output_dir`, continue, and judge again what failed. Raises `AuditError`."
     if not rows: raise AuditError('no responses to judge')
+    if processes().num_processes > 1: raise AuditError('responses are judged in one process: start without a launcher')
     name = getattr(judge, 'name', type(judge).__name__)
     texts = json.dumps([[prompt_hash(row.get('prompt')), row.get('response')] for row in rows])
     source = source_identity(judge)
@@ -217,12 +220,10 @@ def judge_responses(
             warnings.warn(f'{output_dir}: the verdicts there are kept, though nobody can see whether {unseen} changed '
                           'in the judge; name another folder if it did')
         todo = [i for i in range(len(rows)) if have.get(i, dict(judge_error='new'))['judge_error']]
-        def judged(some: list[int]) -> list[dict]:
+        for some in (todo[k:k + batch] for k in range(0, len(todo), batch)):
             lines = _verdict_lines(judge, name, rows, some)
             run.add(lines, 'judged')
-            return lines
-        for some in (todo[k:k + batch] for k in range(0, len(todo), batch)):
-            have.update((line['row'], line) for line in on_main(lambda: judged(some)))
+            have.update((line['row'], line) for line in lines)
         run.finish()
     return [{**row, **{k: v for k, v in have[i].items() if k != 'row'}} for i, row in enumerate(rows)]
 

@@ -54,6 +54,7 @@ def _vllm_engine(lm: ScoringModel, sampling: Sampling) -> Engine:
         return [list(result.outputs[0].token_ids) for result in results]
     return run
 
+# %% ../../nbs/rl/310_generation.ipynb #choose-engine
 def choose_engine(
     lm: ScoringModel,   # from `load_model` or `load_generator`
     sampling: Sampling, # as asked for
@@ -149,10 +150,9 @@ def generate_responses(
         return dict(prompt_index=i, k=k, prompt_hash=hashes[i], prompt=prompts[i], tokens=len(ids),
                     response=lm.tokenizer.decode(ids, skip_special_tokens=True),
                     finished=bool(ids) and ids[-1] in ends) | (dict(ids=list(ids)) if keep_ids else {})
-    more: dict[str, Any] = {} if names is None or list(names) == hashes else dict(names=prompt_hash(list(names)))
-    more |= dict(keep_ids=True) if keep_ids else {}
-    # and not batch_tokens, which decides on memory alone
-    more |= dict(apply_chat_template=apply_chat_template, engine=name)
+    more: dict[str, Any] = dict(apply_chat_template=apply_chat_template, engine=name)  # batch_tokens changes no text
+    if names is not None and list(names) != hashes: more['names'] = prompt_hash(list(names))
+    if keep_ids: more['keep_ids'] = True
     identity = _identity(lm, prompts, encoded, sampling, **more)
     about = dict(model=lm.name, revision=lm.provenance['revision'], batch_tokens=budget)
     with open_run(output_dir, identity, about, files=['responses*.jsonl']) as run:
@@ -164,6 +164,7 @@ def generate_responses(
         run.finish()
     return [have[key] for key in draws.keys]
 
+# %% ../../nbs/rl/310_generation.ipynb #plan-draws
 def _plan_draws(encoded: list[list[int]], sampling: Sampling, names: Sequence[str], budget: int) -> _Draws:
     "Every response with its seed, in batches of similar length"
     keys = [(i, k) for i in range(len(encoded)) for k in range(sampling.responses)]

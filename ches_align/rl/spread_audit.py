@@ -112,8 +112,8 @@ def audit_spread(
     tasks: Sequence[dict],         # from `load_tasks`
     reward: Reward,                # in TRL's form
     sampling: Sampling = Sampling(), # how; its `responses` is not looked at
-    min_responses: int = 8,                # responses to every prompt
-    max_responses: int = 64,                # at most so many to one prompt
+    min_responses: int = 8,        # responses to every prompt
+    max_responses: int = 64,       # at most so many to one prompt
     reward_range: tuple[float, float] | None = None, # that the reward can have; None: of the rows
     threshold: float = .1,         # share of the range: a std below it counts as no spread
     alpha: float = .05,            # 1 - nominal coverage of the last interval of a prompt
@@ -124,7 +124,7 @@ def audit_spread(
     try_first: bool = True,        # call the reward on made-up responses before anything is drawn
     known: tuple | None = None,    # `reward_identity`, where the reward was called before; None: taken here
     progress: bool = True,         # a bar, on a terminal
-    **generation: Any,             # for `generate_responses`: batch_tokens, engine, chat
+    **generation: Any,             # for `generate_responses`: batch_tokens, engine, apply_chat_template
 ) -> tuple[pd.DataFrame, list[dict]]: # `spread_table`, and a row a response
     "Audit prompts under a model. With `output_dir`, continue what is there. Raises `AuditError`."
     _check_plan(min_responses, max_responses, group, threshold)
@@ -133,7 +133,7 @@ def audit_spread(
     named, unseen = known or reward_identity(reward, name)
     identity = dict(sampling=asdict(replace(sampling, responses=1)), min_responses=min_responses,
                     max_responses=max_responses, threshold=threshold, reward_range=reward_range, alpha=alpha,
-                    tasks=prompt_hash([prompt_hash(plain(task)) for task in tasks]), **named)
+                    tasks=prompt_hash([prompt_hash(plain(t)) for t in tasks]), **named)
     about = dict(model=lm.name, reward_unseen=unseen)
     with open_run(output_dir, identity, about, files=['rewards*.jsonl']) as run:
         lines = run.rows('rewards')

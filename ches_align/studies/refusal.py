@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
 from ..audit.data import load_pairs

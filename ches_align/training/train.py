@@ -111,9 +111,10 @@ def open_training(
     resume: bool,        # go on with what is there; False: refuse it
 ) -> AbstractContextManager[Run]:
     "Begin or continue the folder of a training. Raises `AuditError` for that of another run, as `open_run` does."
+    identity = run_identity(config, lm, data)
     about = dict(kind=config.kind, config=config_dict(config), model=lm.provenance, counts=data.counts)
     packages = ('trl', 'accelerate') + ('peft',) * bool(config.lora)
-    return open_run(config.output_dir, run_identity(config, lm, data), about, resume=resume, packages=packages, files=())
+    return open_run(config.output_dir, identity, about, resume=resume, packages=packages, files=())
 
 # %% ../../nbs/training/260_train.ipynb #ed956094
 def last_checkpoint(
