@@ -19,19 +19,14 @@ from torch import Tensor
 from transformers import (GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper,
                           TopKLogitsWarper, TopPLogitsWarper)
 
-from ches_align.audit.adapters import load_tokenizer, loading_errors, model_parts, put_adapter
-from ches_align.audit.data import Text, dialogue_text
-from ches_align.audit.files import AuditError
-from ches_align.audit.model_files import LoadError, check_device
-from ches_align.audit.models import (
+from ..audit.adapters import load_tokenizer, loading_errors, model_parts, put_adapter
+from ..audit.data import Text, dialogue_text
+from ..audit.files import AuditError
+from ..audit.model_files import LoadError, check_device
+from ..audit.models import (
     ScoringModel, _text_hash, _tokenizer_text, load_model, read_head, weights_hash, wrap_model)
-<<<<<<< /tmp/tmpquydy8t3.txt
-from ches_align.audit.options import one_of
-from ches_align.training.probes import pad_rows
-||||||| /tmp/tmpyuom9p12.txt
-=======
-from ches_align.audit.options import one_of
->>>>>>> /tmp/tmpbqd_xay7.txt
+from ..audit.options import one_of
+from ..training.probes import pad_rows
 
 # %% ../../nbs/rl/300_sampling.ipynb #e332ea56
 @dataclass(frozen=True)
