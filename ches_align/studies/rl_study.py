@@ -85,8 +85,8 @@ def run_rl_arm(
         line['sft'] = [round(x, 4) for x in losses]
         line['after_sft'] = measure_rewards(lm, study, everything, reward, seed + 1, study.samples, work/'after_sft')
     if rft:
-        made = train_policy(lm, train, reward, rft, None, progress, study.apply_chat_template, work/'rft.safetensors',
-                            study.save_steps)
+        made = train_policy(lm, train, reward, rft, progress=progress, apply_chat_template=study.apply_chat_template,
+                            save=work/'rft.safetensors', save_steps=study.save_steps)
         line['rft'] = [{k: round(v, 5) for k, v in step.items()} for step in made]
         line['after'] = measure_rewards(lm, study, everything, reward, seed + 1, study.samples, work/'after')
     return line
