@@ -36,8 +36,9 @@ class _Evidence(NamedTuple):
         "Verdict and reason for one pair that lost so many nats, from the best evidence at hand"
         before = self.before
         after = self.after
-        if self.classes is not None and before.fork is not None and after.fork is not None:
-            given = self.classes if isinstance(self.classes, TokenClasses) else self.classes[k]
+        classes = self.classes
+        if classes is not None and before.fork is not None and after.fork is not None:
+            given = classes if isinstance(classes, TokenClasses) else classes[k]
             chosen = after.fork_tokens[k][0]
             return token_verdict(before.fork[k], after.fork[k], chosen, given, self.at_fork, self.share)[:2]
         if self.texts is not None and before.answers and after.answers:
