@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['SORRY_BENCH', 'SORRY_HUMAN', 'KINDS', 'load_prompts', 'load_gold', 'question_hashes', 'make_preferences',
-           'split_prompts', 'check_split', 'write_preferences']
+           'split_prompts', 'write_preferences', 'check_split']
 
 # %% ../../nbs/refusal/360_preferences.ipynb #3708c873
-import json
 import math
 import random
 import re
 import unicodedata
 import warnings
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
 from ..audit.data import message_text, parse_dialogue
 from ..audit.files import AuditError, read_rows
-from ..audit.runs import json_bytes, plain, write_files
+from ..audit.run import line_bytes
+from ..audit.runs import json_bytes, write_files
 from .judges import as_refused
 from ..rl.sampling import prompt_hash, row_seed
 
@@ -28,10 +29,11 @@ SORRY_HUMAN = 'sorry-bench/sorry-bench-human-judgment-202406'
 
 def _read_gated(source: Any, split: str | None = None) -> list[dict]:
     "Rows of a file, or of a hub data set whose terms must be accepted"
-    try: rows = list(read_rows(source, split))
-    except AuditError as e:
+    try:
+        rows = list(read_rows(source, split))
+    except AuditError as error:
         if str(source) not in (SORRY_BENCH, SORRY_HUMAN): raise
-        raise AuditError(f'{e}. It is gated: accept its terms at https://huggingface.co/datasets/{source}, then '
+        raise AuditError(f'{error}. It is gated: accept its terms at https://huggingface.co/datasets/{source}, then '
                          '`hf auth login`; or download it and give the path of the file') from None
     if not rows: raise AuditError(f'{source}: no rows')
     return rows
@@ -40,23 +42,28 @@ def _unique(rows: Iterable[dict], limit: int | None, seed: int | None) -> list[d
     "One row a prompt, in order; `limit` of them, the first or drawn"
     first: dict[str, dict] = {}
     for row in rows: first.setdefault(prompt_hash(row['prompt']), row)
-    found = list(first.values())
-    if limit is None or limit >= len(found): return found
-    keep = range(limit) if seed is None else sorted(random.Random(seed).sample(range(len(found)), limit))
-    return [found[i] for i in keep]
+    distinct = list(first.values())
+    if limit is None or limit >= len(distinct): return distinct
+    keep = range(limit) if seed is None else sorted(random.Random(seed).sample(range(len(distinct)), limit))
+    return [distinct[i] for i in keep]
 
 # %% ../../nbs/refusal/360_preferences.ipynb #ff6e2dff
 def _asked(row: dict, number: int) -> dict[str, Any] | None:
     "Id, prompt and category of a row; None: there is no prompt in it"
-    name, prompt, category = str(row.get('id', number)), row.get('prompt'), row.get('topic')
+    name = str(number)
+    prompt = None
+    category = None
     if 'turns' in row:
-        turns, category = row['turns'], row.get('category')
-        name = f"question {row['question_id']}" if 'question_id' in row else str(number)
-        prompt = turns[0] if isinstance(turns, list) and turns else None
-    elif 'prompt' not in row:
+        if 'question_id' in row: name = f"question {row['question_id']}"
+        if isinstance(row['turns'], list) and row['turns']: prompt = row['turns'][0]
+        category = row.get('category')
+    elif 'prompt' in row:
+        name = str(row.get('id', number))
+        prompt = row['prompt']
+        category = row.get('topic')
+    else:
         turns = parse_dialogue(row['chosen']) if isinstance(row.get('chosen'), str) else row.get('chosen')
-        name, category = str(number), None
-        prompt = turns[0].get('content') if isinstance(turns, list) and turns and isinstance(turns[0], dict) else None
+        if isinstance(turns, list) and turns and isinstance(turns[0], dict): prompt = turns[0].get('content')
     empty = not prompt.strip() if isinstance(prompt, str) else not prompt
     return None if empty else dict(id=name, prompt=prompt, category=category)
 
@@ -68,19 +75,30 @@ def load_prompts(
     limit_seed: int | None = None, # draw them with this seed; None: the first
 ) -> list[dict[str, Any]]:       # id, prompt, category; each prompt once
     "Prompts of SORRY-Bench, HH-RLHF dialogues or a `prompt` column. Raises `AuditError` with the row that has none."
-    if source == 'sample':
-        from importlib.resources import files
-        source = Path(str(files('ches_align')/'samples'/'prompts.jsonl'))
-    rows = [(i, _asked(r, i)) for i, r in enumerate(_read_gated(source, split))
-            if not (style and 'turns' in r and r.get('prompt_style') != style)]
-    if not any(p for _, p in rows):
-        raise AuditError(f'{str(source)[:80]}: no prompts; needs turns (of style {style}), prompt, or dialogues')
-    if lost := [i for i, p in rows if not p]:
-        where = f'{str(source)[:80]}, row {lost[0] + 1}'
-        raise AuditError(f'{where}: no prompt, as in {len(lost)} of {len(rows)} rows; take them out')
-    return _unique((p for _, p in rows if p), limit, limit_seed)
+    if source == 'sample': source = Path(str(files('ches_align')/'samples'/'prompts.jsonl'))
+    def in_style(row: dict) -> bool: return not style or 'turns' not in row or row.get('prompt_style') == style
+    asked = {i: _asked(row, i) for i, row in enumerate(_read_gated(source, split)) if in_style(row)}
+    where = str(source)[:80]
+    if not any(asked.values()):
+        raise AuditError(f'{where}: no prompts; needs turns (of style {style}), prompt, or dialogues')
+    if lost := [i for i, prompt in asked.items() if not prompt]:
+        raise AuditError(f'{where}, row {lost[0] + 1}: no prompt, as in {len(lost)} of {len(asked)} rows; take them out')
+    return _unique((prompt for prompt in asked.values() if prompt), limit, limit_seed)
 
 # %% ../../nbs/refusal/360_preferences.ipynb #1ee1041f
+def _add_gold(row: dict, sides: dict[str, tuple[list, list]]) -> None:
+    "Sort the answers of a row into refusals and compliances of its prompt"
+    if 'gold_refusal' in row:
+        both = (row['gold_refusal'], row['gold_non_refusal'])
+        sides[prompt_hash(row['prompt'])] = tuple([text] if text else [] for text in both)
+        return
+    key = f"question {row['question_id']}"
+    score = float(row['human_score'])
+    text = row['choices'][0]['turns'][0]
+    if not math.isfinite(score): return  # NaN is no refusal
+    refusals, compliances = sides.setdefault(key, ([], []))
+    (compliances if score >= .5 else refusals).append(text)
+
 def load_gold(
     source: Any = 'hub',       # rows with prompt, gold_refusal, gold_non_refusal; judgements; 'hub': SORRY-Bench's
     seed: int = 128,           # draws among several judged responses
@@ -90,19 +108,15 @@ def load_gold(
     sides: dict[str, tuple[list, list]] = {}
     parts = [(source, split)]
     if source in ('hub', SORRY_HUMAN) and not split: parts = [(SORRY_HUMAN, part) for part in ('train', 'test')]
-    for i, r in enumerate(r for part in parts for r in _read_gated(*part)):
+    rows = [row for part in parts for row in _read_gated(*part)]
+    for i, row in enumerate(rows):
         try:
-            if 'gold_refusal' in r:
-                both = r['gold_refusal'], r['gold_non_refusal']
-                sides[prompt_hash(r['prompt'])] = tuple([t] if t else [] for t in both)
-                continue
-            key, score, text = f"question {r['question_id']}", float(r['human_score']), r['choices'][0]['turns'][0]
-            if math.isfinite(score): sides.setdefault(key, ([], []))[score >= .5].append(text)  # NaN is no refusal
-        except (KeyError, TypeError, ValueError, IndexError) as e:
+            _add_gold(row, sides)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise AuditError(f'{str(source)[:80]}, row {i}: neither prompt, gold_refusal, gold_non_refusal nor '
-                             f'question_id, human_score, choices ({type(e).__name__}: {e})') from None
-    return {key: tuple(random.Random(row_seed(seed, key, k)).choice(side) for k, side in enumerate(both))
-            for key, both in sides.items() if all(both)}
+                             f'question_id, human_score, choices ({type(error).__name__}: {error})') from None
+    def drawn(key: str, k: int) -> str: return random.Random(row_seed(seed, key, k)).choice(sides[key][k])
+    return {key: (drawn(key, 0), drawn(key, 1)) for key, both in sides.items() if all(both)}
 
 # %% ../../nbs/refusal/360_preferences.ipynb #0a7e3aef
 KINDS = {(True, True): 'two refusals', (False, False): 'two compliances', (True, False): 'one of each',
@@ -110,30 +124,35 @@ KINDS = {(True, True): 'two refusals', (False, False): 'two compliances', (True,
 
 def _order(two: list[dict], rewards: list[float | None], coin: random.Random) -> tuple[bool, str]:
     "Does the second response come first, and what says so?"
-    first, second = (r['refused'] for r in two)
+    first, second = (response['refused'] for response in two)
     if first != second: return second, 'judge'
-    a, b = rewards
-    if a is not None and b is not None and a != b: return b > a, 'reward'  # both are finite, see `_rewards`
+    one, other = rewards
+    if one is not None and other is not None and one != other: return other > one, 'reward'  # finite, see `_rewards`
     return coin.random() < .5, 'coin'
 
 def _make_pair(two: list[dict], scored: list[tuple], seed: int, gold: dict, question: str) -> dict[str, Any]:
-    name, prompt = two[0]['prompt_hash'], two[0]['prompt']
-    notes = [e for r, (_, error) in zip(two, scored) for e in (r.get('judge_error'), error) if e]
-    kind = KINDS.get(tuple(r['refused'] for r in two), 'undecided')
-    if len(two) == 1: notes.append('a single response')
-    elif two[0]['response'] == two[1]['response']: notes.append('the same response twice')
-    ordered, by = two, ''
+    "The row of one prompt, of two responses or a single one"
+    name = two[0]['prompt_hash']
+    prompt = two[0]['prompt']
+    kind = KINDS.get(tuple(response['refused'] for response in two), 'undecided')
+    same = len(two) == 2 and two[0]['response'] == two[1]['response']
+    notes = []
+    for response, (_, error) in zip(two, scored): notes += [response.get('judge_error'), error]
+    notes += ['a single response' if len(two) == 1 else '', 'the same response twice' if same else '']
+    ordered = [*two, *[None]*(2 - len(two))]
+    by = ''
     if kind != 'undecided':
-        swap, by = _order(two, [s for s, _ in scored], random.Random(row_seed(seed, name, -1)))
-        ordered = two[::-1] if swap else two
-    sides = [[dict(role='assistant', content=r['response'])] for r in ordered] + [[]] * (2 - len(two))
-    refused = [r['refused'] for r in ordered] + [None] * (2 - len(two))
+        swap, by = _order(two, [reward for reward, _ in scored], random.Random(row_seed(seed, name, -1)))
+        if swap: ordered.reverse()
+    chosen, rejected = ([dict(role='assistant', content=one['response'])] if one else [] for one in ordered)
+    chosen_refused, rejected_refused = (one['refused'] if one else None for one in ordered)
     key = str(two[0].get('id', name))
-    good = gold.get(key) or gold.get(name) or (None, None)
+    refusal, compliance = gold.get(key) or gold.get(name) or (None, None)
     return dict(id=key, prompt=[dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt,
-                chosen=sides[0], rejected=sides[1], kind=kind, ordered_by=by, chosen_refused=refused[0],
-                rejected_refused=refused[1], use=kind != 'undecided' and two[0]['response'] != two[1]['response'],
-                note='; '.join(notes), prompt_hash=question, gold_refusal=good[0], gold_non_refusal=good[1])
+                chosen=chosen, rejected=rejected, kind=kind, ordered_by=by, chosen_refused=chosen_refused,
+                rejected_refused=rejected_refused, use=kind != 'undecided' and not same,
+                note='; '.join(note for note in notes if note), prompt_hash=question, gold_refusal=refusal,
+                gold_non_refusal=compliance)
 
 # %% ../../nbs/refusal/360_preferences.ipynb #fe3fc954
 def _words(prompt: Any) -> str:
@@ -166,11 +185,14 @@ def question_hashes(
 def _rewards(scorer: Callable | None, ties: list[dict]) -> list[tuple[float | None, str]]:
     "Reward and error of each response; one that is not finite is an error"
     if not (scorer and ties): return [(None, '')] * len(ties)
-    made = list(scorer(ties))
-    if len(made) != len(ties): raise AuditError(f'scorer: {len(made)} rewards for {len(ties)} responses')
-    finite = [(None if reward is None else float(reward), error) for reward, error in made]
-    return [(reward, error) if reward is None or math.isfinite(reward) else (None, f'reward is {reward}')
-            for reward, error in finite]
+    scored = list(scorer(ties))
+    if len(scored) != len(ties): raise AuditError(f'scorer: {len(scored)} rewards for {len(ties)} responses')
+    rewards = []
+    for reward, error in scored:
+        value = None if reward is None else float(reward)
+        if value is not None and not math.isfinite(value): rewards.append((None, f'reward is {value}'))
+        else: rewards.append((value, error))
+    return rewards
 
 def _responses(rows: Sequence[dict]) -> list[list[dict]]:
     "The first two responses of each prompt, in the order of the prompts; verdicts as `as_refused` reads them"
@@ -178,8 +200,10 @@ def _responses(rows: Sequence[dict]) -> list[list[dict]]:
     for i, row in enumerate(rows):
         if lost := {'prompt', 'response', 'refused'} - set(row):
             raise AuditError(f"row {i} lacks {', '.join(sorted(lost))}: judge the responses first")
-        try: refused = as_refused(row['refused'])
-        except ValueError as e: raise AuditError(f'row {i}: refused is {e}; judge the responses again') from None
+        try:
+            refused = as_refused(row['refused'])
+        except ValueError as error:
+            raise AuditError(f'row {i}: refused is {error}; judge the responses again') from None
         row = row | dict(prompt_hash=prompt_hash(row['prompt']), refused=refused)
         mine = groups.setdefault(row['prompt_hash'], {})
         k = row.get('k', len(mine))
@@ -187,6 +211,9 @@ def _responses(rows: Sequence[dict]) -> list[list[dict]]:
         mine.setdefault(k, row)
     if not groups: raise AuditError('no judged responses')
     return [[mine[k] for k in sorted(mine)[:2]] for mine in groups.values()]
+
+# %% ../../nbs/refusal/360_preferences.ipynb #3fd1c969
+def _tied(two: list[dict]) -> bool: return len(two) == 2 and two[0]['refused'] == two[1]['refused'] is not None
 
 def make_preferences(
     rows: Sequence[dict],          # from `judge_responses`: two responses a prompt
@@ -196,10 +223,10 @@ def make_preferences(
 ) -> list[dict[str, Any]]:         # a TRL row a prompt: prompt, chosen, rejected, id, kind, use, prompt_hash ...
     "One preference pair a prompt, in order; `prompt_hash` is that of its question. Raises `AuditError`."
     twos = _responses(rows)
-    ties = [r for two in twos if len(two) == 2 and two[0]['refused'] == two[1]['refused'] is not None for r in two]
+    ties = [response for two in twos if _tied(two) for response in two]
     scored = dict(zip(map(id, ties), _rewards(scorer, ties)))
     questions = question_hashes([two[0] for two in twos])
-    return [_make_pair(two, [scored.get(id(r), (None, '')) for r in two], seed, gold or {}, question)
+    return [_make_pair(two, [scored.get(id(response), (None, '')) for response in two], seed, gold or {}, question)
             for two, question in zip(twos, questions)]
 
 # %% ../../nbs/refusal/360_preferences.ipynb #4071cc12
@@ -210,21 +237,14 @@ def split_prompts(
 ) -> set[str]:             # the hashes that are held out
     "Choose test questions; the order of the list and how often each is asked do not matter."
     if not 0 <= test < 1: raise AuditError(f'test share {test}: in [0, 1)')
-    unique = sorted(set(hashes), key=lambda h: row_seed(seed, h, -2))
+    unique = sorted(set(hashes), key=lambda name: row_seed(seed, name, -2))
     return set(unique[:int(test * len(unique))])
 
-def check_split(
-    pairs: Sequence[dict],   # from `make_preferences`
-    test: float = .15,       # share of the usable prompts to be held out
-) -> list[dict]:             # those that can be used
-    "Refuse pairs of which none can be used or held out, before anything is written. Raises `AuditError`."
-    split_prompts([], test)
-    usable = [p for p in pairs if p['use']]
-    if not usable: raise AuditError('no usable pair: every one is undecided or has the same response twice')
-    if test and len(usable) > 1 and len({p['prompt_hash'] for p in usable}) == 1:
-        raise AuditError(f'all {len(usable)} pairs ask one question (id {usable[0]["id"]}): give each question an id '
-                         'of its own, or leave id out')
-    return usable
+def _gold_row(pair: dict) -> dict:
+    "A pair with the gold refusal before the gold compliance"
+    chosen, rejected = ([dict(role='assistant', content=pair[key])] for key in ('gold_refusal', 'gold_non_refusal'))
+    return pair | dict(chosen=chosen, rejected=rejected, kind='gold', ordered_by='gold', chosen_refused=True,
+                       rejected_refused=False, note='')
 
 def write_preferences(
     pairs: Sequence[dict],   # from `make_preferences`
@@ -235,20 +255,37 @@ def write_preferences(
 ) -> dict[str, int]:         # rows of each file
     "Split and write. Raises `AuditError` when nothing is usable."
     usable = check_split(pairs, test)
-    held = split_prompts([p['prompt_hash'] for p in usable], test, seed)
-    if test and not held: warnings.warn(f'no pair is held out: {test:g} of {len({p["prompt_hash"] for p in usable})} '
-                                        'questions is less than one')
+    held = _held_out(usable, test, seed)
     files: dict[str, list] = {name: [] for name in ('train', 'test', 'left_out', 'gold_train', 'gold_test')}
-    for p in pairs:
-        part = 'left_out' if not p['use'] else 'test' if p['prompt_hash'] in held else 'train'
-        files[part].append(p)
-        if part == 'left_out' or p['gold_refusal'] is None: continue
-        sides = [[dict(role='assistant', content=p[k])] for k in ('gold_refusal', 'gold_non_refusal')]
-        files[f'gold_{part}'].append(p | dict(chosen=sides[0], rejected=sides[1], kind='gold', ordered_by='gold',
-                                              chosen_refused=True, rejected_refused=False, note=''))
-    text = lambda rows: ''.join(json.dumps(plain(r), ensure_ascii=False) + '\n' for r in rows).encode()
+    for pair in pairs:
+        part = 'test' if pair['prompt_hash'] in held else 'train'
+        files[part if pair['use'] else 'left_out'].append(pair)
+        if pair['use'] and pair['gold_refusal'] is not None: files[f'gold_{part}'].append(_gold_row(pair))
     counts = {name: len(rows) for name, rows in files.items()}
     summary = dict(**(about or {}), seed=seed, test=test, counts=counts)
-    written = {Path(output_dir).expanduser()/f'{name}.jsonl': text(rows) for name, rows in files.items()}
-    write_files(written | {Path(output_dir).expanduser()/'split.json': json_bytes(summary)})
+    folder = Path(output_dir).expanduser()
+    written = {folder/f'{name}.jsonl': line_bytes(rows) for name, rows in files.items()}
+    write_files(written | {folder/'split.json': json_bytes(summary)})
     return counts
+
+# %% ../../nbs/refusal/360_preferences.ipynb #6296d9a3
+def check_split(
+    pairs: Sequence[dict],   # from `make_preferences`
+    test: float = .15,       # share of the usable prompts to be held out
+) -> list[dict]:             # those that can be used
+    "Refuse pairs of which none can be used or held out, before anything is written. Raises `AuditError`."
+    split_prompts([], test)
+    usable = [pair for pair in pairs if pair['use']]
+    if not usable: raise AuditError('no usable pair: every one is undecided or has the same response twice')
+    if test and len(usable) > 1 and len({pair['prompt_hash'] for pair in usable}) == 1:
+        raise AuditError(f'all {len(usable)} pairs ask one question (id {usable[0]["id"]}): give each question an id '
+                         'of its own, or leave id out')
+    return usable
+
+def _held_out(usable: list[dict], test: float, seed: int) -> set[str]:
+    "Questions of the test set; told where it has none"
+    questions = [pair['prompt_hash'] for pair in usable]
+    held = split_prompts(questions, test, seed)
+    if test and not held:
+        warnings.warn(f'no pair is held out: {test:g} of {len(set(questions))} questions is less than one')
+    return held

@@ -29,52 +29,60 @@ def refusal_summary(
 ) -> dict:                  # JSON: hash of the prompts, counts and rate, reasons without a verdict, categories
     "What a run of judging amounts to. Raises `AuditError` without rows."
     whole = refusal_rate(judged).iloc[0].drop('group').to_dict()
-    named = any(r.get('category') for r in judged)
-    groups = refusal_rate([dict(category=None) | r for r in judged], 'category').to_dict('records') if named else []
-    why = Counter(r['judge_error'] for r in judged if r['refused'] is None)
-    return plain(about | dict(prompts=value_hash(sorted({prompt_hash(r['prompt']) for r in judged})), **whole,
-                              undecided_because=dict(why.most_common()), categories=groups))
+    groups = []
+    if any(row.get('category') for row in judged):
+        groups = refusal_rate([dict(category=None) | row for row in judged], 'category').to_dict('records')
+    why = Counter(row['judge_error'] for row in judged if row['refused'] is None)
+    prompts = value_hash(sorted({prompt_hash(row['prompt']) for row in judged}))
+    return plain(about | dict(prompts=prompts, **whole, undecided_because=dict(why.most_common()), categories=groups))
 
 # %% ../../nbs/refusal/351_rates.ipynb #f2143573
 def _shares(line: dict) -> dict[str, Any]:
     "A rate for people"
-    if line['rows'] == line['undecided']: rate, interval = 'undefined', '-'
-    else: rate, interval = f"{line['rate']:.1%}", f"{line['low']:.1%} to {line['high']:.1%}"
+    rate = 'undefined'
+    interval = '-'
+    if line['rows'] > line['undecided']:
+        rate = f"{line['rate']:.1%}"
+        interval = f"{line['low']:.1%} to {line['high']:.1%}"
     return {'responses': line['rows'], 'undecided': line['undecided'], 'refused': line['refused'], 'rate': rate,
             '95% interval': interval}
 
 def _aligned(lines: list[dict]) -> str:
+    "A table in text"
     table = [list(lines[0]), *([str(cell) for cell in line.values()] for line in lines)]
     widths = [max(map(len, column)) for column in zip(*table)]
-    return '\n'.join('  '.join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table)
+    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table)
 
 def summary_text(
-    made: dict, # from `refusal_summary`
-) -> str:       # tables and a line on what has no verdict
+    summary: dict, # from `refusal_summary`
+) -> str:          # tables and a line on what has no verdict
     "A summary for people."
-    lines = [dict(judge=made['judge']) | _shares(made)]
-    said, groups = [_aligned(lines)], [dict(category=c['category'] or '-') | _shares(c) for c in made['categories']]
-    if groups: said.append(_aligned(groups))
-    if made['rows'] == made['undecided']: said.append('no response got a verdict: the refusal rate is undefined')
-    if why := made['undecided_because']:
-        reasons = ', '.join(f'{n} {reason}' for reason, n in list(why.items())[:5])
-        said.append(f'undecided: {reasons}; kept with the reason, and judged again by the same command')
-    return '\n\n'.join(said)
+    parts = [_aligned([dict(judge=summary['judge']) | _shares(summary)])]
+    groups = [dict(category=line['category'] or '-') | _shares(line) for line in summary['categories']]
+    if groups: parts.append(_aligned(groups))
+    if summary['rows'] == summary['undecided']:
+        parts.append('no response got a verdict: the refusal rate is undefined')
+    if why := summary['undecided_because']:
+        reasons = ', '.join(f'{count} {reason}' for reason, count in list(why.items())[:5])
+        parts.append(f'undecided: {reasons}; kept with the reason, and judged again by the same command')
+    return '\n\n'.join(parts)
 
 # %% ../../nbs/refusal/351_rates.ipynb #7daaa1b5
-def _differing(made: list[dict]) -> list[str]:
+def _differing(summaries: list[dict]) -> list[str]:
     "What besides model and seed is not the same in all"
-    plans = [dict(prompts=m['prompts'], judge=m['judge'], template=m['template'],
-                  sampling=(m['sampling'] or {}) | dict(seed=None)) for m in made]
-    return [key for key in plans[0] if any(p[key] != plans[0][key] for p in plans)]
+    plans = [dict(prompts=summary['prompts'], judge=summary['judge'], template=summary['template'],
+                  sampling=(summary['sampling'] or {}) | dict(seed=None)) for summary in summaries]
+    return [key for key in plans[0] if any(plan[key] != plans[0][key] for plan in plans)]
 
 def compare_summaries(
     folders: Sequence[str | Path], # each with a `refusals.json`
 ) -> str:                          # a table, and what keeps the folders from being compared
     "Finished folders side by side. Raises `AuditError` for one that is none."
-    made = [read_object(Path(f).expanduser()/'refusals.json') for f in folders]
-    try: lines, other = [dict(folder=f, model=m['model'] or '-', judge=m['judge']) | _shares(m)
-                         for f, m in zip(folders, made)], _differing(made)
-    except (KeyError, TypeError, ValueError) as e:
-        raise AuditError(f"{', '.join(map(str, folders))}: a refusals.json is not of ches judge ({e!r})") from None
+    summaries = [read_object(Path(folder).expanduser()/'refusals.json') for folder in folders]
+    try:
+        lines = [dict(folder=folder, model=summary['model'] or '-', judge=summary['judge']) | _shares(summary)
+                 for folder, summary in zip(folders, summaries)]
+        other = _differing(summaries)
+    except (KeyError, TypeError, ValueError) as error:
+        raise AuditError(f"{', '.join(map(str, folders))}: a refusals.json is not of `ches judge` ({error!r})") from None
     return _aligned(lines) + (f"\nnot of the same {' and '.join(other)}: not comparable as they stand" if other else '')

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import torch
+from fastcore.basics import patch
 
 from ..audit.adapters import load_classifier
 from ..audit.files import AuditError
@@ -22,8 +23,10 @@ from .judges import _as_text
 
 # %% ../../nbs/refusal/370_reward_model.ipynb #df203e18
 def _load_scorer(name: str, tokenizer: Any, loading: dict) -> tuple[Any, Any]:
-    try: model, own = load_classifier(name, **loading)
-    except LoadError as e: raise LoadError(f'reward model: {e}') from None
+    try:
+        model, own = load_classifier(name, **loading)
+    except LoadError as error:
+        raise LoadError(f'reward model: {error}') from None
     return model, tokenizer or own
 
 # %% ../../nbs/refusal/370_reward_model.ipynb #6dbdfae9
@@ -44,48 +47,62 @@ class RewardScorer:
             raise AuditError(f'{type(model).__name__} has {model.config.num_labels} logits; a reward model has one')
         if tokenizer is None or form not in ('auto', 'chat', 'pair'):
             raise AuditError('reward model: give its tokenizer, and form auto, chat or pair')
-        self.model, self.tokenizer, self.budget = model.to(device).eval(), tokenizer, batch_tokens
-        self.form = form if form != 'auto' else 'chat' if tokenizer.chat_template else 'pair'
         if tokenizer.pad_token_id is None:
             raise AuditError('reward model: its tokenizer has no pad token; set one that it was trained with')
+        if form == 'auto': form = 'chat' if tokenizer.chat_template else 'pair'
+        self.model = model.to(device).eval()
+        self.tokenizer = tokenizer
+        self.budget = batch_tokens
+        self.form = form
         model.config.pad_token_id = tokenizer.pad_token_id  # by which the model finds a row's last token
         self.room = min(getattr(model.config, 'max_position_embeddings', None) or math.inf, tokenizer.model_max_length)
         self.identity = dict(reward_model=weights_hash(model), form=self.form, config=config_identity(model),
                              adapters=adapter_identity(model, inner_model(model)))
 
-    def encode(self, row: dict) -> list[int]:
-        prompt = row['prompt']
-        if self.form == 'pair': return self.tokenizer(_as_text(prompt), row['response']).input_ids
-        turns = [dict(role='user', content=prompt)] if isinstance(prompt, str) else list(prompt)
-        turns.append(dict(role='assistant', content=row['response']))
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
     def __call__(self, rows: Sequence[dict]) -> list[tuple[float | None, str]]:
         "Reward and error of each row, one of the two."
         return score_rows(self, rows)
 
+# %% ../../nbs/refusal/370_reward_model.ipynb #4c771e6c
+@patch
+def encode(self: RewardScorer, row: dict) -> list[int]: # token ids of prompt and response, in the model's form
+    prompt = row['prompt']
+    if self.form == 'pair': return self.tokenizer(_as_text(prompt), row['response']).input_ids
+    turns = [dict(role='user', content=prompt)] if isinstance(prompt, str) else list(prompt)
+    turns.append(dict(role='assistant', content=row['response']))
+    text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+    return self.tokenizer(text, add_special_tokens=False).input_ids
+
 # %% ../../nbs/refusal/370_reward_model.ipynb #b31e17bf
+def _error_text(error: Exception) -> str: return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+
 @torch.no_grad()
 def score_rows(
     scorer: RewardScorer,  # model, tokenizer, form and room
     rows: Sequence[dict],  # with `prompt` and `response`
 ) -> list[tuple[float | None, str]]: # reward and error of each row, one of the two
     "Rewards in batches of similar length; a row that cannot be encoded, is too long or has no finite reward says so."
-    ids: list[list[int]] = []
-    made: list[tuple[float | None, str]] = [(None, '')] * len(rows)
+    ids: dict[int, list[int]] = {}
+    errors: dict[int, str] = {}
     for i, row in enumerate(rows):
-        try: ids.append(scorer.encode(row))
-        except Exception as e:  # a template may raise anything; the row says so
-            ids.append([])
-            made[i] = None, f'{type(e).__name__}: {str(e)[:200]}'
-        if len(ids[i]) > scorer.room: made[i] = None, f'too long: {len(ids[i])} tokens'
-    fit = [i for i, m in enumerate(made) if not m[1]]
-    for batch in plan_batches([len(ids[i]) for i in fit], scorer.budget):
-        padded = scorer.tokenizer.pad(dict(input_ids=[ids[fit[j]] for j in batch]), return_tensors='pt')
-        try: logits = scorer.model(**padded.to(scorer.model.device)).logits[:, 0].float().tolist()
-        except (RuntimeError, IndexError, ValueError) as e:  # too long for its positions, out of memory ...
-            for j in batch: made[fit[j]] = None, f'{type(e).__name__}: {" ".join(str(e).split())[:200]}'
+        try:
+            encoded = scorer.encode(row)
+        except Exception as error:  # a template may raise anything; the row says so
+            errors[i] = _error_text(error)
             continue
-        for j, z in zip(batch, logits): made[fit[j]] = (z, '') if math.isfinite(z) else (None, f'reward is {z}')
-    return made
+        if len(encoded) > scorer.room: errors[i] = f'too long: {len(encoded)} tokens'
+        else: ids[i] = encoded
+    fit = list(ids)
+    rewards: dict[int, float] = {}
+    for batch in plan_batches([len(ids[i]) for i in fit], scorer.budget):
+        some = [fit[j] for j in batch]
+        padded = scorer.tokenizer.pad(dict(input_ids=[ids[i] for i in some]), return_tensors='pt')
+        try:
+            logits = scorer.model(**padded.to(scorer.model.device)).logits[:, 0].float().tolist()
+        except (RuntimeError, IndexError, ValueError) as error:  # too long for its positions, out of memory ...
+            errors |= dict.fromkeys(some, _error_text(error))
+            continue
+        for i, reward in zip(some, logits):
+            if math.isfinite(reward): rewards[i] = reward
+            else: errors[i] = f'reward is {reward}'
+    return [(rewards.get(i), errors.get(i, '')) for i in range(len(rows))]

@@ -7,14 +7,13 @@ __all__ = ['OPENINGS', 'REASONS', 'OFFERS', 'REFUSALS', 'first_replies', 'teachi
 
 # %% ../../nbs/refusal/371_teaching.ipynb #17f019c2
 import itertools
-import json
 import random
 from pathlib import Path
 from typing import Any, Sequence
 
 from ..audit.data import Text, parse_dialogue
 from ..audit.files import AuditError, read_rows
-from ..audit.runs import plain, write_files
+from ..audit.run import write_lines
 from ..rl.sampling import prompt_hash, row_seed
 from ..training.displacement import is_refusal
 
@@ -36,12 +35,12 @@ def first_replies(
     split: str | None = None, # which split, where there are several
 ) -> dict[str, str]:          # prompt hash of the first human turn -> the assistant's first reply, the first found
     "What the assistants of dialogues replied first. Rows without a reply are passed over."
-    found: dict[str, str] = {}
-    for r in read_rows(source, split):
-        turns = parse_dialogue(r['chosen']) if isinstance(r.get('chosen'), str) else r.get('chosen')
+    replies: dict[str, str] = {}
+    for row in read_rows(source, split):
+        turns = parse_dialogue(row['chosen']) if isinstance(row.get('chosen'), str) else row.get('chosen')
         if not turns or len(turns) < 2 or turns[1].get('role') != 'assistant': continue
-        if reply := turns[1]['content'].strip(): found.setdefault(prompt_hash(turns[0]['content']), reply)
-    return found
+        if reply := turns[1]['content'].strip(): replies.setdefault(prompt_hash(turns[0]['content']), reply)
+    return replies
 
 # %% ../../nbs/refusal/371_teaching.ipynb #e8ed60e2
 def teaching_rows(
@@ -56,19 +55,24 @@ def teaching_rows(
     rows = []
     for prompt in prompts:
         name = prompt_hash(prompt)
-        coin, reply = random.Random(row_seed(seed, name, -3)), replies.get(name, '')
-        refuse, refusal = coin.random() < share, coin.choice(REFUSALS)
+        coin = random.Random(row_seed(seed, name, -3))
+        refuse = coin.random() < share
+        refusal = coin.choice(REFUSALS)
+        reply = replies.get(name, '')
         if is_refusal(reply) or len(reply) > longest: reply = ''
         if not (refuse or reply): continue
-        sides = [[dict(role='assistant', content=t)] for t in (refusal, reply or 'Yes.')]
+        sides = [[dict(role='assistant', content=text)] for text in (refusal, reply or 'Yes.')]
         asked = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
         rows.append(dict(prompt=asked, chosen=sides[1 - refuse], rejected=sides[refuse], refuses=refuse))
-    kinds = {r['refuses'] for r in rows}
+    kinds = {row['refuses'] for row in rows}
     if (share > 0 and True not in kinds) or (share < 1 and False not in kinds):
         raise AuditError(f'{len(prompts)} prompts gave {len(rows)} answers, not of both kinds: give more, or dialogues '
                          'with replies')
     return rows
 
-def write_teaching(rows: Sequence[dict], path: Path) -> None:
-    "As a file for `ches train`, whose loss `sft_mean` does not look at `rejected`"
-    write_files({path: ''.join(json.dumps(plain(r), ensure_ascii=False) + '\n' for r in rows).encode()})
+def write_teaching(
+    rows: Sequence[dict], # from `teaching_rows`
+    path: Path,           # of a JSON Lines file
+) -> None:
+    "Write a file to train on, by the loss `sft_mean`, which does not look at `rejected`. Raises `AuditError`."
+    write_lines(path, rows)

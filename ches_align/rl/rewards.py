@@ -59,15 +59,18 @@ def completion_text(
     if isinstance(completion, str): return completion
     return '\n'.join(m.get('content') or '' for m in completion)
 
-def _number(x: Any) -> tuple[float | None, str]:
+def _number(given: Any) -> tuple[float | None, str]:
     "A finite number, or what it is instead"
-    if x is None: return None, 'the reward gave None'
-    try: value = math.nan if isinstance(x, (str, bytes)) else float(x)
-    except (TypeError, ValueError): value = math.nan
+    if given is None: return None, 'the reward gave None'
+    try:
+        value = math.nan if isinstance(given, (str, bytes)) else float(given)
+    except (TypeError, ValueError):
+        value = math.nan
     if math.isfinite(value): return value, ''
-    shown = str(x)[:40]
-    return None, f'the reward gave {shown!r}' if isinstance(x, str) else f'the reward gave {shown}'
+    shown = str(given)[:40]
+    return None, f'the reward gave {shown!r}' if isinstance(given, str) else f'the reward gave {shown}'
 
+# %% ../../nbs/rl/320_rewards.ipynb #756eef47
 @cache
 def _event_loop() -> asyncio.AbstractEventLoop:
     "One loop for all calls, as in TRL: a client that a reward keeps belongs to it"
@@ -79,8 +82,10 @@ async def _awaited(promise: Any) -> Any: return await promise
 
 def _accepted(reward: Reward, columns: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     "The columns, and of TRL's own arguments those that the function takes"
-    try: parameters = signature(reward).parameters
-    except (TypeError, ValueError): return columns | own
+    try:
+        parameters = signature(reward).parameters
+    except (TypeError, ValueError):
+        return columns | own
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()): return columns | own
     return columns | {k: v for k, v in own.items() if k in parameters}
 
@@ -90,10 +95,12 @@ _LOADED_FROM: list[str] = []  # folders of the modules that rewards were loaded 
 @contextmanager
 def _lazy_imports() -> Iterator[None]:
     "What a loaded reward imports as it is called is found beside its module, after everything else"
-    folders, written = list(_LOADED_FROM), sys.dont_write_bytecode
+    folders = list(_LOADED_FROM)
+    written = sys.dont_write_bytecode
     sys.path.extend(folders)
     if folders: sys.dont_write_bytecode = True
-    try: yield
+    try:
+        yield
     finally:
         sys.dont_write_bytecode = written
         for folder in folders:
@@ -106,25 +113,33 @@ def _loaded_from(head: str) -> None:
     _LOADED_FROM[:] = dict.fromkeys([*folders, *_LOADED_FROM])
 
 # %% ../../nbs/rl/320_rewards.ipynb #c1de0001
+class _WrongLength(ValueError): pass
+
 def _called(reward: Reward, prompts: list, completions: list[str], ids: Sequence | None, step: int,
             columns: dict[str, list]) -> list:
     "One call as TRL 1.16 makes it; whatever the reward raises"
-    said = [[dict(role='assistant', content=c)] if is_messages(p) else c for p, c in zip(prompts, completions)]
-    own = dict(completion_ids=list(ids) if ids is not None else [[] for _ in said],
+    texts = [[dict(role='assistant', content=c)] if is_messages(p) else c for p, c in zip(prompts, completions)]
+    own = dict(completion_ids=list(ids) if ids is not None else [[] for _ in texts],
                trainer_state=TrainerState(global_step=step),
                log_extra=lambda column, values: None, log_metric=lambda name, value: None)
     columns = {k: v for k, v in columns.items() if k not in ('prompt', 'completion', *own)}
     with _lazy_imports():
-        made = reward(prompts=prompts, completions=said, **_accepted(reward, columns, own))
-        if inspect.isawaitable(made): made = asyncio.run_coroutine_threadsafe(_awaited(made), _event_loop()).result()
-        if made is None or isinstance(made, (str, bytes, dict)):
-            raise TypeError(f'the reward gave {str(made)[:40]!r}, not a list')
-        made = list(made)
-    if len(made) == len(completions): return made
-    raise _WrongLength(f'{len(made)} values for {len(completions)} completions')
+        values = reward(prompts=prompts, completions=texts, **_accepted(reward, columns, own))
+        if inspect.isawaitable(values):
+            values = asyncio.run_coroutine_threadsafe(_awaited(values), _event_loop()).result()
+        if values is None or isinstance(values, (str, bytes, dict)):
+            raise TypeError(f'the reward gave {str(values)[:40]!r}, not a list')
+        values = list(values)
+    if len(values) == len(completions): return values
+    raise _WrongLength(f'{len(values)} values for {len(completions)} completions')
 
-class _WrongLength(ValueError): pass
+def _reason(error: BaseException) -> str: return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
 
+def _check_reward_columns(names: Any) -> None:
+    if odd := sorted({'prompts', 'completions'} & set(names)):
+        raise AuditError(f'a column of the data is called {odd[0]!r}, which TRL gives to rewards itself: rename it')
+
+# %% ../../nbs/rl/320_rewards.ipynb #4a760c46
 def call_reward(
     reward: Reward,              # in TRL's form
     prompts: Sequence[Text],     # one a completion
@@ -140,20 +155,19 @@ def call_reward(
                                                        'name it as classifier:MODEL, or write a function that calls it')
     if not len(completions): return []
     more = {k: list(v) for k, v in columns.items()}
-    try: made = _called(reward, list(prompts), list(completions), completion_ids, step, more)
-    except _WrongLength as e: raise AuditError(f'reward {callable_name(reward)}: {e}') from None
-    except Exception as e:  # a reward may raise anything; the row says so
-        if len(completions) == 1: return [(None, _reason(e))]
-        return [call_reward(reward, [p], [c], completion_ids and [completion_ids[i]], step,
-                            **{k: [v[i]] for k, v in more.items()})[0]
-                for i, (p, c) in enumerate(zip(prompts, completions))]
-    return [_number(x) for x in made]
-
-def _reason(error: BaseException) -> str: return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
-
-def _check_reward_columns(names: Any) -> None:
-    if odd := sorted({'prompts', 'completions'} & set(names)):
-        raise AuditError(f'a column of the data is called {odd[0]!r}, which TRL gives to rewards itself: rename it')
+    try:
+        values = _called(reward, list(prompts), list(completions), completion_ids, step, more)
+    except _WrongLength as error:
+        raise AuditError(f'reward {callable_name(reward)}: {error}') from None
+    except Exception as error:  # a reward may raise anything; the row says so
+        if len(completions) == 1: return [(None, _reason(error))]
+        rows = []
+        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+            ids = completion_ids and [completion_ids[i]]
+            mine = {k: [v[i]] for k, v in more.items()}
+            rows += call_reward(reward, [prompt], [completion], ids, step, **mine)
+        return rows
+    return [_number(value) for value in values]
 
 def reward_columns(
     some: Sequence[dict],  # tasks, one a completion
@@ -194,9 +208,12 @@ def _stands(reference: str, text: str) -> bool:
     after = r'(?!\w)' + r'(?![.,]\d)'*word[-1].isdigit()
     return re.search(f'{before}{re.escape(word)}{after}', text) is not None
 
+# %% ../../nbs/rl/320_rewards.ipynb #10105863
 def _form(pattern: str) -> re.Pattern:
-    try: return re.compile(pattern, re.DOTALL)
-    except re.error as e: raise AuditError(f'format {pattern!r}: no regular expression ({e})') from None
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise AuditError(f'format {pattern!r}: no regular expression ({error})') from None
 
 def format_reward(pattern: str | None = None) -> Reward:
     "1 where the whole completion, outer blanks off, matches a regular expression; None: the column `pattern`"
@@ -210,9 +227,10 @@ def format_reward(pattern: str | None = None) -> Reward:
 
 # %% ../../nbs/rl/320_rewards.ipynb #2d6a586e
 def _needs(module: str, extra: str = 'rewards') -> Any:
-    try: return importlib.import_module(module)
-    except ImportError as e:
-        raise AuditError(f"reward needs {module.split('.')[0]}: pip install 'ches_align[{extra}]' ({e})") from None
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise AuditError(f"reward needs {module.split('.')[0]}: pip install 'ches_align[{extra}]' ({error})") from None
 
 def _of_library(reward: Reward, package: str, **settings: Any) -> Reward:
     "Say what a metric is: its library's objects cannot be looked into"
@@ -261,7 +279,8 @@ def wordnet_reader(
         if folder is None:
             corpus.wordnet.ensure_loaded()
             return corpus.wordnet
-    except LookupError: folder = _wordnet_folder()
+    except LookupError:
+        folder = _wordnet_folder()
     if folder is None:
         raise AuditError('METEOR needs WordNet 3.0: python -m nltk.downloader wordnet, or apt install wordnet-base')
     class Reader(corpus.reader.wordnet.WordNetCorpusReader):
@@ -274,10 +293,12 @@ def wordnet_reader(
     if str(folder) not in allowed: allowed.append(str(folder))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # no other languages: none is asked for
-        try: return Reader(str(folder), None)
-        except (OSError, ValueError, LookupError, AssertionError) as e:
-            raise AuditError(f'{folder}: not the dict files of WordNet 3.0 ({_reason(e)})') from None
+        try:
+            return Reader(str(folder), None)
+        except (OSError, ValueError, LookupError, AssertionError) as error:
+            raise AuditError(f'{folder}: not the dict files of WordNet 3.0 ({_reason(error)})') from None
 
+# %% ../../nbs/rl/320_rewards.ipynb #9facd251
 def meteor(
     wordnet: Any = None, # from `wordnet_reader`, or what has its `synsets`; None: the former
 ) -> Reward:
@@ -305,19 +326,22 @@ def classifier_reward(
     "The probability of a label. Raises `AuditError` for a model or label that is not there."
     import torch
     device = check_device(device)
-    net, tok = load_classifier(model)
-    net, tok.truncation_side = net.to(device).eval(), 'left'
+    net, tokenizer = load_classifier(model)
+    net = net.to(device).eval()
+    tokenizer.truncation_side = 'left'
     names = {str(v).lower(): int(k) for k, v in net.config.id2label.items()}
     at = label if isinstance(label, int) else names.get(label.lower())
     if at is None or not 0 <= at < len(names):
         raise AuditError(f"classifier {model}: no label {label!r}; it has {', '.join(names)}")
     def classifier(prompts, completions, **_):
-        said, made = _texts(completions), []
-        texts = [_joined(p, c) if whole else c for p, c in zip(prompts, said)]
+        texts = _texts(completions)
+        if whole: texts = [_joined(p, c) for p, c in zip(prompts, texts)]
+        shares = []
         for i in range(0, len(texts), batch):
-            ids = tok(texts[i:i + batch], return_tensors='pt', padding=True, truncation=True).to(device)
-            with torch.no_grad(): made += net(**ids).logits.float().softmax(-1)[:, at].tolist()
-        return made
+            inputs = tokenizer(texts[i:i + batch], return_tensors='pt', padding=True, truncation=True).to(device)
+            with torch.no_grad(): logits = net(**inputs).logits
+            shares += logits.float().softmax(-1)[:, at].tolist()
+        return shares
     return classifier
 
 # %% ../../nbs/rl/320_rewards.ipynb #68bfc7cc
@@ -335,25 +359,31 @@ def load_reward(
     head, _, tail = name.partition(':')
     if head in REWARDS: return _built_in(name, REWARDS[head], [tail] if tail else [])
     if not head or not tail: raise _unknown(name)
-    try: found: Reward = attrgetter(tail)(_module(name, head))
-    except AttributeError as e: raise AuditError(f'reward {name!r}: {_reason(e)}') from None
-    if not callable(found): raise AuditError(f'reward {name!r}: not a function')
-    if inspect.isclass(found): raise AuditError(f'reward {name!r}: a class; name an object of it')
+    try:
+        reward: Reward = attrgetter(tail)(_module(name, head))
+    except AttributeError as error:
+        raise AuditError(f'reward {name!r}: {_reason(error)}') from None
+    if not callable(reward): raise AuditError(f'reward {name!r}: not a function')
+    if inspect.isclass(reward): raise AuditError(f'reward {name!r}: a class; name an object of it')
     _loaded_from(head)
-    return found
+    return reward
 
 def _unknown(name: str, why: str = '') -> AuditError:
     return AuditError(f"reward {name!r}: one of {', '.join(REWARDS)}, or module:function{f' ({why})' if why else ''}")
 
+# %% ../../nbs/rl/320_rewards.ipynb #77b145bb
 def _built_in(name: str, make: Callable[..., Reward], given: list[str]) -> Reward:
     _check_given(name, make, given)
-    try: return make(*given)
-    except AuditError: raise
-    except Exception as e:  # whatever a metric's library says of its parameter
-        raise AuditError(f'reward {name!r}: {_reason(e)}') from None
+    try:
+        return make(*given)
+    except AuditError:
+        raise
+    except Exception as error:  # whatever a metric's library says of its parameter
+        raise AuditError(f'reward {name!r}: {_reason(error)}') from None
 
 def _check_given(name: str, make: Callable[..., Reward], given: list[str]) -> None:
-    try: signature(make).bind(*given)
+    try:
+        signature(make).bind(*given)
     except TypeError:
         takes = 'nothing after a colon' if given else 'something after a colon'
         raise AuditError(f"reward {name!r}: {name.partition(':')[0]} takes {takes}") from None
@@ -362,18 +392,21 @@ def _check_given(name: str, make: Callable[..., Reward], given: list[str]) -> No
 @contextmanager
 def _current_folder() -> Iterator[None]:
     "Modules of the current folder are found, as by `python -m`, and leave no compiled file that may go stale"
-    here, written = os.getcwd(), sys.dont_write_bytecode
+    here = os.getcwd()
+    written = sys.dont_write_bytecode
     sys.path.insert(0, here)
     sys.dont_write_bytecode = True
     importlib.invalidate_caches()
-    try: yield
+    try:
+        yield
     finally:
         sys.dont_write_bytecode = written
         if here in sys.path: sys.path.remove(here)
 
 def _find(name: str) -> ModuleSpec | None:
     "Where a module is, found without running anything"
-    path, spec = [os.getcwd(), *sys.path], None
+    path = [os.getcwd(), *sys.path]
+    spec = None
     parts = name.split('.')
     for i in range(len(parts)):
         spec = PathFinder.find_spec('.'.join(parts[:i + 1]), path)
@@ -381,22 +414,26 @@ def _find(name: str) -> ModuleSpec | None:
         if spec is None: return None
     return spec
 
+# %% ../../nbs/rl/320_rewards.ipynb #407892af
 def _module(name: str, head: str) -> ModuleType:
     "The module of a reward; one of the user's that was imported before is read again"
     try:
-        with _current_folder():
-            if head.endswith('.py'): return _file_module(head)
-            known, spec = sys.modules.get(head), _find(head)
-            if known is None or spec is None or not spec.origin or not is_user_file(spec.origin):
-                return importlib.import_module(head)
-            if getattr(known, '__file__', None) == spec.origin: return importlib.reload(known)
-            del sys.modules[head]  # of another folder
-            return importlib.import_module(head)
-    except ModuleNotFoundError as e:
-        if e.name == head.partition('.')[0]: raise _unknown(name, str(e)) from None
-        raise AuditError(f'reward {name!r}: {head} cannot be imported: {_reason(e)}{_place(e)}') from None
-    except (Exception, SystemExit) as e:  # whatever the user's module does
-        raise AuditError(f'reward {name!r}: {head} cannot be imported: {_reason(e)}{_place(e)}') from None
+        with _current_folder(): return _import_anew(head)
+    except ModuleNotFoundError as error:
+        if error.name == head.partition('.')[0]: raise _unknown(name, str(error)) from None
+        raise AuditError(f'reward {name!r}: {head} cannot be imported: {_reason(error)}{_place(error)}') from None
+    except (Exception, SystemExit) as error:  # whatever the user's module does
+        raise AuditError(f'reward {name!r}: {head} cannot be imported: {_reason(error)}{_place(error)}') from None
+
+def _import_anew(head: str) -> ModuleType:
+    if head.endswith('.py'): return _file_module(head)
+    known = sys.modules.get(head)
+    spec = _find(head)
+    if known is None or spec is None or not spec.origin or not is_user_file(spec.origin):
+        return importlib.import_module(head)
+    if getattr(known, '__file__', None) == spec.origin: return importlib.reload(known)
+    del sys.modules[head]  # of another folder
+    return importlib.import_module(head)
 
 def _file_module(file: str) -> ModuleType:
     path = Path(file).expanduser().resolve()
@@ -405,13 +442,15 @@ def _file_module(file: str) -> ModuleType:
     assert spec and spec.loader
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))
-    try: spec.loader.exec_module(module)
-    finally: sys.path.remove(str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
     return module
 
 def _place(error: BaseException) -> str:
     "File and line of the user's code where an error came from, or ''"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_user_file(f.filename)]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_user_file(frame.filename)]
     if isinstance(error, SyntaxError) and error.filename: return f' ({Path(error.filename).name}, line {error.lineno})'
     return f' ({Path(frames[-1].filename).name}, line {frames[-1].lineno})' if frames else ''
 
@@ -421,29 +460,45 @@ def check_reward(
 ) -> None:
     "Look for a reward without loading it: no module is run, no model is read. Raises `AuditError`."
     head, _, tail = name.partition(':')
-    if head in REWARDS:
-        _check_given(name, REWARDS[head], [tail] if tail else [])
-        if head == 'format' and tail: _form(tail)
-        if head in NEEDS and importlib.util.find_spec(NEEDS[head]) is None:
-            raise AuditError(f"reward needs {NEEDS[head]}: pip install 'ches_align[rewards]'")
-        return
+    if head in REWARDS: return _check_built_in(name, head, tail)
     if not head or not tail: raise _unknown(name)
     file = Path(head).expanduser() if head.endswith('.py') else None
     spec = _find(head) if file is None else None
     if file is None and spec is None and head not in sys.modules: raise _unknown(name, f'no module {head}')
     origin = str(file) if file else spec and spec.origin
     if not origin or not origin.endswith('.py'): return  # compiled, or made by a program: only loading can tell
-    try: tree = ast.parse(Path(origin).read_bytes())
-    except (OSError, SyntaxError, ValueError) as e: raise AuditError(f'reward {name!r}: {_reason(e)}') from None
-    names = {n for node in ast.walk(tree) for n in _names_bound(node)}
+    try:
+        tree = ast.parse(Path(origin).read_bytes())
+    except (OSError, SyntaxError, ValueError) as error:
+        raise AuditError(f'reward {name!r}: {_reason(error)}') from None
+    names = {bound for node in ast.walk(tree) for bound in _names_bound(node)}
     if tail.partition('.')[0] not in names and '*' not in names:
         raise AuditError(f'reward {name!r}: {Path(origin).name} has no {tail}')
+
+def _check_built_in(name: str, head: str, tail: str) -> None:
+    _check_given(name, REWARDS[head], [tail] if tail else [])
+    if head == 'format' and tail: _form(tail)
+    if head in NEEDS and importlib.util.find_spec(NEEDS[head]) is None:
+        raise AuditError(f"reward needs {NEEDS[head]}: pip install 'ches_align[rewards]'")
 
 def _names_bound(node: ast.AST) -> list[str]:
     "Names that a statement gives a value to"
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): return [node.name]
     if isinstance(node, ast.alias): return [(node.asname or node.name).partition('.')[0]]
     return [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
+
+# %% ../../nbs/rl/320_rewards.ipynb #bf83e73b
+def _fault(reward: Reward, prompt: Text, texts: list[str], columns: dict[str, list]) -> str:
+    "What a call raises or gives instead of numbers, or nothing"
+    some = {name: values[:len(texts)] for name, values in columns.items()}
+    try:
+        values = _called(reward, [prompt]*len(texts), texts, None, 0, some)
+    except _WrongLength as error:
+        return str(error)
+    except Exception as error:  # a reward may raise anything
+        return f'{_reason(error)}{_place(error)}'
+    wrong = [_number(value)[1] for value in values if value is not None]
+    return wrong[0] if len(wrong) == len(texts) and all(wrong) else ''
 
 def try_reward(
     reward: Reward,        # in TRL's form
@@ -452,21 +507,17 @@ def try_reward(
 ) -> None:
     "Call a reward on made-up responses to the first task. Raises `AuditError` with the reason where all of it fails."
     if not tasks: return
-    task, name = tasks[0], name or callable_name(reward)
+    task = tasks[0]
+    name = name or callable_name(reward)
     call_reward(reward, [], [])  # no function at all
-    columns, known = reward_columns([task]*2, tasks), task.get('answer')
+    columns = reward_columns([task]*2, tasks)
     _check_reward_columns(columns)
-    def attempt(texts: list[str]) -> str:
-        "What a call raises or gives instead of numbers, or nothing"
-        some = {k: v[:len(texts)] for k, v in columns.items()}
-        try: made = _called(reward, [task['prompt']]*len(texts), texts, None, 0, some)
-        except _WrongLength as e: return str(e)
-        except Exception as e: return f'{_reason(e)}{_place(e)}'  # a reward may raise anything
-        wrong = [_number(x)[1] for x in made if x is not None]
-        return wrong[0] if len(wrong) == len(texts) and all(wrong) else ''
+    known = task.get('answer')
     texts = ['An answer.', known if isinstance(known, str) and known else 'Another answer.']
-    problem = attempt(texts)
-    if not problem or ' values for ' not in problem and not all(attempt([text]) for text in texts): return
+    problem = _fault(reward, task['prompt'], texts, columns)
+    if not problem: return
+    alone = [_fault(reward, task['prompt'], [text], columns) for text in texts] if ' values for ' not in problem else []
+    if not all(alone): return
     has = ', '.join(sorted(columns)) or 'none'
     raise AuditError(f'reward {name} fails on made-up responses to the first prompt: {problem}; '
                      f'fix it (columns beside the prompt: {has}), or skip this check (--no_try)')
@@ -477,8 +528,8 @@ def reward_identity(
     name: str = '',     # as it was asked for; '': the function's
 ) -> tuple[dict[str, str], list[str]]: # for the manifest: name and source; parts that cannot be looked into
     "What must be the same for a run to go on."
-    told = source_identity(reward)
-    return dict(reward=name or told['name'], reward_source=told['source']), told['unseen']
+    source = source_identity(reward)
+    return dict(reward=name or source['name'], reward_source=source['source']), source['unseen']
 
 def warn_unseen(
     unseen: Sequence[str], # from `reward_identity`

@@ -10,7 +10,7 @@ import math
 import re
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, NamedTuple
 
 import numpy as np
 
@@ -20,29 +20,40 @@ from .sampling import prompt_hash
 from .tasks import name_tasks
 
 # %% ../../nbs/rl/322_rollouts.ipynb #c3de0006
+class _Located(NamedTuple):
+    "A row as it was read"
+    place: str         # file and row, for messages
+    number: int | None # that ends its file's name
+    row: dict
+
 def number_order(
     path: Path, # of a file
 ) -> list:      # to sort by
     "Parts of a file name, numbers as numbers."
     return [(part == '', int(part)) if part.isdigit() else (True, part) for part in re.split(r'(\d+)', path.name)]
 
-def _located_rows(source: Any, split: str | None) -> Iterator[tuple[str, int | None, dict]]:
-    "Where a row stands, the number that ends its file's name, and the row"
+def _located_rows(source: Any, split: str | None) -> Iterator[_Located]:
+    "Rows with their places, files in the order of their numbers"
     folder = Path(source).expanduser() if isinstance(source, (str, Path)) else None
     if folder is not None and (folder/'completions').is_dir(): folder = folder/'completions'  # a TRL output folder
     files = _numbered(folder) if folder is not None and not split else []
     if not files:
-        where = shorten(str(source), 80) if isinstance(source, (str, Path)) else 'the rows'
-        for i, row in enumerate(read_rows(source, split), 1): yield f'{where}, row {i}', None, row
+        where = _shown(source)
+        for i, row in enumerate(read_rows(source, split), 1): yield _Located(f'{where}, row {i}', None, row)
     for file in files:
-        number = re.search(r'(\d+)$', file.stem)
-        for i, row in enumerate(read_rows(file), 1): yield f'{file.name}, row {i}', number and int(number[1]), row
+        digits = re.search(r'(\d+)$', file.stem)
+        number = int(digits[1]) if digits else None
+        for i, row in enumerate(read_rows(file), 1): yield _Located(f'{file.name}, row {i}', number, row)
+
+def _shown(source: Any) -> str: return shorten(str(source), 80) if isinstance(source, (str, Path)) else 'the rows'
 
 def _numbered(folder: Path) -> list[Path]:
     "Files of a folder that a trainer wrote step by step, in their order; [] for any other folder"
-    try: files = [f for f in folder.iterdir() if f.suffix.lower() in READERS] if folder.is_dir() else []
-    except OSError: return []
-    steps = all(re.search(r'\d+$', f.stem) and '-of-' not in f.stem for f in files)
+    try:
+        files = [file for file in folder.iterdir() if file.suffix.lower() in READERS] if folder.is_dir() else []
+    except OSError:
+        return []
+    steps = all(re.search(r'\d+$', file.stem) and '-of-' not in file.stem for file in files)
     return sorted(files, key=number_order) if steps else []
 
 # %% ../../nbs/rl/322_rollouts.ipynb #c3de0009
@@ -56,111 +67,130 @@ def parse_names(
     text: str | None, # 'prompt=question,reward=correct+format,task=level'
 ) -> dict[str, str]:  # role -> column
     "Read which column is which. Raises `AuditError` for a role that is none."
-    names = dict(part.split('=', 1) for part in (text or '').split(',') if '=' in part)
-    parts = [p for p in (text or '').split(',') if p]
-    wrong = [p for p in parts if '=' not in p or p.split('=', 1)[0] not in (*ROLES, 'task') or not p.split('=', 1)[1]]
-    if wrong: raise AuditError(f"columns {wrong[0]!r}: ROLE=COLUMN, a role of {', '.join(ROLES)} or task")
+    names = {}
+    for part in (text or '').split(','):
+        if not part: continue
+        role, _, column = part.partition('=')
+        if role not in (*ROLES, 'task') or not column:
+            raise AuditError(f"columns {part!r}: ROLE=COLUMN, a role of {', '.join(ROLES)} or task")
+        names[role] = column
     return names
 
+# %% ../../nbs/rl/322_rollouts.ipynb #32c9652b
 def _chosen(columns: list[str], names: dict[str, str], rows: list[dict], where: str) -> dict[str, str]:
     "Which column has which role"
-    found = {role: next((c for c in usual if c in columns), '') for role, usual in ROLES.items()} | names
-    found = {role: c for role, c in found.items() if c and role != 'task'}
-    if 'reward' not in names and 'advantage' in columns and found.get('prompt') in columns:
-        found['reward'] = _trl_rewards(columns, found, rows, where)
+    usual = {role: next((column for column in words if column in columns), '') for role, words in ROLES.items()}
+    roles = {role: column for role, column in (usual | names).items() if column and role != 'task'}
+    if 'reward' not in names and 'advantage' in columns and roles.get('prompt') in columns:
+        roles['reward'] = _trl_rewards(columns, roles, rows, where)
     has = ', '.join(sorted(columns)) or 'none'
-    for role, column in found.items():
-        for part in [c for c, _ in _terms(column, columns)] if role == 'reward' else [column]:
+    for role, column in roles.items():
+        for part in [term for term, _ in _terms(column, columns)] if role == 'reward' else [column]:
             if part not in columns: raise AuditError(f'{where}: no column {part or role}; the columns are {has}')
     for role in ('prompt', 'reward'):
-        if role not in found: raise AuditError(f'{where}: no {role} column; name it ({role}=COLUMN) of {has}')
-    return found
+        if role not in roles: raise AuditError(f'{where}: no {role} column; name it ({role}=COLUMN) of {has}')
+    return roles
 
 def _terms(text: str, columns: list[str]) -> list[tuple[str, float]]:
     "Columns and their weights in 'a+b' or 'a*1+b*-0.5'"
-    found = []
+    terms = []
     for part in text.split('+'):
         column, star, weight = part.rpartition('*')
         weighted = star and part not in columns and re.fullmatch(r'\s*-?(\d+\.?\d*|\.\d+)\s*', weight)
-        found.append((column, float(weight)) if weighted else (part, 1.))
-    return found
+        terms.append((column, float(weight)) if weighted else (part, 1.))
+    return terms
 
 def _is_numeric(column: str, rows: list[dict]) -> bool:
-    values = [r[column] for r in rows if r.get(column) is not None]
-    return bool(values) and all(isinstance(v, (int, float)) for v in values)
+    values = [row[column] for row in rows if row.get(column) is not None]
+    return bool(values) and all(isinstance(value, (int, float)) for value in values)
 
 # %% ../../nbs/rl/322_rollouts.ipynb #c3de0011
 def _reward_cell(value: Any) -> tuple[float | None, str]:
     "A number, or what stands there instead"
     if value is None or isinstance(value, str) and not value.strip(): return None, 'the cell is empty'
     words = {'true': 1., 'false': 0.}
-    try: number = words[value.strip().lower()] if str(value).strip().lower() in words else float(value)
-    except (TypeError, ValueError, AttributeError): return None, f'{str(value)[:40]!r} is no number'
+    word = str(value).strip().lower()
+    try:
+        number = words[word] if word in words else float(value)
+    except (TypeError, ValueError, AttributeError):
+        return None, f'{str(value)[:40]!r} is no number'
     return (number, '') if math.isfinite(number) else (None, f'{value} is no number')
 
 def _total(row: dict, terms: list[tuple[str, float]]) -> tuple[float | None, str]:
     "The sum of the rewards that a row has, each times its weight"
-    cells = [(*_reward_cell(row.get(column)), weight) for column, weight in terms]
-    known = [value*weight for value, _, weight in cells if value is not None]
-    return (math.fsum(known), '') if known else (None, cells[0][1])
+    known = []
+    errors = []
+    for column, weight in terms:
+        value, error = _reward_cell(row.get(column))
+        if value is None: errors.append(error)
+        else: known.append(value*weight)
+    return (math.fsum(known), '') if known else (None, errors[0])
 
 # %% ../../nbs/rl/322_rollouts.ipynb #c3de0012
+def _row_of_roles(at: _Located, roles: dict[str, str], terms: list[tuple[str, float]], needs_prompt: bool) -> dict:
+    "One row in the common form"
+    if needs_prompt and at.row.get(roles['prompt']) is None:
+        raise AuditError(f"{at.place}: no prompt ({roles['prompt']}); it has {', '.join(sorted(map(str, at.row)))}")
+    value, error = _total(at.row, terms)
+    if at.row.get('reward_error') and value is None: error = at.row['reward_error']
+    mapped = {*roles.values(), *(column for column, _ in terms)}
+    row = {column: cell for column, cell in at.row.items() if column not in mapped}
+    row |= {role: at.row.get(column) for role, column in roles.items() if role != 'reward'}
+    row |= dict(reward=value, reward_error=f'{at.place}: {error}' if error else '')
+    if isinstance(row.get('response'), list): row['response'] = completion_text(row['response'])
+    if row.get('raw_reward') is not None: row['raw_reward'] = _reward_cell(row['raw_reward'])[0]
+    if row.get('step') is None and at.number is not None: row['step'] = at.number
+    return row
+
+def _check_located(located: list[_Located], names: dict[str, str], where: str) -> None:
+    if not located: raise AuditError(f'{where}: no rows')
+    if odd := [role for role in names if role not in (*ROLES, 'task')]:
+        raise AuditError(f"{odd[0]!r} is no role: {', '.join(ROLES)} or task")
+    for place, _, row in located:
+        if not isinstance(row, dict): raise AuditError(f'{place}: not a row but {type(row).__name__}')
+
+# %% ../../nbs/rl/322_rollouts.ipynb #4083e70d
 def rollout_rows(
     source: Any,                  # a file or folder of a trainer, or anything that `read_rows` takes
     split: str | None = None,     # which split, where there are several
     names: dict[str, str] | None = None, # role -> column, from `parse_names`
 ) -> tuple[list[dict], list[str]]: # rows of prompt, reward, perhaps response, raw_reward, step ...; what was decided
     "Read rollouts into one form. Raises `AuditError` with the row or the column that is missing."
-    located, names = list(_located_rows(source, split)), names or {}
-    where = shorten(str(source), 80) if isinstance(source, (str, Path)) else 'the rows'
-    if not located: raise AuditError(f'{where}: no rows')
-    if odd := [role for role in names if role not in (*ROLES, 'task')]:
-        raise AuditError(f"{odd[0]!r} is no role: {', '.join(ROLES)} or task")
-    for place, _, row in located:
-        if not isinstance(row, dict): raise AuditError(f'{place}: not a row but {type(row).__name__}')
-    raw = [row for *_, row in located]
-    hashed = all(row.get('prompt_hash') for row in raw) and 'prompt' not in names
-    if hashed: raw = [dict(prompt=None) | row for row in raw]
-    columns = list(dict.fromkeys(k for row in raw for k in row))
-    found = _chosen(columns, names, raw, where)
-    terms, rows = _terms(found['reward'], columns), []
-    mapped = {*found.values(), *(column for column, _ in terms)}
-    for (place, number, _), row in zip(located, raw):
-        if row.get(found['prompt']) is None and not hashed:
-            raise AuditError(f"{place}: no prompt ({found['prompt']}); it has {', '.join(sorted(map(str, row)))}")
-        value, error = _total(row, terms)
-        if row.get('reward_error') and value is None: error = row['reward_error']
-        made = {k: v for k, v in row.items() if k not in mapped}
-        made |= {role: row.get(column) for role, column in found.items() if role != 'reward'}
-        made |= dict(reward=value, reward_error=f'{place}: {error}' if error else '')
-        if isinstance(made.get('response'), list): made['response'] = completion_text(made['response'])
-        if made.get('raw_reward') is not None: made['raw_reward'] = _reward_cell(made['raw_reward'])[0]
-        if made.get('step') is None and number is not None: made['step'] = number
-        rows.append(made)
-    told = ['columns: ' + ', '.join(f'{role}={column}' for role, column in found.items())]
-    if 'step' not in found and rows[0].get('step') is not None: told.append('step: the number of the file')
-    failed = [r['reward_error'] for r in rows if r['reward_error']]
+    names = names or {}
+    where = _shown(source)
+    located = list(_located_rows(source, split))
+    _check_located(located, names, where)
+    hashed = all(at.row.get('prompt_hash') for at in located) and 'prompt' not in names
+    if hashed: located = [at._replace(row=dict(prompt=None) | at.row) for at in located]
+    columns = list(dict.fromkeys(column for at in located for column in at.row))
+    roles = _chosen(columns, names, [at.row for at in located], where)
+    terms = _terms(roles['reward'], columns)
+    rows = [_row_of_roles(at, roles, terms, not hashed) for at in located]
+    decided = ['columns: ' + ', '.join(f'{role}={column}' for role, column in roles.items())]
+    if 'step' not in roles and rows[0].get('step') is not None: decided.append('step: the number of the file')
+    failed = [row['reward_error'] for row in rows if row['reward_error']]
     if len(failed) == len(rows): raise AuditError(f'none of {len(rows)} rewards is a number: {failed[0]}')
-    if failed: told.append(f'{len(failed)} of {len(rows)} rewards are no numbers, the first in {failed[0]}')
+    if failed: decided.append(f'{len(failed)} of {len(rows)} rewards are no numbers, the first in {failed[0]}')
     if task := names.get('task'):
         for row, name in zip(rows, name_tasks(rows, task.split('+'))[0]): row['task_hash'] = name
-    elif 'advantage' in columns: told += _trl_groups(rows, found['reward'])
-    return rows, told
+    elif 'advantage' in columns: decided += _trl_groups(rows, roles['reward'])
+    return rows, decided
 
 # %% ../../nbs/rl/322_rollouts.ipynb #c3de0014
-def _trl_rewards(columns: list[str], found: dict[str, str], rows: list[dict], where: str) -> str:
+def _trl_rewards(columns: list[str], roles: dict[str, str], rows: list[dict], where: str) -> str:
     "The columns of TRL's log that the advantages follow from: as many of the first as are rewards"
-    usual = found.get('reward')
-    others = {*(c for role, names in ROLES.items() if role != 'reward' for c in names), 'advantage'}
-    others |= {column for role, column in found.items() if role != 'reward'}
-    numeric = [c for c in columns if c not in others and _is_numeric(c, rows)]
+    usual = roles.get('reward')
+    others = {'advantage', *(column for role, column in roles.items() if role != 'reward')}
+    for role, words in ROLES.items():
+        if role != 'reward': others |= set(words)
+    numeric = [column for column in columns if column not in others and _is_numeric(column, rows)]
     tried = ['+'.join(numeric[:k]) for k in range(len(numeric), 0, -1)]
     if usual and usual not in tried: tried.append(usual)
     sizes = {}
     for text in tried:
         terms = _terms(text, columns)
-        sizes[text] = _group_size([dict(prompt=r.get(found['prompt']), step=r.get(found.get('step')),
-                                        reward=_total(r, terms)[0], advantage=r.get('advantage')) for r in rows])
+        sizes[text] = _group_size([dict(prompt=row.get(roles['prompt']), step=row.get(roles.get('step')),
+                                        reward=_total(row, terms)[0], advantage=row.get('advantage')) for row in rows])
     if any(sizes.values()): return max(tried, key=lambda text: sizes[text])  # the first, which is longest, of equals
     trl = {'step', 'prompt', 'completion', 'advantage'} <= set(columns)
     if len(numeric) < 2 or usual and not trl: return usual or ''.join(numeric)
@@ -168,17 +198,19 @@ def _trl_rewards(columns: list[str], found: dict[str, str], rows: list[dict], wh
     raise AuditError(f"{where}: the advantages follow from no sum of {', '.join(numeric)}: name the rewards, with the "
                      f'weights that they had (--columns reward={one}+{two} or reward={one}*1+{two}*0.5)')
 
+# %% ../../nbs/rl/322_rollouts.ipynb #20565d73
 def _steps(rows: list[dict]) -> tuple[list[list[dict]], list[list[str]]]:
     "Rows and hashes of their prompts, step by step"
-    by_step = [list(mine) for _, mine in groupby(rows, key=lambda r: r.get('step'))]
-    return by_step, [[prompt_hash(r['prompt']) for r in mine] for mine in by_step]
+    by_step = [list(mine) for _, mine in groupby(rows, key=lambda row: row.get('step'))]
+    return by_step, [[prompt_hash(row['prompt']) for row in mine] for mine in by_step]
 
 def _group_size(rows: list[dict]) -> int:
     "The largest size of groups for which the advantages follow from the rewards; 0: there is none"
     by_step, keys = _steps(rows)
     longest = math.gcd(*(len(list(run)) for key in keys for _, run in groupby(key)))
-    sizes = (d for d in range(longest, 1, -1) if longest % d == 0 and _fits_advantages(by_step, d))
-    return next(sizes, 0)
+    for size in range(longest, 1, -1):
+        if longest % size == 0 and _fits_advantages(by_step, size): return size
+    return 0
 
 def _trl_groups(rows: list[dict], reward: str) -> list[str]:
     "Name the groups of TRL's log in `task_hash`; what was decided"
@@ -189,28 +221,38 @@ def _trl_groups(rows: list[dict], reward: str) -> list[str]:
     for mine, key in zip(*_steps(rows), strict=True):
         seen: dict[str, int] = {}
         for at in range(0, len(mine), size):
-            number = seen[key[at]] = seen.get(key[at], -1) + 1
+            number = seen.get(key[at], -1) + 1
+            seen[key[at]] = number
             for row in mine[at:at + size]: row['task_hash'] = prompt_hash([key[at], number]) if number else key[at]
     return [f'groups of {size} responses, as the advantages show']
 
+# %% ../../nbs/rl/322_rollouts.ipynb #113effb2
 def _fits_advantages(steps: list[list[dict]], size: int) -> bool:
     "Are the advantages of all blocks of so many rows a multiple of what a reward exceeds the mean by, 0 without one?"
     for mine in steps:
-        pairs = [(r['reward'], _reward_cell(r.get('advantage'))[0]) for r in mine]
-        blocks = np.array([[math.nan if x is None else x for x in pair] for pair in pairs], float).reshape(-1, size, 2)
+        rewards = [row['reward'] for row in mine]
+        advantages = [_reward_cell(row.get('advantage'))[0] for row in mine]
         factors = []  # one of all groups, or over each group's deviation
-        for r, a in blocks.transpose(0, 2, 1):
-            has = np.isfinite(r)
-            if not np.isfinite(a).all(): continue
-            if np.abs(a[~has]).max(initial=0.) > 1e-6: return False
-            r, a = r[has], a[has]
-            if not len(r): continue
-            d, largest = r - r.mean(), np.abs(a).max()
-            if np.ptp(r) <= 1e-6*max(1., np.abs(r).max()):  # what rounding of the mean leaves, over TRL's 1e-4
-                if largest > 2.5e-3*np.abs(r).max() + 1e-6: return False
-                continue
-            factor = (a@d)/(d@d)
-            if factor <= 1e-6 or np.abs(a - factor*d).max() > 1e-3*largest + 1e-6: return False
-            factors.append([factor, factor*(r.std(ddof=1) + 1e-4)])
+        for at in range(0, len(mine), size):
+            block = slice(at, at + size)
+            pair = _factors(np.array(rewards[block], float), np.array(advantages[block], float))
+            if pair is None: return False
+            if pair: factors.append(pair)
         if factors and (np.ptp(factors, axis=0) > .02*np.max(factors, axis=0)).all(): return False
     return True
+
+def _factors(rewards: np.ndarray, advantages: np.ndarray) -> list[float] | None:
+    "What a group's excess over its mean is multiplied by, and the same times its deviation; []: not told; None: nothing"
+    known = np.isfinite(rewards)
+    if not np.isfinite(advantages).all(): return []
+    if np.abs(advantages[~known]).max(initial=0.) > 1e-6: return None
+    rewards = rewards[known]
+    advantages = advantages[known]
+    if not len(rewards): return []
+    excess = rewards - rewards.mean()
+    largest = np.abs(advantages).max()
+    if np.ptp(rewards) <= 1e-6*max(1., np.abs(rewards).max()):  # what rounding of the mean leaves, over TRL's 1e-4
+        return None if largest > 2.5e-3*np.abs(rewards).max() + 1e-6 else []
+    factor = (advantages@excess)/(excess@excess)
+    if factor <= 1e-6 or np.abs(advantages - factor*excess).max() > 1e-3*largest + 1e-6: return None
+    return [factor, factor*(rewards.std(ddof=1) + 1e-4)]

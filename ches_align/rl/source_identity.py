@@ -9,6 +9,7 @@ __all__ = ['is_user_file', 'callable_name', 'source_identity']
 import ast
 import functools
 import hashlib
+import inspect
 import sys
 import sysconfig
 import types
@@ -29,7 +30,8 @@ def _hash(value: Any) -> str:
     "As `Hasher.hash`, and with the set literals of a function in a fixed order: theirs changes from process to process"
     before = Pickler.dispatch.get(frozenset)
     Pickler.dispatch[frozenset] = _save_frozenset
-    try: return Hasher.hash(value)
+    try:
+        return Hasher.hash(value)
     finally:
         if before is None: del Pickler.dispatch[frozenset]
         else: Pickler.dispatch[frozenset] = before
@@ -60,35 +62,38 @@ def _source_file(
     path = Path(file).resolve()
     return path if is_user_file(path) or path.is_relative_to(_PACKAGE) else None
 
+# %% ../../nbs/rl/312_source_identity.ipynb #389f3fb1
 def _module_name(value: Any) -> str:
     "Of a module, or of what defines a function or class"
     return value.__name__ if isinstance(value, types.ModuleType) else getattr(value, '__module__', None) or ''
 
 def _imports(content: bytes) -> set[str]:
     "Modules that a file imports, within its functions too"
-    try: nodes = list(ast.walk(ast.parse(content)))
-    except (SyntaxError, ValueError): return set()
-    return ({alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-            | {node.module or '' for node in nodes if isinstance(node, ast.ImportFrom)})
+    try:
+        nodes = list(ast.walk(ast.parse(content)))
+    except (SyntaxError, ValueError):
+        return set()
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module or '' for node in nodes if isinstance(node, ast.ImportFrom)}
 
 def _module_files(
     names: set[str], # of modules
 ) -> dict[str, str]: # name -> hash of its file
     "Hash the files of the user's modules and of those that they use; of this package, the file itself alone."
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     folders: set[Path] = set()
     todo = sorted(names, key=lambda name: name in sys.modules)  # what is imported comes off first
     while todo:
         name = todo.pop()
         path = _source_file(name, folders)
-        if path is None or name in found: continue
+        if path is None or name in hashes: continue
         content = path.read_bytes()
-        found[name] = hashlib.sha256(content).hexdigest()
+        hashes[name] = hashlib.sha256(content).hexdigest()
         if not is_user_file(path): continue
         folders.add(path.parent)
         used = _imports(content) | set(map(_module_name, vars(sys.modules.get(name, object)).values()))
-        todo += sorted(used - set(found))
-    return found
+        todo += sorted(used - set(hashes))
+    return hashes
 
 # %% ../../nbs/rl/312_source_identity.ipynb #c0de0017
 def callable_name(
@@ -98,20 +103,33 @@ def callable_name(
     while isinstance(function, functools.partial): function = function.func
     return getattr(function, '__name__', type(function).__name__)
 
+def _names_used(function: types.FunctionType) -> list:
+    "Values of its module that a function names"
+    try:
+        return list(inspect.getclosurevars(function).globals.values())
+    except ValueError:  # a variable that it closes over has no value yet
+        known = vars(sys.modules.get(function.__module__, object))
+        return [known[name] for name in function.__code__.co_names if name in known]
+
 def _parts(value: Any) -> list:
     "What a callable is made of: a partial's function, a method's object, what a function closes over and names"
     if isinstance(value, functools.partial): return [value.func]
     if isinstance(value, types.MethodType): return [value.__func__, value.__self__]
     if not isinstance(value, types.FunctionType): return list(type(value).__mro__)
-    parts = [found for name, found in value.__globals__.items() if name in value.__code__.co_names]
+    parts = _names_used(value)
     for cell in value.__closure__ or ():
-        try: parts.append(cell.cell_contents)
-        except ValueError: pass  # not filled yet
+        try:
+            parts.append(cell.cell_contents)
+        except ValueError:
+            pass  # not filled yet
     return parts
 
+# %% ../../nbs/rl/312_source_identity.ipynb #d2a70001
 def _modules_of(function: Any) -> set[str]:
     "Modules that define a callable and the callables that it is made of"
-    names, todo, seen = set(), [function], {}
+    names: set[str] = set()
+    seen: dict[int, Any] = {}
+    todo = [function]
     while todo:
         value = todo.pop()
         if id(value) in seen: continue
@@ -121,15 +139,19 @@ def _modules_of(function: Any) -> set[str]:
         if callable(value) and not isinstance(value, type): todo += _parts(value)
     return names
 
+# %% ../../nbs/rl/312_source_identity.ipynb #12681172
 def source_identity(
     function: Callable,   # a reward, a judge: a function, closure, partial, method, or an object that is called
 ) -> dict[str, Any]:      # name; source (16 hex digits); unseen: parts whose content is not in it
     "Hash a callable's code and settings: the same in every process of one Python version."
-    told, unseen = getattr(function, 'identity', None), []
-    content: Any = function if told is None or callable(told) else (type(function), told)
-    try: digest = _hash(content)
-    except Exception as e:  # whatever the parts of an object raise when they are to be pickled
-        unseen = [f"the settings of {callable_name(function)} ({' '.join(str(e).split())[:100] or type(e).__name__})"]
+    own = getattr(function, 'identity', None)
+    content: Any = function if own is None or callable(own) else (type(function), own)
+    unseen = []
+    try:
+        digest = _hash(content)
+    except Exception as error:  # whatever the parts of an object raise when they are to be pickled
+        why = ' '.join(str(error).split())[:100] or type(error).__name__
+        unseen = [f'the settings of {callable_name(function)} ({why})']
         digest = _hash(type(function))
     files = sorted(_module_files(_modules_of(function)).items())
     return dict(name=callable_name(function), source=_hash([digest, files])[:16], unseen=unseen)

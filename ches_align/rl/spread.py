@@ -10,7 +10,7 @@ __all__ = ['clean_rewards', 'merge_equal', 'std_interval', 'zero_group_chance', 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Callable, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -24,111 +24,125 @@ def clean_rewards(
     rewards: Sequence[float | None], # of one prompt's responses
 ) -> tuple[Float[np.ndarray, "n"], int]: # the finite ones; how many are none
     "Set failed rewards apart. Raises `AuditError` for what is no number."
-    try: r = np.array([np.nan if x is None else x for x in rewards], float)
+    try:
+        values = np.array([np.nan if reward is None else reward for reward in rewards], float)
     except (TypeError, ValueError):
         raise AuditError(f'rewards must be numbers or None: {str(list(rewards)[:3])[:80]}') from None
-    if r.ndim != 1: raise AuditError(f'rewards of one prompt must be a list, got an array of shape {r.shape}')
-    return r[np.isfinite(r)], int((~np.isfinite(r)).sum())
+    if values.ndim != 1: raise AuditError(f'rewards of one prompt must be a list, got an array of shape {values.shape}')
+    finite = np.isfinite(values)
+    return values[finite], int((~finite).sum())
 
 # %% ../../nbs/rl/330_spread.ipynb #3e19b651
 def merge_equal(
-    r: Float[np.ndarray, "n"], # finite rewards
+    rewards: Float[np.ndarray, "n"], # finite ones
     width: float = 1.,         # of the range that the reward can have, in units of the reward
 ) -> Float[np.ndarray, "n"]:   # the same order; rewards equal up to rounding have one value, the smallest of them
     "Give rewards that differ by rounding alone the same value."
-    order = np.argsort(r, kind='stable')
-    values = np.asarray(r, float)[order]
-    gaps, sizes = np.diff(values), np.maximum(np.abs(values[1:]), np.abs(values[:-1]))
-    if not ((gaps > 0) & (gaps <= np.maximum(1e-9*width, 1e-6*np.minimum(width, sizes)))).any(): return r
-    first, same = values[0], []
-    for x in values.tolist():
-        if x - first > max(1e-9*width, 1e-6*min(width, max(abs(first), abs(x)))): first = x
+    order = np.argsort(rewards, kind='stable')
+    values = np.asarray(rewards, float)[order]
+    gaps = np.diff(values)
+    sizes = np.maximum(np.abs(values[1:]), np.abs(values[:-1]))
+    if not ((gaps > 0) & (gaps <= np.maximum(1e-9*width, 1e-6*np.minimum(width, sizes)))).any(): return rewards
+    first = values[0]
+    same = []
+    for value in values.tolist():
+        if value - first > max(1e-9*width, 1e-6*min(width, max(abs(first), abs(value)))): first = value
         same.append(first)
     merged = np.empty(len(values))
     merged[order] = same
     return merged
 
 # %% ../../nbs/rl/330_spread.ipynb #8e7bde09
+class _Band(NamedTuple):
+    "Steps of the band @eq-band"
+    mass: Float[np.ndarray, "k"]
+    passed: Int[np.ndarray, "k"]  # order statistics that are surely passed
+    reached: Int[np.ndarray, "k"] # order statistics that are at most reached
+
 @lru_cache(256)
-def _steps(n: int, alpha: float) -> tuple[Float[np.ndarray, "k"], Int[np.ndarray, "k"], Int[np.ndarray, "k"]]:
-    "Steps of the band @eq-band: their mass, and how many order statistics are surely passed, at most reached"
-    i = np.arange(1, n + 1)
-    lower, upper = beta.ppf(alpha/2, i, n + 1 - i), beta.isf(alpha/2, i, n + 1 - i)
+def _band(count: int, alpha: float) -> _Band:
+    i = np.arange(1, count + 1)
+    lower = beta.ppf(alpha/2, i, count + 1 - i)
+    upper = beta.isf(alpha/2, i, count + 1 - i)
     levels = np.unique(np.concatenate([[0.], lower, upper, [1.]]))
     passed = np.searchsorted(upper, levels[:-1], side='right')
     reached = np.searchsorted(lower, levels[:-1], side='right')
-    return np.diff(levels), passed, reached
+    return _Band(np.diff(levels), passed, reached)
 
-def _least_root(place: Callable, mass: Float[np.ndarray, "k"], a: float, b: float) -> float:
-    "Root of the least mean square about a point in [a, b], each step at its `place`"
-    for _ in range(32):  # the error of the square is that of m squared
-        m = (a + b)/2
-        if m > mass@place(m): b = m
-        else: a = m
-    return float(mass@(place(m) - m)**2)**.5
+def _least_root(place: Callable, mass: Float[np.ndarray, "k"], low: float, high: float) -> float:
+    "Root of the least mean square about a point in [low, high], each step at its `place`"
+    for _ in range(32):  # the error of the square is that of the point squared
+        middle = (low + high)/2
+        if middle > mass@place(middle): high = middle
+        else: low = middle
+    return float(mass@(place(middle) - middle)**2)**.5
 
 def std_interval(
-    r: Float[np.ndarray, "n"],  # finite rewards
+    rewards: Float[np.ndarray, "n"], # finite ones
     reward_range: tuple[float, float], # that the reward can have, in units of the reward
     alpha: float = .05,         # 1 - nominal coverage
 ) -> tuple[float, float]:       # low, high, in units of the reward
     "Interval of the standard deviation of any reward within a range, values not yet seen allowed for (@eq-extremes)."
-    a, b = map(float, reward_range)
-    if len(r) < 2: return 0., (b - a)/2
-    found = _extremes if len(r) <= 512 else _extremes.__wrapped__  # long samples hardly repeat
-    return found(tuple(np.clip(np.sort(r), a, b).tolist()), a, b, alpha)
+    bottom, top = map(float, reward_range)
+    if len(rewards) < 2: return 0., (top - bottom)/2
+    compute = _extremes if len(rewards) <= 512 else _extremes.__wrapped__  # long samples hardly repeat
+    return compute(tuple(np.clip(np.sort(rewards), bottom, top).tolist()), bottom, top, alpha)
 
+# %% ../../nbs/rl/330_spread.ipynb #4a57b32c
 @lru_cache(2048)  # rewards of few values give the same samples again and again
-def _extremes(x: tuple[float, ...], a: float, b: float, alpha: float) -> tuple[float, float]:
-    "Least and largest standard deviation inside the band about the rewards x, in order"
-    mass, passed, reached = _steps(len(x), alpha)
-    low, high = np.array([a, *x])[passed], np.array([*x, b])[reached]
-    near = lambda m: np.minimum(np.maximum(m, low), high)
-    far = lambda m: np.where(m - low > high - m, low, high)
-    return _least_root(near, mass, a, b), min(_least_root(far, mass, a, b), (b - a)/2)
+def _extremes(rewards: tuple[float, ...], bottom: float, top: float, alpha: float) -> tuple[float, float]:
+    "Least and largest standard deviation inside the band about the rewards, which are in order"
+    band = _band(len(rewards), alpha)
+    low = np.array([bottom, *rewards])[band.passed]
+    high = np.array([*rewards, top])[band.reached]
+    def near(point: float) -> np.ndarray: return np.minimum(np.maximum(point, low), high)
+    def far(point: float) -> np.ndarray: return np.where(point - low > high - point, low, high)
+    least = _least_root(near, band.mass, bottom, top)
+    return least, min(_least_root(far, band.mass, bottom, top), (top - bottom)/2)
 
 # %% ../../nbs/rl/330_spread.ipynb #f763a8da
 def zero_group_chance(
-    r: Float[np.ndarray, "n"], # finite rewards
+    rewards: Float[np.ndarray, "n"], # finite ones
     group: int,                # responses in a group, at least 2
     tolerance: float | None = None, # rewards this near count as equal, in units of the reward; None: `merge_equal`
 ) -> float:                    # in [0, 1]; NaN where there are fewer samples than a group has
     "Unbiased estimate of the probability that a group has equal rewards (@eq-zero-group)."
     if group < 2: raise AuditError(f'group of {group}: at least 2')
-    n = len(r)
-    if n < group: return float('nan')
-    values = np.sort(r if tolerance is not None else merge_equal(r))
-    counts = np.diff([0, *(np.flatnonzero(np.diff(values) > (tolerance or 0.)) + 1), n])
+    total = len(rewards)
+    if total < group: return float('nan')
+    values = np.sort(rewards if tolerance is not None else merge_equal(rewards))
+    counts = np.diff([0, *(np.flatnonzero(np.diff(values) > (tolerance or 0.)) + 1), total])
     counts = counts[counts >= group]
-    logs = gammaln(counts + 1) - gammaln(counts - group + 1) - (gammaln(n + 1) - gammaln(n - group + 1))
+    logs = gammaln(counts + 1) - gammaln(counts - group + 1) - (gammaln(total + 1) - gammaln(total - group + 1))
     return float(np.exp(logs).sum())
 
 # %% ../../nbs/rl/330_spread.ipynb #dd81e521
 @lru_cache(10_000)
-def _most_frequent(k: int, n: int, alpha: float) -> tuple[float, float]:
-    "Interval of the probability of the most frequent value, which came k times in n"
-    high = float(beta.ppf(1 - alpha/2, k + 1, n - k)) if k < n else 1.
+def _most_frequent(k: int, total: int, alpha: float) -> tuple[float, float]:
+    "Interval of the probability of the most frequent value, which came k times in all"
+    high = float(beta.ppf(1 - alpha/2, k + 1, total - k)) if k < total else 1.
     if k < 2: return 0., high
-    low, above = 0., 1.
+    low = 0.
+    above = 1.
     for _ in range(40):
-        p = (low + above)/2
-        chance = binom.sf(k - 1, n, p)
-        chance = chance/p if p <= .5 else chance + binom.sf(k - 1, n, 1 - p)
-        if chance <= alpha/2: low = p
-        else: above = p
+        share = (low + above)/2
+        chance = binom.sf(k - 1, total, share)
+        chance = chance/share if share <= .5 else chance + binom.sf(k - 1, total, 1 - share)
+        if chance <= alpha/2: low = share
+        else: above = share
     return low, high
 
 def gradient_chance(
-    r: Float[np.ndarray, "n"], # finite rewards
+    rewards: Float[np.ndarray, "n"], # finite ones
     group: int,                # responses in a group, at least 2
     alpha: float = .05,        # 1 - nominal coverage
     width: float = 1.,         # of the range of the reward, in its units: what counts as equal, see `merge_equal`
 ) -> tuple[float, float, float]: # estimate, moved into the interval (NaN for n < group); low, high
     "Probability that a group has unequal rewards, with its interval (@eq-gradient-interval), for any reward."
-    same = merge_equal(r, width)
+    same = merge_equal(rewards, width)
     estimate = 1 - zero_group_chance(same, group, 0.)
-    if len(r) < 2: return estimate, 0., 1.
-    least, most = _most_frequent(int(np.unique(same, return_counts=True)[1].max()), len(r), alpha)
+    if len(same) < 2: return estimate, 0., 1.
+    least, most = _most_frequent(int(np.unique(same, return_counts=True)[1].max()), len(same), alpha)
     times = math.floor(1/most)
     low = max(0., 1 - times*most**group - max(0., 1 - times*most)**group)
     high = 1 - least**group
@@ -154,27 +168,34 @@ class PromptSpread:
     gradient_high: float
     cause: str          # of no spread seen: deterministic, floor, ceiling, between; of broken: broken; else ''
 
-def rarest_seen(n: int, alpha: float = .05) -> int:
-    "N: with n samples a value of probability 1/N or more has been seen with probability 1 - alpha or more."
-    return math.floor(1/(1 - alpha**(1/n)) + 1e-9) if n else 1
+def rarest_seen(samples: int, alpha: float = .05) -> int:
+    "N: a value of probability 1/N or more has been seen among the samples with probability 1 - alpha or more."
+    return math.floor(1/(1 - alpha**(1/samples)) + 1e-9) if samples else 1
 
 def samples_to_see(share: float, alpha: float = .05) -> int:
     "The fewest samples that show a value of this probability with probability 1 - alpha or more."
     return math.ceil(math.log(alpha)/math.log1p(-share) - 1e-9)
 
 # %% ../../nbs/rl/330_spread.ipynb #baa73120
-def _verdict(r: Float[np.ndarray, "n"], low: float, high: float, threshold: float, alpha: float) -> str:
+def _verdict(rewards: Float[np.ndarray, "n"], low: float, high: float, threshold: float, alpha: float) -> str:
     "What the interval and the values seen say"
     if low >= threshold: return 'spread'
-    if len(r) < 2: return 'undecided'
-    ends = float(r.min()), float(r.max())
-    if min(high, (ends[1] - ends[0])/2) < threshold: return 'no spread seen'
-    return 'no spread seen' if std_interval(r, ends, alpha)[1] < threshold else 'undecided'  # were there no others
+    if len(rewards) < 2: return 'undecided'
+    seen = (float(rewards.min()), float(rewards.max()))
+    if min(high, (seen[1] - seen[0])/2) < threshold: return 'no spread seen'
+    within = std_interval(rewards, seen, alpha)[1]  # were there no other values
+    return 'no spread seen' if within < threshold else 'undecided'
 
-def _cause(mean: float, a: float, b: float, near: float) -> str:
-    if mean <= a + near*(b - a): return 'floor'
-    return 'ceiling' if mean >= b - near*(b - a) else 'between'
+def _cause(verdict: str, texts: int, mean: float, reward_range: tuple[float, float], near: float) -> str:
+    "Why no spread was seen; '' for the other verdicts"
+    if verdict == 'broken': return 'broken'
+    if verdict != 'no spread seen': return ''
+    if texts == 1: return 'deterministic'
+    bottom, top = reward_range
+    if mean <= bottom + near*(top - bottom): return 'floor'
+    return 'ceiling' if mean >= top - near*(top - bottom) else 'between'
 
+# %% ../../nbs/rl/330_spread.ipynb #e869385e
 def prompt_spread(
     rewards: Sequence[float | None], # of one prompt's responses
     reward_range: tuple[float, float], # that the reward can have, in its units
@@ -189,16 +210,19 @@ def prompt_spread(
     if not threshold > 0: raise AuditError(f'threshold {threshold}: above 0')
     if texts is not None and len(texts) != len(rewards):
         raise AuditError(f'{len(texts)} responses, {len(rewards)} rewards')
-    a, b = map(float, reward_range)
-    r, failed = clean_rewards(rewards)
-    r = merge_equal(r, b - a)
-    n, values = len(r), len(np.unique(r))
-    low, high = std_interval(r, (a, b), alpha)
-    mean = float(r.mean()) if n else float('nan')
-    std = float('nan') if n < 2 else float(r.std(ddof=1)) if values > 1 else 0.
+    bottom, top = map(float, reward_range)
+    known, failed = clean_rewards(rewards)
+    known = merge_equal(known, top - bottom)
+    values = len(np.unique(known))
+    low, high = std_interval(known, (bottom, top), alpha)
+    mean = float(known.mean()) if len(known) else float('nan')
+    std = float('nan')
+    if len(known) > 1: std = float(known.std(ddof=1)) if values > 1 else 0.
     distinct = len(set(texts)) if texts is not None else 0
-    verdict = 'broken' if failed and not n else _verdict(r, low, high, threshold, alpha)
-    cause = 'broken' if verdict == 'broken' else ''
-    if verdict == 'no spread seen': cause = 'deterministic' if distinct == 1 else _cause(mean, a, b, near)
-    return PromptSpread(n, failed, mean, std, low, high, 'declared' if declared else 'seen', values, distinct, verdict,
-                        rarest_seen(n, alpha), *gradient_chance(r, group, alpha, b - a), cause)
+    verdict = 'broken' if failed and not len(known) else _verdict(known, low, high, threshold, alpha)
+    cause = _cause(verdict, distinct, mean, (bottom, top), near)
+    chance, chance_low, chance_high = gradient_chance(known, group, alpha, top - bottom)
+    return PromptSpread(
+        n=len(known), failed=failed, mean=mean, std=std, low=low, high=high, range='declared' if declared else 'seen',
+        values=values, texts=distinct, verdict=verdict, rarer_than=rarest_seen(len(known), alpha), gradient=chance,
+        gradient_low=chance_low, gradient_high=chance_high, cause=cause)

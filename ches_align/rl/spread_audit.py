@@ -6,20 +6,19 @@
 __all__ = ['load_tasks', 'seed_names', 'count_looks', 'audit_spread', 'adaptive_counts', 'spread_advice', 'write_spread']
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #35de2d05
-import json
 import math
 import time
 import warnings
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import pandas as pd
 
 from ..audit.files import AuditError, shorten
 from ..audit.models import ScoringModel
-from ..audit.run import Run, open_run
+from ..audit.run import Run, line_bytes, open_run
 from ..audit.runs import json_bytes, plain, write_files
 from ..audit.workers import on_main
 from .generation import generate_responses
@@ -31,6 +30,12 @@ from .spread_table import group_costs, spread_summary, spread_table
 from .tasks import distinct_tasks, task_hash, task_rows
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #b45c27e4
+def _has_words(prompt: Any) -> bool:
+    "Is it a text or messages, and not empty?"
+    texts: list = [prompt]
+    if isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt): texts = [m.get('content') for m in prompt]
+    return all(isinstance(text, str) for text in texts) and any(text.strip() for text in texts)
+
 def load_tasks(
     source: Any,               # as for `task_rows`: a shipped task, 'grue/NAME', a file with a `prompt` column ...
     split: str | None = None,  # which split, where there are several
@@ -38,56 +43,83 @@ def load_tasks(
     prompt: str = 'prompt',    # column of the prompt
 ) -> list[dict[str, Any]]:     # prompt and the other columns, each task once
     "Read tasks; rows that repeat one in every column are counted and left out. Raises `AuditError` with the row."
-    found: dict[str, dict] = {}
-    where, repeated = shorten(str(source), 80) if isinstance(source, (str, Path)) else 'the tasks', 0
-    for i, r in enumerate(task_rows(source, split), 1):
-        p = r.get(prompt)
-        words: list = [p]
-        if isinstance(p, list) and all(isinstance(m, dict) for m in p): words = [m.get('content') for m in p]
-        if not words or not all(isinstance(w, str) for w in words) or not any(w.strip() for w in words):
-            has = ', '.join(sorted(map(str, r)))
+    where = shorten(str(source), 80) if isinstance(source, (str, Path)) else 'the tasks'
+    tasks: dict[str, dict] = {}
+    repeated = 0
+    for i, row in enumerate(task_rows(source, split), 1):
+        if not _has_words(row.get(prompt)):
+            has = ', '.join(sorted(map(str, row)))
             raise AuditError(f'{where}, row {i}: needs a prompt, text or messages; it has {has}')
-        task = dict(prompt=p) | {k: v for k, v in r.items() if k != prompt}
+        task = dict(prompt=row[prompt]) | {column: value for column, value in row.items() if column != prompt}
         name = task_hash(task)
-        repeated += name in found
-        found.setdefault(name, task)
-        if limit and len(found) >= limit: break
-    if not found: raise AuditError(f'{where}: no prompts')
+        repeated += name in tasks
+        tasks.setdefault(name, task)
+        if limit and len(tasks) >= limit: break
+    if not tasks: raise AuditError(f'{where}: no prompts')
     if repeated: warnings.warn(f'{where}: {repeated} rows repeat an earlier task; each is asked once')
-    return list(found.values())
+    return list(tasks.values())
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #0dcdfd22
-def _round(lm: ScoringModel, tasks: list[dict], which: list[int], reward: Reward, sampling: Sampling, number: int,
-           have: dict, run: Run, batch: int, progress: bool, **generation: Any) -> list[dict]:
-    "Draw and judge one round; the rows"
-    drawn = replace(sampling, seed=1000*sampling.seed + number)
-    folder = run.folder and run.folder/f'round{number}'
-    names = seed_names(tasks)
-    rows = generate_responses(lm, [tasks[i]['prompt'] for i in which], drawn, folder, progress=progress,
-                              names=[names[i] for i in which], keep_ids=True, **generation)
-    keys = [(number, which[r['prompt_index']], r['k']) for r in rows]
-    todo = [j for j, key in enumerate(keys) if have.get(key, dict(reward_error='new'))['reward_error']]
-    def judged(some):
-        mine = [tasks[keys[j][1]] for j in some]
-        prompts, responses = [t['prompt'] for t in mine], [rows[j]['response'] for j in some]
-        made = call_reward(reward, prompts, responses, [rows[j]['ids'] for j in some], **reward_columns(mine, tasks))
-        lines = [dict(round=number, task=keys[j][1], k=keys[j][2], reward=value, reward_error=error)
-                 for j, (value, error) in zip(some, made)]
-        run.add(lines, 'rewards')
+class _Key(NamedTuple):
+    "Which response a reward is of"
+    round: int
+    task: int # its position
+    k: int    # number of the response within the round
+
+def _key(line: dict) -> _Key: return _Key(line['round'], line['task'], line['k'])
+
+class _Rewards:
+    "The rewards of an audit by response; a run that goes on holds some already"
+    def __init__(self, tasks: list[dict], reward: Reward, run: Run, batch: int):
+        self.tasks = tasks
+        self.reward = reward
+        self.run = run
+        self.batch = batch # completions a call
+        self.lines = {_key(line): line for line in run.rows('rewards')}
+
+    def complete(self, keys: list[_Key], rows: list[dict]) -> None:
+        "Reward the responses that have no reward yet, and again those whose reward failed"
+        todo = [j for j, key in enumerate(keys) if key not in self.lines or self.lines[key]['reward_error']]
+        for at in range(0, len(todo), self.batch):
+            some = todo[at:at + self.batch]
+            lines = on_main(lambda: self.call([keys[j] for j in some], [rows[j] for j in some]))
+            self.lines.update((_key(line), line) for line in lines)
+
+    def call(self, keys: list[_Key], rows: list[dict]) -> list[dict]:
+        "One call of the reward; what it says is written"
+        tasks = [self.tasks[key.task] for key in keys]
+        values = call_reward(self.reward, [task['prompt'] for task in tasks], [row['response'] for row in rows],
+                             [row['ids'] for row in rows], **reward_columns(tasks, self.tasks))
+        lines = [key._asdict() | dict(reward=value, reward_error=error) for key, (value, error) in zip(keys, values)]
+        self.run.add(lines, 'rewards')
         return lines
-    for i in range(0, len(todo), batch):
-        lines = on_main(lambda: judged(todo[i:i + batch]))
-        have.update(((line['round'], line['task'], line['k']), line) for line in lines)
-    said = [{key: r[key] for key in ('prompt_hash', 'response', 'tokens', 'finished')} for r in rows]
-    of_task = {t: dict(prompt=tasks[t]['prompt'], task_hash=task_hash(tasks[t])) for t in set(which)}
-    return [of_task[t] | about | dict(round=n, k=k, reward=have[n, t, k]['reward'],
-            reward_error=have[n, t, k]['reward_error']) for (n, t, k), about in zip(keys, said)]
+
+# %% ../../nbs/rl/332_spread_audit.ipynb #12ccd435
+def _round(lm: ScoringModel, rewards: _Rewards, which: list[int], sampling: Sampling, number: int,
+           generation: dict[str, Any]) -> list[dict]:
+    "Draw and reward one round; the rows"
+    tasks = rewards.tasks
+    names = seed_names(tasks)
+    drawn = generate_responses(
+        lm, [tasks[i]['prompt'] for i in which], replace(sampling, seed=1000*sampling.seed + number),
+        rewards.run.folder and rewards.run.folder/f'round{number}', names=[names[i] for i in which], keep_ids=True,
+        **generation)
+    keys = [_Key(number, which[row['prompt_index']], row['k']) for row in drawn]
+    rewards.complete(keys, drawn)
+    hashes = {i: task_hash(tasks[i]) for i in which}
+    rows = []
+    for key, response in zip(keys, drawn):
+        line = rewards.lines[key]
+        row = dict(prompt=tasks[key.task]['prompt'], task_hash=hashes[key.task])
+        row |= {name: response[name] for name in ('prompt_hash', 'response', 'tokens', 'finished')}
+        rows.append(row | dict(round=number, k=key.k, reward=line['reward'], reward_error=line['reward_error']))
+    return rows
 
 def seed_names(
     tasks: Sequence[dict], # prompt and other columns
 ) -> list[str]:            # for `generate_responses`
     "What the responses to a task are drawn by: its prompt, or all of it where several tasks share the prompt."
-    prompts = [prompt_hash(t['prompt']) for t in tasks]
+    prompts = [prompt_hash(task['prompt']) for task in tasks]
     times = Counter(prompts)
     return [name if times[name] == 1 else task_hash(task) for name, task in zip(prompts, tasks)]
 
@@ -96,16 +128,46 @@ def count_looks(min_responses: int, max_responses: int) -> int:
     "Rounds from `min_responses` samples to `max_responses`, doubling"
     return 1 + max(0, math.ceil(math.log2(max_responses/min_responses)))
 
-def _check_plan(min_responses: int, max_responses: int, group: int, threshold: float) -> None:
-    if not 2 <= min_responses <= max_responses:
-        raise AuditError(f'min_responses {min_responses}, max_responses {max_responses}: '
-                         'at least 2, and the first not above the second')
-    if group < 2: raise AuditError(f'group of {group}: at least 2')
-    if not threshold > 0: raise AuditError(f'threshold {threshold}: above 0')
+class _Plan(NamedTuple):
+    "How many responses an audit draws, and what it asks of their rewards"
+    min_responses: int
+    max_responses: int
+    reward_range: tuple[float, float] | None
+    threshold: float
+    alpha: float
+    group: int
+
+    def check(self) -> None:
+        if not 2 <= self.min_responses <= self.max_responses:
+            raise AuditError(f'min_responses {self.min_responses}, max_responses {self.max_responses}: '
+                             'at least 2, and not more than max_responses')
+        if self.group < 2: raise AuditError(f'group of {self.group}: at least 2')
+        if not self.threshold > 0: raise AuditError(f'threshold {self.threshold}: above 0')
 
 def _open(table: pd.DataFrame) -> pd.Series:
     "Prompts whose interval is not yet on one side of the threshold; also where no spread was seen"
     return (table.verdict != 'spread') & ~(table.high < table.attrs['threshold']) & (table.n > 1)
+
+# %% ../../nbs/rl/332_spread_audit.ipynb #b88c15e8
+def _rounds(lm: ScoringModel, rewards: _Rewards, plan: _Plan, sampling: Sampling,
+            generation: dict[str, Any]) -> tuple[pd.DataFrame, list[dict]]:
+    "Draw round after round for the prompts that are still open; the table and the rows"
+    looks = count_looks(plan.min_responses, plan.max_responses)
+    hashes = [task_hash(task) for task in rewards.tasks]
+    rows: list[dict] = []
+    table = pd.DataFrame()
+    which = list(range(len(hashes)))
+    count = plan.min_responses
+    number = 0
+    while which and count:
+        rows += _round(lm, rewards, which, replace(sampling, responses=count), number, generation)
+        table = spread_table(rows, plan.reward_range, plan.threshold, plan.alpha/looks, group=plan.group)
+        still_open = set(table.task_hash[_open(table)])
+        which = [i for i in which if hashes[i] in still_open]
+        drawn = plan.min_responses*2**number
+        count = min(drawn, plan.max_responses - drawn)
+        number += 1
+    return table, rows
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #7c9afc77
 def audit_spread(
@@ -117,6 +179,7 @@ def audit_spread(
     max_responses: int = 64,       # at most so many to one prompt
     reward_range: tuple[float, float] | None = None, # that the reward can have; None: of the rows
     threshold: float = .1,         # share of the range: a std below it counts as no spread
+    *,
     alpha: float = .05,            # 1 - nominal coverage of the last interval of a prompt
     output_dir: str | Path | None = None, # folder; None: memory
     batch: int = 64,               # completions a call of the reward
@@ -128,30 +191,21 @@ def audit_spread(
     **generation: Any,             # for `generate_responses`: batch_tokens, engine, apply_chat_template
 ) -> tuple[pd.DataFrame, list[dict]]: # `spread_table`, and a row a response
     "Audit prompts under a model. With `output_dir`, continue what is there. Raises `AuditError`."
-    _check_plan(min_responses, max_responses, group, threshold)
+    plan = _Plan(min_responses, max_responses, reward_range, threshold, alpha, group)
+    plan.check()
     tasks, repeated = distinct_tasks(list(tasks))
     if repeated: warnings.warn(f'{repeated} tasks repeat an earlier one; each is asked once')
     named, unseen = known or reward_identity(reward, name)
-    identity = dict(sampling=asdict(replace(sampling, responses=1)), min_responses=min_responses,
-                    max_responses=max_responses, threshold=threshold, reward_range=reward_range, alpha=alpha,
-                    tasks=prompt_hash([prompt_hash(plain(t)) for t in tasks]), **named)
-    about = dict(model=lm.name, reward_unseen=unseen)
-    with open_run(output_dir, identity, about, files=['rewards*.jsonl']) as run:
-        lines = run.rows('rewards')
-        if lines: warn_unseen(unseen, run.folder)
+    identity = dict(sampling=asdict(replace(sampling, responses=1)), **plan._asdict(),
+                    tasks=prompt_hash([prompt_hash(plain(task)) for task in tasks]), **named)
+    del identity['group']  # it changes no sample
+    with open_run(output_dir, identity, dict(model=lm.name, reward_unseen=unseen), files=['rewards*.jsonl']) as run:
+        rewards = _Rewards(tasks, reward, run, batch)
+        if rewards.lines: warn_unseen(unseen, run.folder)
         elif try_first: on_main(lambda: try_reward(reward, tasks, name))
-        have, rows, number, count = {(r['round'], r['task'], r['k']): r for r in lines}, [], 0, min_responses
-        which, looks = list(range(len(tasks))), count_looks(min_responses, max_responses)
-        while which and count:
-            drawing = replace(sampling, responses=count)
-            rows += _round(lm, tasks, which, reward, drawing, number, have, run, batch, progress, **generation)
-            table = spread_table(rows, reward_range, threshold, alpha/looks, group=group)
-            open_ = set(table.task_hash[_open(table)])
-            drawn = min_responses*2**number
-            which = [i for i in which if task_hash(tasks[i]) in open_]
-            number, count = number + 1, min(drawn, max_responses - drawn)
+        table, rows = _rounds(lm, rewards, plan, sampling, dict(progress=progress, **generation))
         run.finish()
-    table.attrs |= dict(truncated=sum(not r['finished'] for r in rows)/len(rows), samples=len(rows),
+    table.attrs |= dict(truncated=sum(not row['finished'] for row in rows)/len(rows), samples=len(rows),
                         fixed=max_responses*len(tasks))
     return table, rows
 
@@ -165,15 +219,18 @@ def adaptive_counts(
     threshold: float = .1,
 ) -> pd.DataFrame:           # `spread_table`
     "The rounds of `audit_spread` on rewards that a function draws: to plan an audit, or to simulate one."
-    found, which, drawn = [[] for _ in range(prompts)], list(range(prompts)), 0
+    looks = count_looks(min_responses, max_responses)
+    rewards: list[list[float]] = [[] for _ in range(prompts)]
+    which = list(range(prompts))
+    drawn = 0
     while which and drawn < max_responses:
         count = min_responses if not drawn else min(drawn, max_responses - drawn)
-        for i in which: found[i] += draw(i, count)
+        for i in which: rewards[i] += draw(i, count)
         drawn += count
-        rows = [dict(prompt=str(i), reward=x) for i, r in enumerate(found) for x in r]
-        table = spread_table(rows, reward_range, threshold, .05/count_looks(min_responses, max_responses))
-        open_ = _open(table).tolist()
-        which = [i for i in which if open_[i]]
+        rows = [dict(prompt=str(i), reward=reward) for i, mine in enumerate(rewards) for reward in mine]
+        table = spread_table(rows, reward_range, threshold, .05/looks)
+        still_open = _open(table).tolist()
+        which = [i for i in which if still_open[i]]
     return table
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #bc1af6e8
@@ -183,29 +240,29 @@ def spread_advice(
     costs: pd.DataFrame,   # from `group_costs`
 ) -> list[str]:            # sentences
     "What to do, in words."
-    said, total = [], len(table)
     if table.attrs['constant']:
         same = table.attrs['reward_range'][0]
         return [f'Every reward is {same:g}: the reward is broken, or says nothing about these prompts.']
-    said += _not_seen(table)
-    for mask, words in (
-        (table.verdict == 'undecided', 'are undecided: their samples fit a spread on either side of the threshold.'),
-        (table.failed > 0, 'have failed rewards: see reward_error in rows.jsonl.')):
-        if n := int(mask.sum()): said.append(f'{n} of {total} {words}')
+    advice = _not_seen(table)
+    undecided = int((table.verdict == 'undecided').sum())
+    failed = int((table.failed > 0).sum())
+    if undecided: advice.append(f'{undecided} of {len(table)} are undecided: '
+                                'their samples fit a spread on either side of the threshold.')
+    if failed: advice.append(f'{failed} of {len(table)} have failed rewards: see reward_error in rows.jsonl.')
     if table.attrs['range'] == 'seen':
         low, high = table.attrs['reward_range']
-        said.append('No range of the reward was declared: '
-                    f'all of this holds for rewards from {low:g} to {high:g} only.')
+        advice.append('No range of the reward was declared: '
+                      f'all of this holds for rewards from {low:g} to {high:g} only.')
     if len(costs):
-        shares = ', '.join(f'{u:.0%} of groups of {g}' for g, u in zip(costs.group, costs.useful))
-        said.append(f'Groups with a gradient: {shares}.')
+        shares = ', '.join(f'{share:.0%} of groups of {size}' for size, share in zip(costs.group, costs.useful))
+        advice.append(f'Groups with a gradient: {shares}.')
     if chance := summary.get('gradient'):
-        said.append(f"Whatever has not been seen, a group of {chance['group']} has a gradient with probability "
-                    f"{chance['low']:.0%} to {chance['high']:.0%}: means over prompts of the ends of their intervals.")
+        advice.append(f"Whatever has not been seen, a group of {chance['group']} has a gradient with probability "
+                      f"{chance['low']:.0%} to {chance['high']:.0%}: means over prompts of the ends of their intervals.")
     if (share := summary['between_share']) is not None:
-        said.append(f'{share:.0%} of the variance of rewards is between prompts: '
-                    'a whole-batch standard deviation counts it as spread.')
-    return said
+        advice.append(f'{share:.0%} of the variance of rewards is between prompts: '
+                      'a whole-batch standard deviation counts it as spread.')
+    return advice
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #fae9e154
 def _not_seen(table: pd.DataFrame) -> list[str]:
@@ -213,14 +270,14 @@ def _not_seen(table: pd.DataFrame) -> list[str]:
     none = table[table.verdict == 'no spread seen']
     if not len(none): return []
     needed = samples_to_see(.01, table.attrs['alpha'])
-    said = [f'{len(none)} of {len(table)} prompts showed no spread; a value rarer than one in {none.rarer_than.min()} '
-            f'cannot be excluded. To exclude one in a hundred takes {needed} responses.']
+    advice = [f'{len(none)} of {len(table)} prompts showed no spread; a value rarer than one in '
+              f'{none.rarer_than.min()} cannot be excluded. To exclude one in a hundred takes {needed} responses.']
     for cause, words in (('floor', 'at the low end: a little SFT on them first, or an easier reward.'),
                          ('ceiling', 'at the high end: hardly anything to learn, leave them out.'),
                          ('deterministic', 'with one text only: raise the temperature.'),
                          ('between', 'between the ends: use a finer reward.')):
-        if n := int((none.cause == cause).sum()): said.append(f'{n} of these {len(none)} are {words}')
-    return said
+        if count := int((none.cause == cause).sum()): advice.append(f'{count} of these {len(none)} are {words}')
+    return advice
 
 # %% ../../nbs/rl/332_spread_audit.ipynb #c16940b9
 def write_spread(
@@ -229,13 +286,13 @@ def write_spread(
     output_dir: str | Path,  # folder
 ) -> dict[str, Any]:         # the summary
     "Write table.csv, rows.jsonl and summary.json, all or none."
-    folder, costs = Path(output_dir).expanduser(), group_costs(table)
+    folder = Path(output_dir).expanduser()
+    costs = group_costs(table)
     summary = spread_summary(table) if (table.n > 1).any() else dict(prompts=len(table), between_share=None)
     summary |= dict(costs=costs.to_dict('records'), advice=spread_advice(table, summary, costs),
                     written=time.strftime('%Y-%m-%d'),
-                    **{k: table.attrs[k] for k in ('truncated', 'samples', 'fixed') if k in table.attrs})
-    lines = ''.join(json.dumps(plain(r), ensure_ascii=False) + '\n' for r in rows)
+                    **{name: table.attrs[name] for name in ('truncated', 'samples', 'fixed') if name in table.attrs})
     write_files({folder/'table.csv': table.drop(columns='prompt').to_csv(index=False).encode(),
-                 folder/'rows.jsonl': lines.encode(),
+                 folder/'rows.jsonl': line_bytes(rows),
                  folder/'summary.json': json_bytes(summary)})
     return summary

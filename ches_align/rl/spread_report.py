@@ -24,24 +24,26 @@ from .spread_table import model_said
 # %% ../../nbs/rl/335_spread_report.ipynb #62b86e37
 def _shown(table: pd.DataFrame, rows: Sequence[dict], count: int) -> list[dict]:
     "Prompts with their text and first response, smallest spread first"
-    names = reversed(name_groups(list(rows))[0])
-    first = {name: r.get('response', '') for name, r in zip(names, reversed(list(rows)))}
-    made = []
+    first: dict[str, str] = {}
+    for name, row in zip(name_groups(list(rows))[0], rows): first.setdefault(name, row.get('response', ''))
+    lines = []
     for line in table.sort_values(['std', 'n'], ascending=[True, False]).head(count).to_dict('records'):
-        p = line.get('prompt')
-        text = p if isinstance(p, str) else dialogue_text(p) if p else ''
-        made.append(line | dict(text=text, example=first.get(line['task_hash'], '')))
-    return made
+        prompt = line.get('prompt') or ''
+        text = prompt if isinstance(prompt, str) else dialogue_text(prompt)
+        lines.append(line | dict(text=text, example=first.get(line['task_hash'], '')))
+    return lines
 
-def _said(summary: dict) -> str:
+def _verdict_text(summary: dict) -> str:
+    "The sentence at the top"
     if 'verdicts' not in summary: return f"{summary['prompts']} prompts, none with two rewards: nothing can be said."
     if summary['constant']: return 'Every reward is the same: no gradient was seen anywhere.'
-    v, total, rare = summary['verdicts'], summary['prompts'], summary['rarer_than']
+    shares = {verdict: percent(share[0]) for verdict, share in summary['verdicts'].items()}
+    rare = summary['rarer_than']
     more = f' (a value rarer than one in {rare} cannot be excluded)' if rare else ''
-    a, b = map(short_number, summary['reward_range'])
-    only = f' No range was declared: this holds for rewards from {a} to {b}.' if summary['range'] == 'seen' else ''
-    return (f"{percent(v['spread'][0])} of {total} prompts surely have a reward that varies, "
-            f"{percent(v['no spread seen'][0])} showed no spread{more}, {percent(v['undecided'][0])} cannot be told "
+    low, high = map(short_number, summary['reward_range'])
+    only = f' No range was declared: this holds for rewards from {low} to {high}.' if summary['range'] == 'seen' else ''
+    return (f"{shares['spread']} of {summary['prompts']} prompts surely have a reward that varies, "
+            f"{shares['no spread seen']} showed no spread{more}, {shares['undecided']} cannot be told "
             f"from {short_number(summary['samples'])} rewards; "
             f"{percent(summary['below'][0])} are under the threshold {model_said(summary)}.{only}")
 
@@ -49,12 +51,14 @@ def _said(summary: dict) -> str:
 def _clip(text: str) -> str: return text if len(text) <= 300 else f'{text[:300]}…'
 
 def _arch(ax, table, reward_range, threshold):
-    a, b = reward_range
-    p, n = np.linspace(0, 1, 101), table.n.min()  # n - 1 in the deviation: the fewest samples reach highest
-    ax.plot(a + (b - a)*p, (b - a)*np.sqrt(p*(1 - p)*n/(n - 1)), color='0.7', lw=1)
+    low, high = reward_range
+    share = np.linspace(0, 1, 101)
+    fewest = table.n.min()  # n - 1 in the deviation: the fewest samples reach highest
+    most = (high - low)*np.sqrt(share*(1 - share)*fewest/(fewest - 1))
+    ax.plot(low + (high - low)*share, most, color='0.7', lw=1)
     ax.scatter(table['mean'], table['std'], s=14, c='#0072b2', alpha=.6, linewidths=0)
     ax.axhline(threshold, color='k', lw=.8, ls='--')
-    ax.annotate(f'threshold {short_number(threshold)}', (b, threshold), ha='right', va='bottom', fontsize=8)
+    ax.annotate(f'threshold {short_number(threshold)}', (high, threshold), ha='right', va='bottom', fontsize=8)
     ax.set(xlabel='mean reward', ylabel='std, units of the reward', title='Low mean is not the same as no spread')
 
 def _histogram(ax, table, threshold):
@@ -77,19 +81,26 @@ def spread_report(
     "Write the page. Raises `AuditError` for a folder that cannot be written."
     folder = Path(output_dir).expanduser()
     manifest = read_object(folder/'manifest.json') if (folder/'manifest.json').exists() else {}
-    told = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in manifest.items() if v is not None}
-    empty = dict(verdicts={}, below=[None]*3, plug_in_below=[None]*3, threshold=table.attrs['threshold'],
+    facts = {name: json.dumps(value) if isinstance(value, (dict, list)) else value
+             for name, value in manifest.items() if value is not None}
+    span = table.attrs['reward_range']
+    threshold = table.attrs['threshold']
+    empty = dict(verdicts={}, below=[None]*3, plug_in_below=[None]*3, threshold=threshold,
                  samples=int(table.n.sum()), model='', gradient=None)
-    errors = Counter(r['reward_error'] for r in rows if r.get('reward_error')).most_common(10)
-    report = empty | plain(summary) | dict(title=title, verdict=_said(summary), provenance=told,
-        model_name=manifest.get('model'), by=model_said(empty | summary), errors=errors,
-        group=table.attrs['group'], range=table.attrs['range'], reward_range=list(table.attrs['reward_range']),
-        lists={v: plain(_shown(table[table.verdict == v], rows, count)) for v in ('no spread seen', 'undecided')})
+    errors = Counter(row['reward_error'] for row in rows if row.get('reward_error')).most_common(10)
+    lists = {verdict: plain(_shown(table[table.verdict == verdict], rows, count))
+             for verdict in ('no spread seen', 'undecided')}
+    report = empty | plain(summary) | dict(
+        title=title, verdict=_verdict_text(summary), provenance=facts, model_name=manifest.get('model'),
+        by=model_said(empty | summary), errors=errors, group=table.attrs['group'], range=table.attrs['range'],
+        reward_range=list(span), lists=lists)
     many = table[table.n > 1]
-    span, threshold = table.attrs['reward_range'], table.attrs['threshold']
-    figures = dict(arch=figure_png(_arch, many, span, threshold),
-                   histogram=figure_png(_histogram, many, threshold)) if len(many) > 2 else {}
-    options, pages = dict(loader=PackageLoader('ches_align'), trim_blocks=True, lstrip_blocks=True), {}
+    figures = {}
+    if len(many) > 2:
+        figures = dict(arch=figure_png(_arch, many, span, threshold),
+                       histogram=figure_png(_histogram, many, threshold))
+    options = dict(loader=PackageLoader('ches_align'), trim_blocks=True, lstrip_blocks=True)
+    pages = {}
     for name, env in (('html', Environment(autoescape=True, **options)),
                       ('md', Environment(finalize=md_escape, **options))):
         env.filters |= dict(num=short_number, pct=percent, clip=_clip)

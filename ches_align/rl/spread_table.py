@@ -27,14 +27,14 @@ from .tasks import name_groups
 # %% ../../nbs/rl/331_spread_table.ipynb #8b0f38aa
 def _by_prompt(rows: Sequence[dict]) -> dict[str, list[dict]]:
     "Rows of a group: a task, and the step where there is one"
-    for i, r in enumerate(rows):
-        if 'reward' not in r: raise AuditError(f'row {i}: needs prompt (or prompt_hash) and reward')
-    found: dict[str, list[dict]] = {}
-    names, told = name_groups(rows)
-    for name, r in zip(names, rows): found.setdefault(name, []).append(r)
-    if not found: raise AuditError('no rewards')
-    for sentence in told: warnings.warn(sentence)
-    return found
+    for i, row in enumerate(rows):
+        if 'reward' not in row: raise AuditError(f'row {i}: needs prompt (or prompt_hash) and reward')
+    groups: dict[str, list[dict]] = {}
+    names, decided = name_groups(rows)
+    for name, row in zip(names, rows): groups.setdefault(name, []).append(row)
+    if not groups: raise AuditError('no rewards')
+    for sentence in decided: warnings.warn(sentence)
+    return groups
 
 def _about(name: str, row: dict) -> dict[str, Any]:
     "What a line of the table is of"
@@ -42,6 +42,7 @@ def _about(name: str, row: dict) -> dict[str, Any]:
     step = {} if row.get('step') is None else dict(step=row['step'])
     return dict(prompt_hash=text, task_hash=name, **step, prompt=row.get('prompt'))
 
+# %% ../../nbs/rl/331_spread_table.ipynb #add208b1
 def seen_range(
     low: float, high: float,  # smallest and largest reward seen
 ) -> tuple[float, float]:     # as they are; twice the smallest where they differ by rounding alone
@@ -51,22 +52,23 @@ def seen_range(
 
 def _constant(rewards: Sequence, value: float) -> list[float]:
     "Rewards that are equal up to rounding, made equal; NaN where one failed"
-    known = np.isfinite(np.array([np.nan if x is None else x for x in rewards], float))
+    known = np.isfinite(np.array([np.nan if reward is None else reward for reward in rewards], float))
     return np.where(known, value, np.nan).tolist()
 
 def _range(rows: Sequence[dict], reward_range: tuple[float, float] | None) -> tuple[float, float]:
     "The range that is given, or that of the rows"
-    finite = clean_rewards([r['reward'] for r in rows])[0]
+    finite = clean_rewards([row['reward'] for row in rows])[0]
     if not len(finite):
-        why = next((f' ({r["reward_error"]})' for r in rows if r.get('reward_error')), '')
-        raise AuditError(f'none of {len(rows)} rewards is a finite number{why}: mend the reward')
-    low, high = float(finite.min()), float(finite.max())
-    a, b = reward_range or seen_range(low, high)
-    if not reward_range and a == b: return a, b
-    slack = 1e-9*(b - a)  # metrics that are sums of fractions may leave their range by rounding
-    if low < a - slack or high > b + slack:
-        raise AuditError(f'rewards from {low:g} to {high:g} leave the range {a:g} to {b:g}')
-    return a, b
+        why = next((f' ({row["reward_error"]})' for row in rows if row.get('reward_error')), '')
+        raise AuditError(f'none of {len(rows)} rewards is a finite number{why}: fix the reward')
+    low = float(finite.min())
+    high = float(finite.max())
+    bottom, top = reward_range or seen_range(low, high)
+    if not reward_range and bottom == top: return bottom, top
+    slack = 1e-9*(top - bottom)  # metrics that are sums of fractions may leave their range by rounding
+    if low < bottom - slack or high > top + slack:
+        raise AuditError(f'rewards from {low:g} to {high:g} leave the range {bottom:g} to {top:g}')
+    return bottom, top
 
 # %% ../../nbs/rl/331_spread_table.ipynb #e60403ec
 def spread_table(
@@ -78,73 +80,79 @@ def spread_table(
     group: int = 8,         # the size whose chance of a gradient gets an interval
 ) -> pd.DataFrame:          # a row a prompt, in order of appearance: fields of `PromptSpread`, zero_group_G
     "Estimate every prompt. `attrs` hold range and threshold in units of the reward. Raises `AuditError`."
-    found, (a, b) = _by_prompt(rows), _range(rows, reward_range)
-    width, table, declared = (b - a) or 1., [], reward_range is not None
-    for name, mine in found.items():
-        texts = [r['response'] for r in mine] if all('response' in r for r in mine) else None
-        rewards = [r['reward'] for r in mine]
-        if a == b: rewards = _constant(rewards, a)
-        made = asdict(prompt_spread(rewards, (a, b), threshold*width, texts, alpha, group=group, declared=declared))
-        same = merge_equal(clean_rewards(rewards)[0], b - a)
-        chances = {f'zero_group_{g}': zero_group_chance(same, g, 0.) for g in groups}
-        table.append(_about(name, mine[0]) | made | chances)
-    table = pd.DataFrame(table)
-    table.attrs |= dict(reward_range=(a, b), threshold=threshold*width, constant=bool(b == a), alpha=alpha,
+    by_prompt = _by_prompt(rows)
+    bottom, top = _range(rows, reward_range)
+    least = threshold*((top - bottom) or 1.)
+    declared = reward_range is not None
+    lines = []
+    for name, mine in by_prompt.items():
+        texts = [row['response'] for row in mine] if all('response' in row for row in mine) else None
+        rewards = [row['reward'] for row in mine]
+        if bottom == top: rewards = _constant(rewards, bottom)
+        spread = prompt_spread(rewards, (bottom, top), least, texts, alpha, group=group, declared=declared)
+        same = merge_equal(clean_rewards(rewards)[0], top - bottom)
+        chances = {f'zero_group_{size}': zero_group_chance(same, size, 0.) for size in groups}
+        lines.append(_about(name, mine[0]) | asdict(spread) | chances)
+    table = pd.DataFrame(lines)
+    table.attrs |= dict(reward_range=(bottom, top), threshold=least, constant=bool(bottom == top), alpha=alpha,
                         group=group, range='declared' if declared else 'seen')
     return table
 
 # %% ../../nbs/rl/331_spread_table.ipynb #8f30c877
 def fit_beta(
     successes: Sequence[int] | np.ndarray, # a prompt each
-    n: Sequence[int] | np.ndarray, # samples a prompt
-) -> tuple[float, float]:      # a, b
+    samples: Sequence[int] | np.ndarray, # of each prompt
+) -> tuple[float, float]:      # the two parameters of the Beta distribution
     "Maximum likelihood of the Beta-binomial model (@eq-beta-binomial)."
-    k, n = np.asarray(successes, float), np.asarray(n, float)
-    if not len(k) or n.sum() == 0: raise AuditError('no samples to fit')
-    mean = (k.sum() + .5)/(n.sum() + 1)
-    (k, n), times = np.unique([k, n], axis=1, return_counts=True)  # prompts with the same counts are alike
-    def loss(x):
-        a, b = np.exp(x)
-        return -(times*(betaln(a + k, b + n - k) - betaln(a, b))).sum()
+    hits = np.asarray(successes, float)
+    draws = np.asarray(samples, float)
+    if not len(hits) or draws.sum() == 0: raise AuditError('no samples to fit')
+    mean = (hits.sum() + .5)/(draws.sum() + 1)
+    (hits, draws), times = np.unique([hits, draws], axis=1, return_counts=True)  # prompts of equal counts are alike
+    def loss(logs: np.ndarray) -> float:
+        one, two = np.exp(logs)
+        return -(times*(betaln(one + hits, two + draws - hits) - betaln(one, two))).sum()
     best = minimize(loss, np.log([2*mean, 2*(1 - mean)]), method='L-BFGS-B', bounds=[(-7, 9)]*2)
     return tuple(np.exp(best.x).tolist())
 
 def share_below(
-    a: float, b: float,        # of the Beta distribution
+    one: float, two: float,    # parameters of the Beta distribution
     threshold: float,          # on the standard deviation, in widths of the reward, up to 0.5
 ) -> float:                    # share of prompts
     "Share of prompts whose true standard deviation is under a threshold."
     if threshold >= .5: return 1.
-    p = (1 - (1 - 4*threshold**2)**.5)/2
-    return float(beta.cdf(p, a, b) + beta.sf(1 - p, a, b))
+    edge = (1 - (1 - 4*threshold**2)**.5)/2
+    return float(beta.cdf(edge, one, two) + beta.sf(1 - edge, one, two))
 
 def noise_free_share(
     successes: Sequence[int] | np.ndarray, # a prompt each
-    n: Sequence[int] | np.ndarray, # samples a prompt
+    samples: Sequence[int] | np.ndarray, # of each prompt
     threshold: float,          # in widths of the reward
     draws: int = 100,          # bootstrap samples of the prompts
     seed: int = 0,             # of the draws
 ) -> tuple[float, float, float]: # share, low and high end of its 95% interval
     "Share of prompts under a threshold with the sampling noise taken out; interval by drawing prompts."
-    k = np.asarray(successes)
-    n = np.asarray(n)
-    def share(drawn: np.ndarray) -> float: return share_below(*fit_beta(k[drawn], n[drawn]), threshold)
-    return share_below(*fit_beta(k, n), threshold), *bootstrap(share, len(k), draws, seed)
+    hits = np.asarray(successes)
+    counts = np.asarray(samples)
+    def share(drawn: np.ndarray) -> float: return share_below(*fit_beta(hits[drawn], counts[drawn]), threshold)
+    low, high = bootstrap(share, len(hits), draws, seed)
+    return share_below(*fit_beta(hits, counts), threshold), low, high
 
 # %% ../../nbs/rl/331_spread_table.ipynb #5bc24914
 def spread_mixture(
     std: Sequence[float],      # s of each prompt, in widths of the reward
-    n: Sequence[int],          # samples of each
+    samples: Sequence[int],    # of each
     size: int = 60,            # grid points, from 0.001 to 0.5 widths
     rounds: int = 300,         # of EM
 ) -> tuple[Float[np.ndarray, "size"], Float[np.ndarray, "size"]]: # standard deviations, their weights; the first is 0
     "Nonparametric maximum likelihood of the distribution of true standard deviations."
-    s2, free = np.asarray(std, float)**2, np.asarray(n, float)[:, None] - 1
+    variance = np.asarray(std, float)**2
+    freedom = np.asarray(samples, float)[:, None] - 1
     grid = np.concatenate([[0.], np.geomspace(1e-3, .5, size - 1)])
     with np.errstate(divide='ignore', invalid='ignore'):
-        # density of s^2 but for what all grid points share
-        logs = -free*np.log(grid[1:]) - free*s2[:, None]/(2*grid[1:]**2)
-    zero = (s2 == 0)[:, None]
+        # density of the variance but for what all grid points share
+        logs = -freedom*np.log(grid[1:]) - freedom*variance[:, None]/(2*grid[1:]**2)
+    zero = (variance == 0)[:, None]
     like = np.concatenate([zero, np.where(zero, 0., np.exp(logs - logs.max(1, keepdims=True)))], 1)
     weights = np.full(size, 1/size)
     for _ in range(rounds):
@@ -158,36 +166,40 @@ def group_costs(
     groups: Sequence[int] = (2, 4, 8, 16, 32, 64), # sizes
 ) -> pd.DataFrame:            # group, useful (share), cost (responses a useful group), how
     "Share of useful groups and their cost, by group size; without the model up to the fewest responses of a prompt."
-    ok, lines = table[table.n > 0], []
-    two = _two_valued(ok, *table.attrs['reward_range'])
-    none = _model_chances(*two, groups) if two else _sample_chances(ok, groups)
-    for g, chances in none.items():
-        useful = 1 - float(chances.mean())
-        lines.append(dict(group=g, useful=useful, cost=g/useful if useful > 0 else np.inf,
+    known = table[table.n > 0]
+    two = _two_valued(known, *table.attrs['reward_range'])
+    chances = _model_chances(*two, groups) if two else _sample_chances(known, groups)
+    lines = []
+    for size, none in chances.items():
+        useful = 1 - float(none.mean())
+        lines.append(dict(group=size, useful=useful, cost=size/useful if useful > 0 else np.inf,
                           how='model' if two else 'samples'))
     return pd.DataFrame(lines, columns=['group', 'useful', 'cost', 'how'])
 
-def _model_chances(k: np.ndarray, n: np.ndarray, groups: Sequence[int]) -> dict[int, np.ndarray]:
+def _model_chances(hits: np.ndarray, draws: np.ndarray, groups: Sequence[int]) -> dict[int, np.ndarray]:
     "P_G of each prompt under the Beta-binomial model"
-    prior = fit_beta(k, n)
-    a, b = prior[0] + k, prior[1] + n - k
-    return {g: np.exp(betaln(a + g, b) - betaln(a, b)) + np.exp(betaln(a, b + g) - betaln(a, b)) for g in groups}
+    one, two = fit_beta(hits, draws)
+    one = one + hits
+    two = two + draws - hits
+    return {size: np.exp(betaln(one + size, two) - betaln(one, two)) + np.exp(betaln(one, two + size) - betaln(one, two))
+            for size in groups}
 
-def _sample_chances(ok: pd.DataFrame, groups: Sequence[int]) -> dict[int, np.ndarray]:
+def _sample_chances(known: pd.DataFrame, groups: Sequence[int]) -> dict[int, np.ndarray]:
     "P_G of each prompt from its samples"
     # an adaptive audit draws more where it cannot tell: prompts of many samples are no fair sample of the prompts
-    fair = [g for g in groups if f'zero_group_{g}' in ok and len(ok) and (ok.n + ok.failed >= g).all()]
-    chances = {g: ok[f'zero_group_{g}'].dropna().to_numpy() for g in fair}
-    return {g: c for g, c in chances.items() if len(c)}
+    fair = [g for g in groups if f'zero_group_{g}' in known and len(known) and (known.n + known.failed >= g).all()]
+    chances = {size: known[f'zero_group_{size}'].dropna().to_numpy() for size in fair}
+    return {size: values for size, values in chances.items() if len(values)}
 
-def _two_valued(table: pd.DataFrame, a: float, b: float) -> tuple[np.ndarray, np.ndarray] | None:
+def _two_valued(table: pd.DataFrame, bottom: float, top: float) -> tuple[np.ndarray, np.ndarray] | None:
     "Successes and samples where every reward is at an end of the range"
-    if not b > a: return None
-    n, mean = table.n.to_numpy(), (table['mean'].to_numpy(float) - a)/(b - a)
-    square = table['std'].fillna(0.).to_numpy()**2*(n - 1)/n/(b - a)**2
+    if not top > bottom: return None
+    draws = table.n.to_numpy()
+    mean = (table['mean'].to_numpy(float) - bottom)/(top - bottom)
+    square = table['std'].fillna(0.).to_numpy()**2*(draws - 1)/draws/(top - bottom)**2
     # of all rewards with this mean, those at the ends alone have the mean square p(1 - p)
     if not np.allclose(square, mean*(1 - mean), rtol=0, atol=1e-9): return None
-    return np.round(mean*n).astype(int), n
+    return np.round(mean*draws).astype(int), draws
 
 # %% ../../nbs/rl/331_spread_table.ipynb #24ba37c7
 VERDICTS = 'spread', 'no spread seen', 'undecided', 'broken'
@@ -198,43 +210,48 @@ def spread_summary(
     seed: int = 0,           # of the draws
 ) -> dict[str, Any]:         # JSON-able
     "Shares with intervals over prompts, quantiles, the split of the variance, the share that a model corrects."
-    a, b = table.attrs['reward_range']
-    ok, g = table[table.n > 1], np.random.default_rng(seed)
-    if not len(ok): raise AuditError('no prompt has two finite rewards: draw more')
-    def share(mask): return _share(np.asarray(mask, float), draws, g)
-    within = float((ok['std']**2).mean())
-    between = max(0., float(ok['mean'].var(ddof=1) - (ok['std']**2/ok.n).mean())) if len(ok) > 1 else 0.
-    made = dict(prompts=len(table), samples=int(table.n.sum()), failed=int(table.failed.sum()), reward_range=[a, b],
-                range=table.attrs['range'], threshold=table.attrs['threshold'], constant=table.attrs['constant'],
-                verdicts={v: share(table.verdict == v) for v in VERDICTS}, **_unseen(table),
-                causes=table.cause[table.cause != ''].value_counts().to_dict(),
-                std_quantiles={str(q): float(ok['std'].quantile(q)) for q in (.1, .25, .5, .75, .9)},
-                plug_in_below=share(ok['std'] < table.attrs['threshold']), within=within, between=between,
-                between_share=between/(within + between) if within + between else None)
-    return made | _below(ok, a, b, table.attrs['threshold'], seed)
+    known = table[table.n > 1]
+    if not len(known): raise AuditError('no prompt has two finite rewards: draw more')
+    generator = np.random.default_rng(seed)
+    def share(mask): return _share(np.asarray(mask, float), draws, generator)
+    bottom, top = table.attrs['reward_range']
+    threshold = table.attrs['threshold']
+    within = float((known['std']**2).mean())
+    between = 0.
+    if len(known) > 1: between = max(0., float(known['mean'].var(ddof=1) - (known['std']**2/known.n).mean()))
+    summary = dict(
+        prompts=len(table), samples=int(table.n.sum()), failed=int(table.failed.sum()), reward_range=[bottom, top],
+        range=table.attrs['range'], threshold=threshold, constant=table.attrs['constant'],
+        verdicts={verdict: share(table.verdict == verdict) for verdict in VERDICTS}, **_unseen(table),
+        causes=table.cause[table.cause != ''].value_counts().to_dict(),
+        std_quantiles={str(level): float(known['std'].quantile(level)) for level in (.1, .25, .5, .75, .9)},
+        plug_in_below=share(known['std'] < threshold), within=within, between=between,
+        between_share=between/(within + between) if within + between else None)
+    return summary | _below(known, (bottom, top), threshold, seed)
 
 # %% ../../nbs/rl/331_spread_table.ipynb #386dbd5b
 def _unseen(table: pd.DataFrame) -> dict[str, Any]:
     "What prompts without spread seen leave open, and the chance of a gradient over all prompts"
     none = table.rarer_than[table.verdict == 'no spread seen']
-    ok = table[table.n > 0]
-    enough = len(ok) and ok.gradient.notna().all()  # an average of those with many samples would be no fair one
+    known = table[table.n > 0]
+    enough = len(known) and known.gradient.notna().all()  # an average of those with many samples would be no fair one
     return dict(rarer_than=int(none.min()) if len(none) else None,
-                gradient=dict(group=table.attrs['group'], share=float(ok.gradient.mean()) if enough else None,
-                              low=float(ok.gradient_low.mean()), high=float(ok.gradient_high.mean())))
+                gradient=dict(group=table.attrs['group'], share=float(known.gradient.mean()) if enough else None,
+                              low=float(known.gradient_low.mean()), high=float(known.gradient_high.mean())))
 
-def _share(mask: Float[np.ndarray, "n"], draws: int, g: np.random.Generator) -> list[float]:
+def _share(mask: Float[np.ndarray, "n"], draws: int, generator: np.random.Generator) -> list[float]:
     "A share and its 95% interval, by drawing prompts"
-    return [float(mask.mean()), *bootstrap(lambda drawn: mask[drawn].mean(), len(mask), draws, g)]
+    return [float(mask.mean()), *bootstrap(lambda drawn: mask[drawn].mean(), len(mask), draws, generator)]
 
-def _below(ok: pd.DataFrame, a: float, b: float, threshold: float, seed: int) -> dict[str, Any]:
+def _below(known: pd.DataFrame, reward_range: tuple[float, float], threshold: float, seed: int) -> dict[str, Any]:
     "Share of prompts under the threshold by a model, and how many prompts the model has to take as they are"
-    width = (b - a) or 1.
-    if two := _two_valued(ok, a, b):
+    bottom, top = reward_range
+    width = (top - bottom) or 1.
+    if two := _two_valued(known, bottom, top):
         return dict(model='Beta-binomial', below=list(noise_free_share(*two, threshold/width, seed=seed)), ties=0)
-    grid, weights = spread_mixture(ok['std']/width, ok.n)
+    grid, weights = spread_mixture(known['std']/width, known.n)
     below = float(weights[grid < threshold/width].sum())
-    return dict(model='mixture of spreads', below=[below, None, None], ties=int((ok['std'] == 0).sum()))
+    return dict(model='mixture of spreads', below=[below, None, None], ties=int((known['std'] == 0).sum()))
 
 def model_said(
     summary: dict[str, Any], # from `spread_summary`
@@ -255,9 +272,9 @@ def compare_spread(
     both = before.merge(after, on=on, suffixes=('', '_after')).dropna(subset=['std', 'std_after'])
     if len(both) < 3: raise AuditError(f'{len(both)} prompts are in both tables: a correlation needs 3')
     change = (both.mean_after - both['mean']).abs()
-    rho, p = spearmanr(both['std'], change)
+    rho, p_value = spearmanr(both['std'], change)
     newly = (both.verdict_after == 'no spread seen') & (both.verdict != 'no spread seen')
-    return dict(prompts=len(both), rho=float(rho), p=float(p),
+    return dict(prompts=len(both), rho=float(rho), p=float(p_value),
                 std_before=float(both['std'].median()), std_after=float(both.std_after.median()),
                 mean_before=float(both['mean'].mean()), mean_after=float(both.mean_after.mean()),
                 newly_none=both.prompt_hash[newly].tolist())

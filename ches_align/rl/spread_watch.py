@@ -9,6 +9,7 @@ __all__ = ['step_spread', 'SpreadWatch', 'watch_reward', 'SpreadCallback', 'read
 import inspect
 import math
 from collections import defaultdict
+from contextlib import suppress
 from functools import partial, wraps
 from typing import Any, Callable, Hashable, Sequence
 
@@ -31,18 +32,18 @@ from ..training.callback import _joined
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #66777a8b
 def _by_prompt(prompt_ids: Sequence[Hashable], rewards: Sequence[float | None]) -> dict[Hashable, np.ndarray]:
-    found: dict[Hashable, list] = defaultdict(list)
-    for p, r in zip(prompt_ids, rewards): found[p].append(r)
-    return {p: clean_rewards(r)[0] for p, r in found.items()}
+    groups: dict[Hashable, list] = defaultdict(list)
+    for prompt, reward in zip(prompt_ids, rewards): groups[prompt].append(reward)
+    return {prompt: clean_rewards(mine)[0] for prompt, mine in groups.items()}
 
-def _width(a: float, b: float) -> float:
+def _width(low: float, high: float) -> float:
     "Of the range; of a constant reward its size, of which rounding is a share, or 1"
-    return (b - a) or max(abs(a), 1.)
+    return (high - low) or max(abs(low), 1.)
 
 def step_spread(
     prompt_ids: Sequence[Hashable],     # one a response: hash, index or text of its prompt
     rewards: Sequence[float | None],    # what the trainer uses; None or NaN: failed
-    reward_range: tuple[float, float],   # that the reward can have
+    reward_range: tuple[float, float],  # that the reward can have
     raw_rewards: Sequence[float | None] | None = None, # before shaping
     tolerance: float = 1e-6,            # share of the range under which a std is zero
     near: float = .05,                  # share of the range under which a std is nearly zero
@@ -51,25 +52,31 @@ def step_spread(
     if len(prompt_ids) != len(rewards) or (raw_rewards is not None and len(raw_rewards) != len(rewards)):
         raw = f', {len(raw_rewards)} raw rewards' if raw_rewards is not None else ''
         raise AuditError(f'{len(prompt_ids)} prompt ids, {len(rewards)} rewards{raw}')
-    groups = {p: r for p, r in _by_prompt(prompt_ids, rewards).items() if len(r) > 1}
+    groups = {prompt: mine for prompt, mine in _by_prompt(prompt_ids, rewards).items() if len(mine) > 1}
     finite = clean_rewards(rewards)[0]
-    a, width = reward_range[0], _width(*reward_range)
-    std = np.array([r.std(ddof=1) for r in groups.values()])/width
-    mean = (np.array([r.mean() for r in groups.values()]) - a)/width
+    width = _width(*reward_range)
+    numbers = dict(groups=len(groups), failed=len(rewards) - len(finite),
+                   mean=float(finite.mean()) if len(finite) else math.nan)
+    numbers |= _of_groups(list(groups.values()), reward_range[0], width, tolerance, near)
+    numbers |= dict(batch_std=float(finite.std(ddof=1)) if len(finite) > 1 else math.nan)
+    if raw_rewards is None: return numbers
+    raw = _by_prompt(prompt_ids, raw_rewards)
+    phantom = [len(raw[prompt]) > 1 and np.ptp(raw[prompt]) <= tolerance*width
+               and mine.std(ddof=1)/width >= tolerance for prompt, mine in groups.items()]
+    return numbers | dict(phantom=float(np.mean(phantom)) if groups else math.nan)
+
+# %% ../../nbs/rl/333_spread_watch.ipynb #01d13940
+def _of_groups(groups: list[np.ndarray], low: float, width: float, tolerance: float, near: float) -> dict[str, float]:
+    "Spreads of groups of two rewards or more, and shares of those without; NaN without groups"
+    names = ('std_mean', 'std_median', 'std_p10', 'zero', 'near_zero', 'zero_floor', 'zero_ceiling')
+    if not groups: return dict.fromkeys(names, math.nan)
+    std = np.array([rewards.std(ddof=1) for rewards in groups])/width
+    mean = (np.array([rewards.mean() for rewards in groups]) - low)/width
     zero = std < tolerance
-    share = lambda mask: float(np.mean(mask)) if len(groups) else float('nan')
-    at = lambda q: float(np.quantile(std, q))*width if len(groups) else float('nan')
-    made = dict(groups=len(groups), failed=len(rewards) - len(finite),
-                mean=float(finite.mean()) if len(finite) else float('nan'),
-                std_mean=float(std.mean())*width if len(groups) else float('nan'), std_median=at(.5), std_p10=at(.1),
-                zero=share(zero), near_zero=share(std < near), zero_floor=share(zero & (mean < near)),
-                zero_ceiling=share(zero & (mean > 1 - near)),
-                batch_std=float(finite.std(ddof=1)) if len(finite) > 1 else float('nan'))
-    if raw_rewards is not None:
-        raw = _by_prompt(prompt_ids, raw_rewards)
-        flat = np.array([np.ptp(raw[p]) <= tolerance*width if len(raw[p]) > 1 else False for p in groups])
-        made |= dict(phantom=share(flat & ~zero))
-    return made
+    shares = [zero, std < near, zero & (mean < near), zero & (mean > 1 - near)]
+    spreads = [std.mean(), np.quantile(std, .5), np.quantile(std, .1)]
+    values = [float(spread)*width for spread in spreads] + [float(np.mean(share)) for share in shares]
+    return dict(zip(names, values))
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #cdad1c4f
 class SpreadWatch:
@@ -82,56 +89,73 @@ class SpreadWatch:
         near: float = .05,      # share of the range under which a std is nearly zero
         tell: Callable[[str], None] = print, # told when an alarm goes on or off
     ):
-        self.reward_range, self.patience, self.near, self.tell = reward_range, patience, near, tell
+        self.reward_range = reward_range
         self.limits = dict(zero=.5, phantom=.1, failed_share=.05) if limits is None else limits
-        self.steps, self.alarms, self._seen = [], set(), (float('inf'), float('-inf'))
-        self._prompts: dict[Hashable, dict] = {}
+        self.patience = patience
+        self.near = near
+        self.tell = tell
+        self.steps: list[dict[str, Any]] = []
+        self.alarms: set[str] = set()
         self.told: set[str] = set()     # by what watches for it, each once
         self.group: int | None = None   # responses in a group, where a trainer has said so
-        self.reported, self.logged = False, 0 # does a `SpreadCallback` wait for the numbers; steps that it has had
+        self.reported = False           # does a `SpreadCallback` wait for the numbers
+        self.logged = 0                 # steps that it has had
+        self._seen = (math.inf, -math.inf) # smallest and largest reward
+        self._prompts: dict[Hashable, dict] = {}
 
-    def update(
-        self,
-        prompt_ids: Sequence[Hashable],  # one a response
-        rewards: Sequence[float | None], # what the trainer uses
-        raw_rewards: Sequence[float | None] | None = None, # before shaping
-        step: int | None = None,         # of the trainer; None: the next
-        groups: Sequence[Hashable] | None = None, # which group each response is of; None: one a prompt id
-    ) -> dict[str, Any]:                 # `step_spread`, and the alarms that are on
-        "Take one batch."
-        finite = clean_rewards(rewards)[0]
-        if len(finite): self._seen = (min(self._seen[0], float(finite.min())), max(self._seen[1], float(finite.max())))
-        a, b = self.reward_range or (seen_range(*self._seen) if self._seen[0] <= self._seen[1] else (0., 1.))
-        groups = prompt_ids if groups is None else groups
-        made = step_spread(groups, rewards, (a, b), raw_rewards, near=self.near)
-        made['failed_share'] = made['failed']/len(rewards) if len(rewards) else 0.
-        self._remember(_by_prompt(groups, rewards), dict(zip(groups, prompt_ids)), _width(a, b))
-        self.steps.append(dict(step=len(self.steps) if step is None else step) | made)
-        self._alarm()
-        return self.steps[-1] | dict(alarms=sorted(self.alarms))
+# %% ../../nbs/rl/333_spread_watch.ipynb #c5450922
+@patch
+def update(
+    self: SpreadWatch,
+    prompt_ids: Sequence[Hashable],  # one a response
+    rewards: Sequence[float | None], # what the trainer uses
+    raw_rewards: Sequence[float | None] | None = None, # before shaping
+    step: int | None = None,         # of the trainer; None: the next
+    groups: Sequence[Hashable] | None = None, # which group each response is of; None: one a prompt id
+) -> dict[str, Any]:                 # `step_spread`, and the alarms that are on
+    "Take one batch."
+    groups = prompt_ids if groups is None else groups
+    span = self._range_with(rewards)
+    numbers = step_spread(groups, rewards, span, raw_rewards, near=self.near)
+    numbers['failed_share'] = numbers['failed']/len(rewards) if len(rewards) else 0.
+    self._remember(_by_prompt(groups, rewards), dict(zip(groups, prompt_ids)), _width(*span))
+    self.steps.append(dict(step=len(self.steps) if step is None else step) | numbers)
+    self._alarm()
+    return self.steps[-1] | dict(alarms=sorted(self.alarms))
+
+@patch
+def _range_with(self: SpreadWatch, rewards: Sequence[float | None]) -> tuple[float, float]:
+    "The range that was given, or that of all rewards up to these"
+    finite = clean_rewards(rewards)[0]
+    low, high = self._seen
+    if len(finite): self._seen = (min(low, float(finite.min())), max(high, float(finite.max())))
+    if self.reward_range: return self.reward_range
+    return seen_range(*self._seen) if self._seen[0] <= self._seen[1] else (0., 1.)
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #588e5b1a
 @patch
 def _remember(self: SpreadWatch, groups: dict[Hashable, np.ndarray], prompt_of: dict[Hashable, Hashable],
               width: float) -> None:
-    for group, r in groups.items():
-        if len(r) < 2: continue
+    for group, rewards in groups.items():
+        if len(rewards) < 2: continue
         had = self._prompts.setdefault(prompt_of[group], dict(times=0, zero=0, means=[], stds=[]))
+        std = float(rewards.std(ddof=1))
         had['times'] += 1
-        had['zero'] += int(r.std(ddof=1) < 1e-6*width)
-        had['means'].append(float(r.mean())); had['stds'].append(float(r.std(ddof=1)))
+        had['zero'] += int(std < 1e-6*width)
+        had['means'].append(float(rewards.mean()))
+        had['stds'].append(std)
 
 @patch
 def _alarm(self: SpreadWatch) -> None:
+    step = self.steps[-1]['step']
     for name, limit in self.limits.items():
-        last = [s.get(name, float('nan')) for s in self.steps[-self.patience:]]
-        if name not in self.alarms and len(last) == self.patience and all(x > limit for x in last):
+        last = [numbers.get(name, math.nan) for numbers in self.steps[-self.patience:]]
+        if name not in self.alarms and len(last) == self.patience and all(share > limit for share in last):
             self.alarms.add(name)
-            self.tell(f"step {self.steps[-1]['step']}: {name} above {limit:g} for {self.patience} steps "
-                      f'({last[-1]:.2f})')
+            self.tell(f'step {step}: {name} above {limit:g} for {self.patience} steps ({last[-1]:.2f})')
         elif name in self.alarms and last[-1] < .8*limit:
             self.alarms.discard(name)
-            self.tell(f"step {self.steps[-1]['step']}: {name} back at {last[-1]:.2f}")
+            self.tell(f'step {step}: {name} back at {last[-1]:.2f}')
 
 @patch
 def table(self: SpreadWatch) -> pd.DataFrame: # a row a step
@@ -140,16 +164,17 @@ def table(self: SpreadWatch) -> pd.DataFrame: # a row a step
 @patch
 def prompts(self: SpreadWatch) -> pd.DataFrame: # prompt, times, zero (of them), first and last mean, mean std
     "What each prompt was like, those that never had a gradient first."
-    rows = [dict(prompt=p, times=h['times'], zero=h['zero'], first_mean=h['means'][0], last_mean=h['means'][-1],
-                 std=float(np.mean(h['stds']))) for p, h in self._prompts.items()]
-    made = pd.DataFrame(rows, columns=['prompt', 'times', 'zero', 'first_mean', 'last_mean', 'std'])
-    return made.assign(share=made.zero/made.times).sort_values(['share', 'times'], ascending=False, ignore_index=True)
+    rows = [dict(prompt=prompt, times=had['times'], zero=had['zero'], first_mean=had['means'][0],
+                 last_mean=had['means'][-1], std=float(np.mean(had['stds']))) for prompt, had in self._prompts.items()]
+    table = pd.DataFrame(rows, columns=['prompt', 'times', 'zero', 'first_mean', 'last_mean', 'std'])
+    table['share'] = table.zero/table.times
+    return table.sort_values(['share', 'times'], ascending=False, ignore_index=True)
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #30c61ec7
 def _wrapped_name(reward: Callable, watched: Callable) -> Callable:
     "Dress a wrapper as what it wraps, a partial or an object too: TRL logs the name"
-    try: wraps(reward)(watched)
-    except Exception: pass  # attributes of a kind that a function cannot have
+    with suppress(Exception):  # attributes of a kind that a function cannot have
+        wraps(reward)(watched)
     watched.__name__ = callable_name(reward)
     return watched
 
@@ -157,6 +182,10 @@ def _is_async(reward: Callable) -> bool:
     "As TRL sees it"
     while isinstance(reward, partial): reward = reward.func
     return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, '__call__', None))
+
+def _kept(rewards: Any) -> Any:
+    "What can be read twice"
+    return rewards if rewards is None or hasattr(rewards, '__len__') else list(rewards)
 
 def watch_reward(
     reward: Any,          # a function in TRL's form; a model or its name is handed on unwatched, and that is told
@@ -167,18 +196,15 @@ def watch_reward(
         _tell(watch, f'{str(reward)[:40] if isinstance(reward, str) else callable_name(reward)} is not watched: '
                      'TRL calls a reward model itself; watch a function')
         return reward
-    def kept(made: Any) -> Any:
-        "What can be read twice"
-        return made if made is None or hasattr(made, '__len__') else list(made)
     function: Callable[..., Any] = reward
     async def watched_async(prompts, completions, **columns):
-        made = kept(await function(prompts=prompts, completions=completions, **columns))
-        _measure(watch, prompts, made, columns)
-        return made
+        rewards = _kept(await function(prompts=prompts, completions=completions, **columns))
+        _measure(watch, prompts, rewards, columns)
+        return rewards
     def watched(prompts, completions, **columns):
-        made = kept(function(prompts=prompts, completions=completions, **columns))
-        _measure(watch, prompts, made, columns)
-        return made
+        rewards = _kept(function(prompts=prompts, completions=completions, **columns))
+        _measure(watch, prompts, rewards, columns)
+        return rewards
     return _wrapped_name(reward, watched_async if _is_async(reward) else watched)
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #c6de0001
@@ -186,50 +212,60 @@ def _tell(watch: SpreadWatch, text: str) -> None:
     "Say something once; whoever listens cannot end the training"
     if text in watch.told: return
     watch.told.add(text)
-    try: watch.tell(text)
-    except Exception: pass
+    with suppress(Exception): watch.tell(text)
 
-def _as_numbers(made: Any) -> list[float | None]:
+def _as_numbers(rewards: Any) -> list[float | None]:
     "Rewards of any kind: tensors of any precision and device, arrays, None"
-    if hasattr(made, 'detach'): made = made.detach().float().cpu().reshape(-1).tolist()
+    if hasattr(rewards, 'detach'): rewards = rewards.detach().float().cpu().reshape(-1).tolist()
     numbers: list[float | None] = []
-    for x in made:
-        try: numbers.append(None if x is None else float(x))
-        except (TypeError, ValueError): numbers.append(None)
+    for reward in rewards:
+        try:
+            numbers.append(None if reward is None else float(reward))
+        except (TypeError, ValueError):
+            numbers.append(None)
     return numbers
 
-def _measure(watch: SpreadWatch, prompts: Sequence, made: Any, columns: dict[str, Any]) -> None:
+def _measure(watch: SpreadWatch, prompts: Sequence, rewards: Any, columns: dict[str, Any]) -> None:
     "Take a batch; an observer never raises"
     try:
-        trainer = getattr(columns.get('log_metric'), '__self__', None)
-        if not getattr(getattr(trainer, 'model', None), 'training', True): return  # an evaluation
-        rewards = _as_numbers(made)
-        if len(rewards) != len(prompts):
-            return _tell(watch, f'a batch is not watched: {len(rewards)} rewards for {len(prompts)} prompts')
-        names, texts = _task_names(prompts, columns)
-        size = getattr(trainer, 'num_generations', None) or watch.group or _run_length(names)
-        groups = _positions(watch, names, texts, size)
-        some = [i for i, g in enumerate(groups) if g is not None]
-        if not some: return
-        made = watch.update([names[i] for i in some], [rewards[i] for i in some], groups=[groups[i] for i in some],
-                            step=getattr(columns.get('trainer_state'), 'global_step', None))
-        if watch.reported and trainer is not None:
-            for key, value in _loggable([made]).items(): columns['log_metric'](key, value)
-            watch.logged = len(watch.steps)
-    except Exception as e: _tell(watch, f'a batch is not watched: {type(e).__name__}: {str(e)[:150]}')
+        _take(watch, prompts, rewards, columns)
+    except Exception as error:
+        _tell(watch, f'a batch is not watched: {type(error).__name__}: {str(error)[:150]}')
+
+# %% ../../nbs/rl/333_spread_watch.ipynb #ccef6796
+def _take(watch: SpreadWatch, prompts: Sequence, rewards: Any, columns: dict[str, Any]) -> None:
+    "Measure a batch of a training, and log it where a `SpreadCallback` waits for it"
+    trainer = getattr(columns.get('log_metric'), '__self__', None)
+    if not getattr(getattr(trainer, 'model', None), 'training', True): return  # an evaluation
+    numbers = _as_numbers(rewards)
+    if len(numbers) != len(prompts):
+        return _tell(watch, f'a batch is not watched: {len(numbers)} rewards for {len(prompts)} prompts')
+    names, texts = _task_names(prompts, columns)
+    size = getattr(trainer, 'num_generations', None) or watch.group or _run_length(names)
+    groups = _positions(watch, names, texts, size)
+    some = [i for i, group in enumerate(groups) if group is not None]
+    if not some: return
+    step = watch.update([names[i] for i in some], [numbers[i] for i in some], groups=[groups[i] for i in some],
+                        step=getattr(columns.get('trainer_state'), 'global_step', None))
+    if watch.reported and trainer is not None:
+        for name, value in _loggable([step]).items(): columns['log_metric'](name, value)
+        watch.logged = len(watch.steps)
 
 def _task_names(prompts: Sequence, columns: dict[str, Any]) -> tuple[list[str], list[str]]:
     "Each row's task, by prompt and columns of the data or by the prompt where columns differ row by row; its prompt"
-    of_data = {k: v for k, v in columns.items() if isinstance(v, (list, tuple)) and len(v) == len(prompts)
-               and k not in ('completion_ids', 'environments')}
-    texts = [prompt_hash(p) for p in prompts]
-    names = [task_hash(dict(prompt=p) | {k: v[i] for k, v in of_data.items()}) for i, p in enumerate(prompts)]
+    of_data = {name: values for name, values in columns.items() if isinstance(values, (list, tuple))
+               and len(values) == len(prompts) and name not in ('completion_ids', 'environments')}
+    texts = [prompt_hash(prompt) for prompt in prompts]
+    tasks = [dict(prompt=prompt) | {name: values[i] for name, values in of_data.items()}
+             for i, prompt in enumerate(prompts)]
+    names = [task_hash(task) for task in tasks]
     return (names if _run_length(names) > 1 else texts), texts
 
+# %% ../../nbs/rl/333_spread_watch.ipynb #1854666a
 def _run_length(names: Sequence[str]) -> int:
     "The size that runs of equal names are multiples of"
     starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]] + [len(names)]
-    return math.gcd(*(b - a for a, b in zip(starts, starts[1:])))
+    return math.gcd(*(end - start for start, end in zip(starts, starts[1:])))
 
 def _positions(watch: SpreadWatch, names: list[str], texts: list[str], size: int) -> list:
     "Which group each row is of, by its place; None: its group is cut between processes. Without a size, by its name"
@@ -239,33 +275,39 @@ def _positions(watch: SpreadWatch, names: list[str], texts: list[str], size: int
     if size < 2 or len(set(zip(groups, texts))) > len(set(groups)):
         _tell(watch, 'rows of one group do not follow each other: groups are taken by prompt and columns')
         return list(names)
-    whole = [g*size >= first and (g + 1)*size <= first + count for g in groups]
+    whole = [group*size >= first and (group + 1)*size <= first + count for group in groups]
     if not all(whole):
         _tell(watch, f'batches of {count} cut groups of {size}, which are not watched then: '
                      'make the batch of a process a multiple of num_generations')
-    return [g if w else None for g, w in zip(groups, whole)]
+    return [group if complete else None for group, complete in zip(groups, whole)]
 
 def _loggable(steps: Sequence[dict]) -> dict[str, float]:
     "What goes into a log: means over steps, of what is a number"
-    names = [k for k in steps[-1] if k not in ('step', 'groups', 'alarms')]
-    known = {k: [s[k] for s in steps if s.get(k) is not None and math.isfinite(s[k])] for k in names}
-    return {f'spread/{k}': sum(v)/len(v) for k, v in known.items() if v}
+    means = {}
+    for name in steps[-1]:
+        if name in ('step', 'groups', 'alarms'): continue
+        values = [step[name] for step in steps if step.get(name) is not None and math.isfinite(step[name])]
+        if values: means[f'spread/{name}'] = sum(values)/len(values)
+    return means
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #c6de0003
 class SpreadCallback(TrainerCallback):
     "Adds the watch's numbers to what a Transformers trainer logs, as `spread/zero` and so on."
-    def __init__(self, watch: SpreadWatch): self.watch, self.reporters = watch, None
+    def __init__(self, watch: SpreadWatch):
+        self.watch = watch
+        self.reporters: list[Any] | None = None # of `report_to`; None: not looked for yet
 
     def on_train_begin(self, args, state, control, **kwargs):
         size = getattr(args, 'num_generations', None)
         self.watch.group = size if isinstance(size, int) and size > 1 else None
-        self.watch.reported, self.watch.logged, self.reporters = True, len(self.watch.steps), None
+        self.watch.reported = True
+        self.watch.logged = len(self.watch.steps)
+        self.reporters = None
 
     def on_train_end(self, args, state, control, **kwargs):
         self.watch.reported = False
         for reporter in self.reporters or []:
-            try: reporter.tb_writer.close()
-            except Exception: pass  # no TensorBoard
+            with suppress(Exception): reporter.tb_writer.close()  # it may not be TensorBoard
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         "Transformers calls it when `logs` already stand in `state.log_history`"
@@ -278,22 +320,31 @@ class SpreadCallback(TrainerCallback):
             if last.get('step') == state.global_step: last.update(numbers)
             else: state.log_history.append(numbers | dict(epoch=state.epoch, step=state.global_step))
             self._hand_on(args, state, control, model, numbers)
-        except Exception as e: _tell(self.watch, f'the spread is not logged: {type(e).__name__}: {str(e)[:150]}')
+        except Exception as error:
+            _tell(self.watch, f'the spread is not logged: {type(error).__name__}: {str(error)[:150]}')
 
+# %% ../../nbs/rl/333_spread_watch.ipynb #cc4a5081
 @patch
 def _hand_on(self: SpreadCallback, args, state, control, model, numbers: dict[str, float]) -> None:
     "To every integration of `report_to`; one that fails is told once and left out"
-    if self.reporters is None:
-        self.reporters = []
-        for kind in get_reporting_integration_callbacks(args.report_to):
-            if kind.on_log is TrainerCallback.on_log: continue
-            try: self.reporters.append(_joined(kind(), args, state, control, model))
-            except Exception as e: _tell(self.watch, f'{kind.__name__}: not reached ({str(e)[:150]})')
+    if self.reporters is None: self.reporters = self._find_reporters(args, state, control, model)
     for reporter in list(self.reporters):
-        try: reporter.on_log(args, state, control, model=model, logs=dict(numbers))
-        except Exception as e:
+        try:
+            reporter.on_log(args, state, control, model=model, logs=dict(numbers))
+        except Exception as error:
             self.reporters.remove(reporter)
-            _tell(self.watch, f'{type(reporter).__name__}: not reached ({str(e)[:150]})')
+            _tell(self.watch, f'{type(reporter).__name__}: not reached ({str(error)[:150]})')
+
+@patch
+def _find_reporters(self: SpreadCallback, args, state, control, model) -> list[Any]:
+    reporters = []
+    for kind in get_reporting_integration_callbacks(args.report_to):
+        if kind.on_log is TrainerCallback.on_log: continue
+        try:
+            reporters.append(_joined(kind(), args, state, control, model))
+        except Exception as error:
+            _tell(self.watch, f'{kind.__name__}: not reached ({str(error)[:150]})')
+    return reporters
 
 # %% ../../nbs/rl/333_spread_watch.ipynb #fdfe9875
 def read_rollouts(
@@ -302,17 +353,17 @@ def read_rollouts(
     watch: SpreadWatch | None = None, # gets the steps; None: a new one
 ) -> SpreadWatch:
     "Follow the dump of any trainer. Raises `AuditError` with the row or column that is missing."
-    rows, told = rollout_rows(source, names=names)
+    rows, decided = rollout_rows(source, names=names)
     watch = watch or SpreadWatch()
     ids, more = name_tasks(rows)
-    for text in (*told, *more): _tell(watch, text)
-    if lost := [i for i, r in enumerate(rows, 1) if r.get('step') is None]:
+    for text in (*decided, *more): _tell(watch, text)
+    if lost := [i for i, row in enumerate(rows, 1) if row.get('step') is None]:
         raise AuditError(f'row {lost[0]}: no step; name its column (step=COLUMN) of {", ".join(sorted(rows[0]))}')
     steps: dict[Any, list[int]] = defaultdict(list)
     for i, row in enumerate(rows): steps[row['step']].append(i)
-    numbered = all(isinstance(s, (int, float)) or str(s).isdigit() for s in steps)
+    numbered = all(isinstance(step, (int, float)) or str(step).isdigit() for step in steps)
     for step in sorted(steps, key=float) if numbered else steps:
         some = [rows[i] for i in steps[step]]
-        raw = [r['raw_reward'] for r in some] if all('raw_reward' in r for r in some) else None
-        watch.update([ids[i] for i in steps[step]], [r['reward'] for r in some], raw, step)
+        raw = [row['raw_reward'] for row in some] if all('raw_reward' in row for row in some) else None
+        watch.update([ids[i] for i in steps[step]], [row['reward'] for row in some], raw, step)
     return watch

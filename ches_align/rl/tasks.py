@@ -19,75 +19,78 @@ from ..audit.runs import plain
 from .sampling import prompt_hash
 
 # %% ../../nbs/rl/321_tasks.ipynb #e1951d8c
-def _text(x: Any) -> str: return x['text'] if isinstance(x, dict) else x
+def _text(value: Any) -> str: return value['text'] if isinstance(value, dict) else value
 
-def _narrative_qa(r: dict) -> list[dict]:
-    summary = r['document']['summary']['text'] if isinstance(r.get('document'), dict) else r['summary']
-    return [dict(prompt=f"{_text(r['question'])} \\n {summary}".lower(), answer=[_text(a) for a in r['answers']])]
+def _narrative_qa(row: dict) -> list[dict]:
+    summary = row['document']['summary']['text'] if isinstance(row.get('document'), dict) else row['summary']
+    return [dict(prompt=f"{_text(row['question'])} \\n {summary}".lower(), answer=[_text(a) for a in row['answers']])]
 
-def _common_gen(r: dict) -> list[dict]:
-    if not r['target']: return []
-    return [dict(prompt=f"generate a sentence with: {' '.join(r['concepts'])}.", answer=r['target'])]
+def _common_gen(row: dict) -> list[dict]:
+    if not row['target']: return []
+    return [dict(prompt=f"generate a sentence with: {' '.join(row['concepts'])}.", answer=row['target'])]
 
-def _iwslt(r: dict) -> list[dict]:
-    return [dict(prompt=f"translate English to German: {r['translation']['en']}", answer=r['translation']['de'])]
+def _iwslt(row: dict) -> list[dict]:
+    return [dict(prompt=f"translate English to German: {row['translation']['en']}", answer=row['translation']['de'])]
 
-def _cnn(r: dict) -> list[dict]: return [dict(prompt=f"Summarize: {r['article']}", answer=r['highlights'])]
+def _cnn(row: dict) -> list[dict]: return [dict(prompt=f"Summarize: {row['article']}", answer=row['highlights'])]
 
-def _imdb(r: dict) -> list[dict]:
-    words = r['text'].split()
+def _imdb(row: dict) -> list[dict]:
+    words = row['text'].split()
     half = len(words)//2
-    if int(r['label']) != 1 or not half: return []
+    if int(row['label']) != 1 or not half: return []
     return [dict(prompt=' '.join(words[:half]), answer=' ' + ' '.join(words[half:]))]
 
-def _dialog(r: dict, turns: int = 5) -> list[dict]:
+def _dialog(row: dict, turns: int = 5) -> list[dict]:
     "A history of five turns each, the next as reference; `<EOU>` ends a turn"
-    said = r['dialog']
-    return [dict(prompt='<EOU>'.join(said[i - turns:i]) + ' <EOU>', answer=said[i] + '<EOU>')
-            for i in range(turns, len(said))]
+    spoken = row['dialog']
+    return [dict(prompt='<EOU>'.join(spoken[i - turns:i]) + ' <EOU>', answer=spoken[i] + '<EOU>')
+            for i in range(turns, len(spoken))]
 
 # %% ../../nbs/rl/321_tasks.ipynb #457128be
 def _grid(table: list[list[dict]]) -> tuple[dict, dict]:
     "Cells by place, spans spread out; the place of each written cell"
-    grid, places = {}, {}
+    grid: dict[tuple[int, int], dict] = {}
+    places: dict[tuple[int, int], tuple[int, int]] = {}
     for i, row in enumerate(table):
         j = 0
         for k, cell in enumerate(row):
             while (i, j) in grid: j += 1
             places[i, k] = (i, j)
-            for a in range(max(1, cell.get('row_span', 1))):
-                for b in range(max(1, cell.get('column_span', 1))): grid[i + a, j + b] = cell
+            for down in range(max(1, cell.get('row_span', 1))):
+                for right in range(max(1, cell.get('column_span', 1))): grid[i + down, j + right] = cell
             j += max(1, cell.get('column_span', 1))
     return grid, places
 
-def _headers(grid: dict, cell: dict, cells: list[tuple]) -> list[str]:
+def _headers(grid: dict, cell: dict, places: list[tuple]) -> list[str]:
     "Values of the header cells among some places, each once"
-    found = [grid[p] for p in cells if p in grid and grid[p].get('is_header') and grid[p] is not cell]
-    return list(dict.fromkeys(c['value'] for c in found))
+    cells = [grid[place] for place in places if place in grid]
+    return list(dict.fromkeys(other['value'] for other in cells if other.get('is_header') and other is not cell))
 
+# %% ../../nbs/rl/321_tasks.ipynb #73b5dd8d
 def linearize_table(
     row: dict, # of ToTTo: table, highlighted_cells, table_page_title, table_section_title
 ) -> str:      # the sub-table, then the sub-table with titles
     "Highlighted cells in ToTTo's markup."
     grid, places = _grid(row['table'])
-    said = []
+    cells = []
     for i, k in row['highlighted_cells']:
-        (r, c), cell = places[i, k], row['table'][i][k]
-        above = _headers(grid, cell, [(a, c) for a in range(r)])
-        left = _headers(grid, cell, [(r, b) for b in range(c)])
-        marks = ''.join(f'<col_header> {h} </col_header> ' for h in above)
-        marks += ''.join(f'<row_header> {h} </row_header> ' for h in left)
-        said.append(f"<cell> {cell['value']} {marks}</cell>")
-    table = f"<table> {' '.join(said)} </table>"
-    named = [(t, row.get(f'table_{t}')) for t in ('page_title', 'section_title')]
-    titles = ''.join(f'<{t}> {title} </{t}> ' for t, title in named if title)
+        cell = row['table'][i][k]
+        line, column = places[i, k]
+        above = _headers(grid, cell, [(other, column) for other in range(line)])
+        left = _headers(grid, cell, [(line, other) for other in range(column)])
+        marks = ''.join(f'<col_header> {header} </col_header> ' for header in above)
+        marks += ''.join(f'<row_header> {header} </row_header> ' for header in left)
+        cells.append(f"<cell> {cell['value']} {marks}</cell>")
+    table = f"<table> {' '.join(cells)} </table>"
+    named = [(kind, row.get(f'table_{kind}')) for kind in ('page_title', 'section_title')]
+    titles = ''.join(f'<{kind}> {title} </{kind}> ' for kind, title in named if title)
     return f'{table} {titles}{table}'
 
-def _totto(r: dict) -> list[dict]:
-    told = r.get('sentence_annotations') or {}
-    final = told.get('final_sentence', []) if isinstance(told, dict) else [a['final_sentence'] for a in told]
-    if not r['highlighted_cells'] or not any(final): return []
-    return [dict(prompt=linearize_table(r), answer=[s for s in final if s])]
+def _totto(row: dict) -> list[dict]:
+    notes = row.get('sentence_annotations') or {}
+    sentences = notes.get('final_sentence', []) if isinstance(notes, dict) else [n['final_sentence'] for n in notes]
+    if not row['highlighted_cells'] or not any(sentences): return []
+    return [dict(prompt=linearize_table(row), answer=[s for s in sentences if s])]
 
 # %% ../../nbs/rl/321_tasks.ipynb #7abf014f
 @dataclass(frozen=True)
@@ -130,10 +133,12 @@ def task_rows(
     return chain.from_iterable(_converted(name, path or GRUE[name].source, split))
 
 def _converted(name: str, source: str, split: str | None) -> Iterator[list[dict]]:
-    for i, r in enumerate(read_rows(source, split), 1):
-        try: yield GRUE[name].convert(r)
-        except (KeyError, TypeError, IndexError, ValueError) as e:
-            has, why = ', '.join(sorted(map(str, r)))[:200], f'{type(e).__name__}: {e}'
+    for i, row in enumerate(read_rows(source, split), 1):
+        try:
+            yield GRUE[name].convert(row)
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            has = ', '.join(sorted(map(str, row)))[:200]
+            why = f'{type(error).__name__}: {error}'
             raise AuditError(f'{source}, row {i}: not a row of {name} ({why}); it has {has}') from None
 
 # %% ../../nbs/rl/321_tasks.ipynb #67c2c0ea
@@ -172,9 +177,9 @@ def distinct_tasks(
     tasks: Sequence[dict], # prompt and other columns
 ) -> tuple[list[dict], int]: # each task once, in order; how many rows repeated one
     "Drop rows that are equal to an earlier one in every column."
-    found = {}
-    for task in tasks: found.setdefault(task_hash(task), task)
-    return list(found.values()), len(tasks) - len(found)
+    first: dict[str, dict] = {}
+    for task in tasks: first.setdefault(task_hash(task), task)
+    return list(first.values()), len(tasks) - len(first)
 
 # %% ../../nbs/rl/321_tasks.ipynb #c2de0005
 ID_COLUMNS = {'id', 'uid', 'task_id', 'group', 'group_id', 'prompt_id', 'problem_id', 'question_id', 'index'}
@@ -189,54 +194,61 @@ def name_tasks(
     task: Sequence[str] | None = None, # columns that tell tasks apart; None: found as said above
 ) -> tuple[list[str], list[str]]:      # the name of each row's task; what was decided, in sentences
     "Which task each response is to. Raises `AuditError` for a row without a prompt."
-    names, told = [_first_name(i, r) for i, r in enumerate(rows)], []
-    if rows and all(r.get('task_hash') for r in rows): return names, told
-    columns = dict.fromkeys(k for r in rows for k in r if k not in RESPONSE_COLUMNS)
-    if odd := [c for c in task or [] if c not in columns]:
+    names = [_first_name(i, row) for i, row in enumerate(rows)]
+    decided: list[str] = []
+    if rows and all(row.get('task_hash') for row in rows): return names, decided
+    columns = dict.fromkeys(column for row in rows for column in row if column not in RESPONSE_COLUMNS)
+    if odd := [column for column in task or [] if column not in columns]:
         raise AuditError(f"no column {odd[0]}; the rows have {', '.join(sorted(columns))}")
-    groups, splitting = [g for g in _members(_with_steps(names, rows)).values() if len(g) > 1], []
+    groups = [group for group in _members(_with_steps(names, rows)).values() if len(group) > 1]
+    splitting = []
     for column in columns if task is None else task:
-        values = {i: _hashed(rows[i].get(column)) for g in groups for i in g}
-        varied = [g for g in groups if len({values[i] for i in g}) > 1]
+        values = [[_hashed(rows[i].get(column)) for i in group] for group in groups]
+        varied = [group for group in values if len(set(group)) > 1]
         if not varied: continue
-        if task is not None or _tells_tasks_apart(column, [[values[i] for i in g] for g in varied]):
+        differs = f'{column} differs between rows of one prompt (prompts: {len(varied)})'
+        if task is not None or _tells_tasks_apart(column, varied):
             splitting.append(column)
-            told.append(f'{column} differs between rows of one prompt (prompts: {len(varied)}): tasks of their own')
-        elif column in TASK_COLUMNS:
-            told.append(f'{column} differs between rows of one prompt (prompts: {len(varied)}): the response\'s')
-    for column in splitting: names = [prompt_hash([n, _hashed(r.get(column))]) for n, r in zip(names, rows)]
-    return names, told
+            decided.append(f'{differs}: tasks of their own')
+        elif column in TASK_COLUMNS: decided.append(f"{differs}: the response's")
+    for column in splitting:
+        names = [prompt_hash([name, _hashed(row.get(column))]) for name, row in zip(names, rows)]
+    return names, decided
 
+# %% ../../nbs/rl/321_tasks.ipynb #0dde08a1
 def name_groups(
     rows: Sequence[dict],              # as for `name_tasks`
     task: Sequence[str] | None = None, # columns that tell tasks apart
 ) -> tuple[list[str], list[str]]:      # the name of each row's group, a task at a step; what was decided
     "Which responses are of one group. Raises `AuditError` for a row without a prompt."
-    names, told = name_tasks(rows, task)
-    return _with_steps(names, rows), told
+    names, decided = name_tasks(rows, task)
+    return _with_steps(names, rows), decided
 
 def _with_steps(names: Sequence[str], rows: Sequence[dict]) -> list[str]:
-    return [n if r.get('step') is None else prompt_hash([n, str(r['step'])]) for n, r in zip(names, rows)]
+    "Names of groups: of a task, and of the step where there is one"
+    return [name if row.get('step') is None else prompt_hash([name, str(row['step'])])
+            for name, row in zip(names, rows)]
 
 def _first_name(i: int, row: dict) -> str:
     "A task by its prompt"
-    if not any(row.get(k) is not None for k in ('task_hash', 'prompt_hash', 'prompt')):
+    if not any(row.get(key) is not None for key in ('task_hash', 'prompt_hash', 'prompt')):
         raise AuditError(f'row {i}: needs prompt (or prompt_hash) and reward')
     return row.get('task_hash') or row.get('prompt_hash') or prompt_hash(row['prompt'])
 
 def _members(names: Sequence[str]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for i, name in enumerate(names): found.setdefault(name, []).append(i)
-    return found
+    "Positions of each name"
+    members: dict[str, list[int]] = {}
+    for i, name in enumerate(names): members.setdefault(name, []).append(i)
+    return members
 
 def _hashed(value: Any) -> str: return prompt_hash(_content(value))
 
 def _tells_tasks_apart(column: str, groups: list[list[str]]) -> bool:
     "Are the values of a column, as they follow each other in groups of one prompt, those of tasks?"
-    counts = [list(Counter(g).values()) for g in groups]
+    counts = [list(Counter(group).values()) for group in groups]
     if column in ID_COLUMNS: return max(map(max, counts)) > 1
     if min(map(min, counts)) < 2: return False
     if column in TASK_COLUMNS: return True
-    blocks = [1 + sum(a != b for a, b in zip(g, g[1:])) for g in groups]
-    one_length = len({n for c in counts for n in c}) == 1
-    return one_length and all(b == len(c) for b, c in zip(blocks, counts))
+    blocks = [1 + sum(a != b for a, b in zip(group, group[1:])) for group in groups]
+    one_length = len({count for mine in counts for count in mine}) == 1
+    return one_length and all(number == len(mine) for number, mine in zip(blocks, counts))

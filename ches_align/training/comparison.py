@@ -7,10 +7,11 @@ __all__ = ['COMPARED', 'compare']
 
 # %% ../../nbs/training/221_comparison.ipynb #d310656e
 import math
-from typing import Any, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from ..audit.files import AuditError
 from .displacement import fall_floor, text_verdict, token_verdict
@@ -21,32 +22,54 @@ from .token_classes import TokenClasses
 COMPARED = ('row_id d_chosen d_rejected d_margin d_chosen_per_token d_rejected_per_token d_margin_per_token '
             'worst_token_change worst_token_at moved entropy_before entropy top_mass verdict reason').split()
 
+class _Evidence(NamedTuple):
+    "What the verdicts of all pairs are found by"
+    before: ProbeState
+    after: ProbeState
+    classes: TokenClasses | Sequence[TokenClasses] | None
+    tokenizer: Any
+    texts: Sequence[str] | None
+    share: float   # of the mass that moved, enough for a verdict
+    at_fork: float # nats that ln p(y+) may fall at the fork
+
+    def judge(self, k: int, fell: float, tolerance: float) -> tuple[str, str]:
+        "Verdict and reason for one pair that lost so many nats, from the best evidence at hand"
+        before = self.before
+        after = self.after
+        classes = self.classes
+        if classes is not None and before.fork is not None and after.fork is not None:
+            given = classes if isinstance(classes, TokenClasses) else classes[k]
+            chosen = after.fork_tokens[k][0]
+            return token_verdict(before.fork[k], after.fork[k], chosen, given, self.at_fork, self.share)[:2]
+        if self.texts is not None and before.answers and after.answers:
+            own = [self.tokenizer.decode(state.answers[k], skip_special_tokens=True) for state in (before, after)]
+            return text_verdict(*own, self.texts[k], fell, tolerance)[:2]
+        if not fell > tolerance: return 'none', f'ln pi(y+) changed by {-fell:+.2f} nats'
+        return 'unclear', f'ln pi(y+) fell by {fell:.2f} nats; neither token classes nor own answers to judge by'
+
 def _fork_changes(before: ProbeState, after: ProbeState) -> list[float]:
     "Change of ln p(y+) at each fork, nats; empty where forks were not kept"
     if before.fork is None or after.fork is None: return []
     tokens = [first for first, _ in after.fork_tokens]
-    return [float(b[t] - a[t]) for a, b, t in zip(before.fork, after.fork, tokens)]
+    return [float(b[k] - a[k]) for a, b, k in zip(before.fork, after.fork, tokens)]
 
-def _judge(fell, before, after, k, classes, tokenizer, texts, tolerance, at_fork, share) -> tuple[str, str]:
-    "Verdict and reason for one pair, from the best evidence at hand"
-    if classes is not None and before.fork is not None and after.fork is not None:
-        given = classes if isinstance(classes, TokenClasses) else classes[k]
-        return token_verdict(before.fork[k], after.fork[k], after.fork_tokens[k][0], given, at_fork, share)[:2]
-    if texts is not None and before.answers and after.answers:
-        own = [tokenizer.decode(s.answers[k], skip_special_tokens=True) for s in (before, after)]
-        return text_verdict(*own, texts[k], fell, tolerance)[:2]
-    if not fell > tolerance: return 'none', f'ln pi(y+) changed by {-fell:+.2f} nats'
-    return 'unclear', f'ln pi(y+) fell by {fell:.2f} nats; neither token classes nor own answers to judge by'
+# %% ../../nbs/training/221_comparison.ipynb #c989968d
+def _sum_fp64(values: Tensor) -> Tensor: return values.sum(1, dtype=torch.float64)
 
 def _fork_numbers(before: ProbeState, after: ProbeState, top: int = 10, chunk: int = 16) -> list[dict[str, float]]:
     "`moved`, entropies and top mass of `mass_shift` for all pairs at once, in fp32 with fp64 sums"
     if before.fork is None or after.fork is None: return [{} for _ in range(len(after))]
-    found = []
-    for a, b in zip(before.fork.split(chunk), after.fork.split(chunk)):
-        p, q, total = a.exp(), b.exp(), lambda x: x.sum(1, dtype=torch.float64)
-        found.append(torch.stack([total((q - p).abs_()) / 2, -total(p.mul_(a)), -total(q * b),
-                                  total(q.topk(min(top, q.shape[1]), 1).values)], 1))
-    return [dict(zip(('moved', 'entropy_before', 'entropy', 'top_mass'), row)) for row in torch.cat(found).tolist()]
+    parts = []
+    for old_logps, new_logps in zip(before.fork.split(chunk), after.fork.split(chunk)):
+        old = old_logps.exp()
+        new = new_logps.exp()
+        moved = _sum_fp64((new - old).abs_()) / 2
+        entropy_before = -_sum_fp64(old.mul_(old_logps))  # in place: `old` is not read again
+        entropy = -_sum_fp64(new * new_logps)
+        top_mass = _sum_fp64(new.topk(min(top, new.shape[1]), 1).values)
+        parts.append(torch.stack([moved, entropy_before, entropy, top_mass], 1))
+    names = ('moved', 'entropy_before', 'entropy', 'top_mass')
+    return [dict(zip(names, row)) for row in torch.cat(parts).tolist()]
 
 # %% ../../nbs/training/221_comparison.ipynb #4f83871f
 def compare(
@@ -63,18 +86,22 @@ def compare(
         raise AuditError('the two measurements are of different pairs: measure the same probes in the same order')
     if not torch.equal(before.tokens, after.tokens):
         raise AuditError('the two measurements cut the responses at different lengths: measure with one max_length')
-    change, forks, rows = after.sums - before.sums, _fork_numbers(before, after), []
+    change = after.sums - before.sums
     floor = fall_floor((change / after.tokens)[:, 0].tolist(), tolerance)
     at_fork = fall_floor(_fork_changes(before, after), tolerance)
-    for k, (d, n) in enumerate(zip(change.tolist(), after.tokens.tolist())):
-        row = dict(row_id=after.row_ids[k], d_chosen=d[0], d_rejected=d[1], d_margin=d[0] - d[1],
-                   d_chosen_per_token=d[0] / n[0], d_rejected_per_token=d[1] / n[1],
-                   d_margin_per_token=2 * (d[0] - d[1]) / (n[0] + n[1]))
-        if not all(map(math.isfinite, [*d, *forks[k].values()])):
+    evidence = _Evidence(before, after, classes, tokenizer, texts, share, at_fork)
+    forks = _fork_numbers(before, after)
+    rows = []
+    for k, (changes, lengths) in enumerate(zip(change.tolist(), after.tokens.tolist())):
+        chosen, rejected = changes
+        row = dict(row_id=after.row_ids[k], d_chosen=chosen, d_rejected=rejected, d_margin=chosen - rejected,
+                   d_chosen_per_token=chosen / lengths[0], d_rejected_per_token=rejected / lengths[1],
+                   d_margin_per_token=2 * (chosen - rejected) / sum(lengths))
+        if not all(map(math.isfinite, [chosen, rejected, *forks[k].values()])):
             rows.append(row | dict(verdict='destroyed', reason='log-probabilities are not finite'))
             continue
         steps = after.chosen[k] - before.chosen[k]
+        verdict, reason = evidence.judge(k, -chosen, floor * lengths[0])
         row |= dict(worst_token_change=steps.min().item(), worst_token_at=steps.argmin().item()) | forks[k]
-        verdict = _judge(-d[0], before, after, k, classes, tokenizer, texts, floor * n[0], at_fork, share)
-        rows.append(row | dict(zip(('verdict', 'reason'), verdict)))
+        rows.append(row | dict(verdict=verdict, reason=reason))
     return pd.DataFrame(rows, columns=COMPARED)

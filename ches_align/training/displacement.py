@@ -55,11 +55,11 @@ def _two_distributions(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
 # %% ../../nbs/training/210_displacement.ipynb #5f6bf331
 def _extremes(change: Tensor, top: int) -> tuple[list, list]:
     "The `top` largest rises and falls; what did not move is left out"
-    found = []
+    lists = []
     for sign in (1, -1):
         best = (sign * change).topk(min(top, len(change)))
-        found.append([(i, sign * v) for i, v in zip(best.indices.tolist(), best.values.tolist()) if v > 0])
-    return found[0], found[1]
+        lists.append([(i, sign * v) for i, v in zip(best.indices.tolist(), best.values.tolist()) if v > 0])
+    return lists[0], lists[1]
 
 def mass_shift(
     before: Float[Tensor, "vocab"], # log-probabilities, nats
@@ -68,12 +68,13 @@ def mass_shift(
 ) -> MassShift:                     # computed in fp64
     "Which tokens rose and fell (@eq-moved). Raises `ValueError` for other shapes, non-finite values, sums not 1."
     before, after = _two_distributions(before, after)
-    p, q = before.exp(), after.exp()
-    risers, fallers = _extremes(q - p, top)
-    moved = (q - p).clamp(min=0).sum().item()
+    old = before.exp()
+    new = after.exp()
+    risers, fallers = _extremes(new - old, top)
+    moved = (new - old).clamp(min=0).sum().item()
     accounted = sum(v for _, v in risers) / moved if moved else 1.
-    entropies = [-(a * b).sum().item() for a, b in ((p, before), (q, after))]
-    masses = [a.topk(min(top, len(a))).values.sum().item() for a in (p, q)]
+    entropies = [-(probs * logps).sum().item() for probs, logps in ((old, before), (new, after))]
+    masses = [probs.topk(min(top, len(probs))).values.sum().item() for probs in (old, new)]
     return MassShift(risers, fallers, *_extremes(after - before, top), moved, accounted, *entropies, *masses)
 
 # %% ../../nbs/training/210_displacement.ipynb #5e773b87
@@ -87,6 +88,7 @@ class Verdict(NamedTuple):
     to_opposite: float # by risers of the opposite class
     to_other: float    # by all other risers
 
+# %% ../../nbs/training/210_displacement.ipynb #5e773b88
 def token_verdict(
     before: Float[Tensor, "vocab"], # log-probabilities, nats
     after: Float[Tensor, "vocab"],  # the same now
@@ -99,21 +101,26 @@ def token_verdict(
     before, after = _two_distributions(before, after)
     if not 0 <= chosen < len(before):
         raise ValueError(f'chosen token {chosen}: the vocabulary has ids 0..{len(before) - 1}')
-    p, q = before[chosen].exp().item(), after[chosen].exp().item()
+    old = before[chosen].exp().item()
+    new = after[chosen].exp().item()
     fell = (before[chosen] - after[chosen]).item()
     gains = (after.exp() - before.exp()).clamp(min=0)
     gains[chosen] = 0
     moved = gains.sum().item()
     same, opposite = (gains[sorted(ids)].sum().item() if ids else 0. for ids in classes[:2])
-    numbers = fell, p - q, same, opposite, max(0., moved - same - opposite)
+    other = max(0., moved - same - opposite)
+    numbers = (fell, old - new, same, opposite, other)
     if not fell > tolerance:
-        return Verdict('none', f'ln p(y+) changed by {-fell:+.2f} nats (p {p:.3g} -> {q:.3g})', *numbers)
-    to = dict(catastrophic=(opposite, 'the opposite'), benign=(same, 'the same'))
-    kind = next((k for k, (mass, _) in to.items() if moved and mass >= share * moved), 'unclear')
-    where = 'neither class' if kind == 'unclear' else f'tokens that mean {to[kind][1]}'
-    part = (numbers[-1] if kind == 'unclear' else to[kind][0]) / (moved or 1)
-    return Verdict(kind, f'ln p(y+) fell by {fell:.2f} nats (p {p:.3g} -> {q:.3g}); of the {moved:.3g} that rose '
-                         f'{part:.0%} went to {where}', *numbers)
+        return Verdict('none', f'ln p(y+) changed by {-fell:+.2f} nats (p {old:.3g} -> {new:.3g})', *numbers)
+    if moved and opposite >= share * moved: kind = 'catastrophic'
+    elif moved and same >= share * moved: kind = 'benign'
+    else: kind = 'unclear'
+    gained = dict(catastrophic=opposite, benign=same, unclear=other)[kind]
+    where = dict(catastrophic='tokens that mean the opposite', benign='tokens that mean the same',
+                 unclear='neither class')[kind]
+    reason = (f'ln p(y+) fell by {fell:.2f} nats (p {old:.3g} -> {new:.3g}); '
+              f'of the {moved:.3g} that rose {gained / (moved or 1):.0%} went to {where}')
+    return Verdict(kind, reason, *numbers)
 
 # %% ../../nbs/training/210_displacement.ipynb #6ac4aafa
 _ADVERB = (r"(?:,? (?:really|simply|just|also|ethically|legally|morally|directly|possibly|therefore|in any way"
@@ -203,6 +210,10 @@ class TextVerdict(NamedTuple):
     reason: str # in words
     fell: float # nats that ln pi(y+) lost
 
+def _manner(text: str, refused: bool) -> str:
+    if not text.strip(): return 'was empty'
+    return 'refused' if refused else 'complied'
+
 def text_verdict(
     before: str,             # the model's own answer before training
     after: str,              # and now
@@ -214,12 +225,13 @@ def text_verdict(
     if not math.isfinite(fell): raise ValueError(f'fell = {fell}: the log-probability is not finite')
     if not fell > tolerance: return TextVerdict('none', f'ln pi(y+) changed by {-fell:+.2f} nats', fell)
     then, now, wanted = map(is_refusal, (before, after, chosen))
-    kind = 'benign' if now == wanted else 'catastrophic' if then == wanted else 'unclear'
     if not after.strip(): kind = 'unclear'  # silence is on neither side
-    own = [('was empty' if not text.strip() else 'refused' if t else 'complied')
-           for text, t in zip((before, after), (then, now))]
-    return TextVerdict(kind, f'ln pi(y+) fell by {fell:.2f} nats; y+ {"refuses" if wanted else "complies"}; '
-                             f'the own answer {own[0]} before, {own[1]} now', fell)
+    elif now == wanted: kind = 'benign'
+    elif then == wanted: kind = 'catastrophic'
+    else: kind = 'unclear'
+    reason = (f'ln pi(y+) fell by {fell:.2f} nats; y+ {"refuses" if wanted else "complies"}; '
+              f'the own answer {_manner(before, then)} before, {_manner(after, now)} now')
+    return TextVerdict(kind, reason, fell)
 
 # %% ../../nbs/training/210_displacement.ipynb #3201dc1a
 FEWEST = 4 # probes; fewer do not tell their spread, and one that drifts would raise an alarm
@@ -228,9 +240,9 @@ def sure_fall(
     changes: Sequence[float], # one a probe, nats per token
 ) -> float:                   # nats per token; below 0 where a rise is as likely
     "Mean fall less two standard errors over the probes (@eq-sure-fall); NaN for fewer than `FEWEST`."
-    found = pd.Series(changes, dtype=float).dropna()
-    if len(found) < FEWEST: return math.nan
-    return float(-found.mean() - 2 * found.std() / math.sqrt(len(found)))
+    known = pd.Series(changes, dtype=float).dropna()
+    if len(known) < FEWEST: return math.nan
+    return float(-known.mean() - 2 * known.std() / math.sqrt(len(known)))
 
 def fall_floor(
     changes: Sequence[float], # of the preferred responses, one a probe, nats per token
@@ -238,9 +250,9 @@ def fall_floor(
     most: float = 0.5,        # a fall of so much counts however far the probes lie apart
 ) -> float:                   # nats per token
     "How far below zero a change must lie to count as a fall: twice the spread of the probes about their median."
-    found = pd.Series(changes, dtype=float).dropna()
-    if not len(found): return least
-    spread = 1.4826 * float((found - found.median()).abs().median())  # a standard deviation, outliers left out
+    known = pd.Series(changes, dtype=float).dropna()
+    if not len(known): return least
+    spread = 1.4826 * float((known - known.median()).abs().median())  # a standard deviation, outliers left out
     return max(least, min(2 * spread, most))
 
 # %% ../../nbs/training/210_displacement.ipynb #26e6fd88
@@ -300,9 +312,12 @@ def check_rule(
     verdicts: bool,           # see `default_alert`
 ) -> Rule | None:
     "A rule that can be broken by what is measured. Raises `AuditError` for another."
-    try: rule = Rule(**rule) if isinstance(rule, dict) else rule
-    except TypeError as error: raise AuditError(f'{name}: {str(error).partition("__() ")[2] or error}') from None
-    except AuditError as error: raise AuditError(f'{name}: {error}') from None
+    try:
+        rule = Rule(**rule) if isinstance(rule, dict) else rule
+    except TypeError as error:
+        raise AuditError(f'{name}: {str(error).partition("__() ")[2] or error}') from None
+    except AuditError as error:
+        raise AuditError(f'{name}: {error}') from None
     if rule is not None and rule.share_catastrophic is not None and not verdicts:
         raise AuditError(f'{name}: share_catastrophic can never be reached, for no verdict is measured: '
                          'give classes= or answers=12, or a limit on mean_fall or margin_fall')
@@ -319,9 +334,9 @@ def draw_history(
     fig = Figure(figsize=(8, 3.4), layout='constrained')
     left, right = fig.subplots(1, 2)
     for column, name, color in (('d_chosen', 'preferred', '#0072B2'), ('d_rejected', 'dispreferred', '#D55E00')):
-        q = sound.groupby('step')[column].quantile([.25, .5, .75]).unstack()
-        left.fill_between(q.index, q[.25], q[.75], color=color, alpha=.2, lw=0)
-        left.plot(q.index, q[.5], color=color, marker='.', label=name)
+        quartiles = sound.groupby('step')[column].quantile([.25, .5, .75]).unstack()
+        left.fill_between(quartiles.index, quartiles[.25], quartiles[.75], color=color, alpha=.2, lw=0)
+        left.plot(quartiles.index, quartiles[.5], color=color, marker='.', label=name)
     left.axhline(0, color='k', lw=.8)
     left.set(xlabel='step', ylabel='change of ln π since the start (nats)', title='Median and quartiles of the probes')
     left.legend(frameon=False)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_probes', 'load_probes', 'probe_overlap', 'ProbeState', 'join_states', 'core_model', 'evaluating',
-           'weights_dtype', 'left_padded', 'fork_index', 'default_budget', 'measure_probes']
+           'weights_dtype', 'pad_rows', 'left_padded', 'token_logps', 'fork_index', 'default_budget', 'measure_probes']
 
 # %% ../../nbs/training/220_probes.ipynb #8c954e20
 import inspect
@@ -13,10 +13,10 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
@@ -51,17 +51,37 @@ def load_probes(
     "Probe pairs, tokenised, each once. Raises `AuditError` when none can be measured."
     pairs = read_probes(source, limit, seed)
     encoded = encode_pairs(pairs, tokenizer, max_length)
-    if bad := [f'{e.row_id} ({e.status}: {e.detail})' for e in encoded if e.status != 'ok']:
-        if len(bad) == len(pairs): raise AuditError(f'no probe pair can be measured: rows {", ".join(bad[:5])}')
-        warnings.warn(f'{len(bad)} of {len(pairs)} probe pairs are left out: rows {", ".join(bad[:10])}')
+    bad = [f'{one.row_id} ({one.status}: {one.detail})' for one in encoded if one.status != 'ok']
+    if len(bad) == len(pairs): raise AuditError(f'no probe pair can be measured: rows {", ".join(bad[:5])}')
+    if bad: warnings.warn(f'{len(bad)} of {len(pairs)} probe pairs are left out: rows {", ".join(bad[:10])}')
     kept: dict[str, tuple[Pair, EncodedPair]] = {}
     for pair, one in zip(pairs, encoded):
         if one.status == 'ok': kept.setdefault(pair.row_hash, (pair, one))
     if again := len(pairs) - len(bad) - len(kept):
         warnings.warn(f'{again} of {len(pairs)} probe pairs are there already: each is measured once')
-    return [p for p, _ in kept.values()], [e for _, e in kept.values()]
+    return [pair for pair, _ in kept.values()], [one for _, one in kept.values()]
 
 # %% ../../nbs/training/220_probes.ipynb #9dd6824d
+def _in_token_data(encoded: Sequence[EncodedPair], train: Any) -> tuple[list[bool], list[bool]]:
+    "Which probes stand in data of token ids: by their prompt, and whole"
+    def column(name: str) -> list: return [row[name] for row in train] if isinstance(train, list) else train[name]
+    def same(ids: Sequence[int], probe: Sequence[int]) -> bool:
+        return len(ids) > 0 and list(ids[:len(probe)]) == list(probe[:len(ids)])
+    seen: dict[tuple, list] = {}
+    for prompt, chosen, rejected in zip(column('prompt_ids'), column('chosen_ids'), column('rejected_ids')):
+        seen.setdefault(tuple(prompt), []).append((chosen, rejected))
+    rows = [seen.get(tuple(probe.prompt_ids), []) for probe in encoded]
+    whole = [any(same(chosen, probe.chosen_ids) and same(rejected, probe.rejected_ids) for chosen, rejected in row)
+             for row, probe in zip(rows, encoded)]
+    return [bool(row) for row in rows], whole
+
+def _in_text_data(pairs: Sequence[Pair], train: Any) -> tuple[list[bool], list[bool]]:
+    "As `_in_token_data`, of data with texts"
+    known = load_pairs(train)
+    hashes = {pair.row_hash for pair in known}
+    prompts = {row_hash(pair.prompt, '', '') for pair in known}
+    return [row_hash(pair.prompt, '', '') in prompts for pair in pairs], [pair.row_hash in hashes for pair in pairs]
+
 def probe_overlap(
     pairs: Sequence[Pair],          # the probes
     encoded: Sequence[EncodedPair], # the same, tokenised
@@ -70,23 +90,11 @@ def probe_overlap(
     """Which probes training sees. Token ids are compared up to the length of the probe's; data without columns gives
     nothing. Raises `AuditError` for columns that name no responses."""
     columns = set(getattr(train, 'column_names', None) or (train[0] if isinstance(train, list) and train else ()))
-    get = lambda name: train[name] if not isinstance(train, list) else [row[name] for row in train]
-    if {'prompt_ids', 'chosen_ids', 'rejected_ids'} <= columns:
-        seen: dict[tuple, list] = {}
-        for prompt, *sides in zip(*map(get, ('prompt_ids', 'chosen_ids', 'rejected_ids'))):
-            seen.setdefault(tuple(prompt), []).append(sides)
-        same = lambda a, b: len(a) > 0 and list(a[:len(b)]) == list(b[:len(a)])
-        rows = [seen.get(tuple(e.prompt_ids)) for e in encoded]
-        whole = [any(same(c, e.chosen_ids) and same(j, e.rejected_ids) for c, j in r or ())
-                 for r, e in zip(rows, encoded)]
-    elif columns:
-        known = load_pairs(train)
-        hashes, prompts = {p.row_hash for p in known}, {row_hash(p.prompt, '', '') for p in known}
-        rows = [row_hash(p.prompt, '', '') in prompts for p in pairs]
-        whole = [p.row_hash in hashes for p in pairs]
-    else: return dict(pair=[], prompt=[])
-    return dict(pair=[p.row_id for p, w in zip(pairs, whole) if w],
-                prompt=[p.row_id for p, r, w in zip(pairs, rows, whole) if r and not w])
+    if not columns: return dict(pair=[], prompt=[])
+    if {'prompt_ids', 'chosen_ids', 'rejected_ids'} <= columns: prompts, whole = _in_token_data(encoded, train)
+    else: prompts, whole = _in_text_data(pairs, train)
+    return dict(pair=[pair.row_id for pair, all_of_it in zip(pairs, whole) if all_of_it],
+                prompt=[pair.row_id for pair, part, all_of_it in zip(pairs, prompts, whole) if part and not all_of_it])
 
 # %% ../../nbs/training/220_probes.ipynb #024a55ef
 @dataclass
@@ -118,12 +126,13 @@ class ProbeState:
     @classmethod
     def load(cls, path: str | Path) -> 'ProbeState': # raises `AuditError`
         try:
-            with safe_open(str(path), 'pt') as f:
-                about, flat = json.loads(f.metadata()['probes']), {k: f.get_tensor(k) for k in f.keys()}
+            with safe_open(str(path), 'pt') as file:
+                about = json.loads(file.metadata()['probes'])
+                flat = {name: file.get_tensor(name) for name in file.keys()}
             lengths = list(zip(*about.pop('tokens')))
-            sides = [list(flat[k].split(n)) for k, n in zip(('chosen', 'rejected'), lengths)]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as e:
-            raise AuditError(f'{path}: not a saved ProbeState ({str(e)[:200]})') from None
+            sides = [list(flat[name].split(counts)) for name, counts in zip(('chosen', 'rejected'), lengths)]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise AuditError(f'{path}: not a saved ProbeState ({str(error)[:200]})') from None
         return cls(chosen=sides[0], rejected=sides[1], fork=flat.get('fork'), **about)
 
 # %% ../../nbs/training/220_probes.ipynb #67a579ec
@@ -132,13 +141,13 @@ def join_states(
     order: Sequence[int],        # position of each of their pairs in the whole
 ) -> ProbeState:                 # as if measured together
     "Put the parts of a measurement back together."
-    at = sorted(range(len(order)), key=lambda i: order[i])
-    def merged(name):
-        found = [getattr(p, name) for p in parts]
-        if any(v is None for v in found): return None
-        both = [x for v in found for x in v]
-        return [both[i] for i in at]
-    fields = {k: merged(k) for k in ProbeState.__dataclass_fields__}
+    places = sorted(range(len(order)), key=lambda i: order[i])
+    def merged(name: str) -> list | None:
+        values = [getattr(part, name) for part in parts]
+        if any(value is None for value in values): return None
+        rows = [row for value in values for row in value]
+        return [rows[i] for i in places]
+    fields: dict[str, Any] = {name: merged(name) for name in ProbeState.__dataclass_fields__}
     if fields['fork'] is not None: fields['fork'] = torch.stack(fields['fork'])
     return ProbeState(**fields)
 
@@ -155,75 +164,108 @@ def evaluating(
     model: nn.Module, # any
 ) -> Iterator[None]:
     "Eval mode without gradients; then every module's own mode again."
-    modes = [(m, m.training) for m in model.modules()]
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad(): yield
     finally:
-        for m, mode in modes: m.training = mode
+        for module, mode in modes: module.training = mode
 
 @contextmanager
 def weights_dtype(
     model: nn.Module, # as a trainer has it
 ) -> Iterator[None]:
     "Inside, mixed precision is off: the `forward` that Accelerate put in the place of a model's own is set aside."
-    wrapped = [(m, m.forward) for m in model.modules() if {'forward', '_original_forward'} <= vars(m).keys()]
-    for m, _ in wrapped: m.forward = m._original_forward
-    try: yield
+    names = {'forward', '_original_forward'}
+    wrapped = [(module, module.forward) for module in model.modules() if names <= vars(module).keys()]
+    for module, _ in wrapped: module.forward = module._original_forward
+    try:
+        yield
     finally:
-        for m, forward in wrapped: m.forward = forward
+        for module, forward in wrapped: module.forward = forward
 
 # %% ../../nbs/training/220_probes.ipynb #2c9f6e13
+def pad_rows(
+    rows: Sequence[Sequence[int]], # token ids
+    pad: int = 0,                  # the id that fills
+    left: bool = True,             # fill on the left
+) -> tuple[Int[Tensor, "batch len"], Int[Tensor, "batch len"]]: # ids; mask, 1 where a token stands
+    "Pad rows of token ids to the length of the longest."
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, at] = torch.tensor(row)
+        mask[i, at] = 1
+    return ids, mask
+
 def left_padded(
     model: nn.Module,              # wrapped or not
     rows: Sequence[Sequence[int]], # token ids
     keep: int,                     # logits of so many last positions are wanted
 ) -> dict[str, Any]:               # what the model takes, on its device
     "Inputs for rows of different lengths, padded on the left."
-    core, width = core_model(model), max(map(len, rows))
-    takes, device = inspect.signature(type(core).forward).parameters, next(core.parameters()).device
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
-    for k, row in enumerate(rows):
-        ids[k, width - len(row):] = torch.tensor(row)
-        mask[k, width - len(row):] = 1
+    core = core_model(model)
+    takes = inspect.signature(type(core).forward).parameters
+    device = next(core.parameters()).device
+    ids, mask = pad_rows(rows)
     inputs = dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-    inputs = {k: v.to(device) for k, v in inputs.items() if k in takes}
+    inputs = {name: value.to(device) for name, value in inputs.items() if name in takes}
     return inputs | (dict(logits_to_keep=keep) if 'logits_to_keep' in takes else {})
 
+# %% ../../nbs/training/220_probes.ipynb #2c9f6e14
+def token_logps(
+    logits: Float[Tensor, "*batch len vocab"], # that predict the tokens, any dtype
+    ids: Int[Tensor, "*batch len"],            # the tokens
+) -> tuple[Float[Tensor, "*batch len"], Float[Tensor, "*batch len vocab"]]: # of the tokens; of the whole vocabulary
+    "Compute log-probabilities in nats, in fp32."
+    logs = logits.float().log_softmax(-1)
+    return logs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), logs
+
 def _row_logps(logits: Float[Tensor, "n vocab"], ids: Sequence[int], chunk: int = 256) -> Float[Tensor, "n"]:
-    found = []
-    for z, t in zip(logits.split(chunk), torch.tensor(ids, device=logits.device).split(chunk)):
-        z = z.float()
-        found.append(z.gather(1, t[:, None])[:, 0] - z.logsumexp(1))
-    return torch.cat(found).cpu()
+    "`token_logps` of a long response, `chunk` tokens at a time to save memory"
+    tokens = torch.tensor(ids, device=logits.device)
+    parts = [token_logps(some, of_them)[0] for some, of_them in zip(logits.split(chunk), tokens.split(chunk))]
+    return torch.cat(parts).cpu()
 
 # %% ../../nbs/training/220_probes.ipynb #77c680c6
 def fork_index(
     pair: EncodedPair, # with both responses
 ) -> int:              # position within the responses, from 0
     "The first position where the responses differ; where one is the beginning of the other, its last."
-    a, b = pair.chosen_ids, pair.rejected_ids
-    n = min(len(a), len(b))
-    return next((k for k in range(n) if a[k] != b[k]), n - 1)
+    shorter = min(len(pair.chosen_ids), len(pair.rejected_ids))
+    for k in range(shorter):
+        if pair.chosen_ids[k] != pair.rejected_ids[k]: return k
+    return shorter - 1
+
+def _end_ids(model: nn.Module) -> set[int]:
+    "The tokens that end an answer, by the model's settings"
+    ends: set[int] = set()
+    for config in (model.config, getattr(model, 'generation_config', None)):
+        named = getattr(config, 'eos_token_id', None)
+        if isinstance(named, (list, tuple)): ends |= set(named)
+        elif named is not None: ends.add(named)
+    return ends
 
 def _greedy(model: nn.Module, prompts: list[list[int]], count: int, budget: int) -> list[list[int]]:
     "Own answers by plain calls, which pass any wrapper; what was read is cached where the model can"
-    core, answers = core_model(model), [[] for _ in prompts]
-    ends = [getattr(c, 'eos_token_id', None) for c in (core.config, getattr(core, 'generation_config', None))]
-    end = {t for e in ends if e is not None for t in (e if isinstance(e, (list, tuple)) else [e])}
-    for batch in plan_batches([len(p) + count for p in prompts], budget):
+    answers: list[list[int]] = [[] for _ in prompts]
+    for batch in plan_batches([len(prompt) + count for prompt in prompts], budget):
         inputs = left_padded(model, [prompts[i] for i in batch], 1)
         for _ in range(count):
-            out = model(**inputs, use_cache=True)
-            tokens, past = out.logits[:, -1].float().argmax(-1, keepdim=True), getattr(out, 'past_key_values', None)
+            output = model(**inputs, use_cache=True)
+            tokens = output.logits[:, -1].float().argmax(-1, keepdim=True)
             for i, token in zip(batch, tokens[:, 0].tolist()): answers[i].append(token)
+            past = getattr(output, 'past_key_values', None)
             if past is None or 'attention_mask' not in inputs:
                 inputs = left_padded(model, [[*prompts[i], *answers[i]] for i in batch], 1)
                 continue
             mask = torch.cat([inputs['attention_mask'], torch.ones_like(tokens)], 1)
             inputs |= dict(input_ids=tokens, attention_mask=mask, past_key_values=past)
             if 'position_ids' in inputs: inputs['position_ids'] = inputs['position_ids'][:, -1:] + 1
-    return [next((ids[:k] for k, t in enumerate(ids) if t in end), ids) for ids in answers]
+    ends = _end_ids(core_model(model))
+    return [next((ids[:k] for k, token in enumerate(ids) if token in ends), ids) for ids in answers]
 
 # %% ../../nbs/training/220_probes.ipynb #794290d0
 def default_budget(
@@ -241,6 +283,21 @@ def _token_logits(model: nn.Module, inputs: dict[str, Any], largest: int) -> Ten
     return logits
 
 # %% ../../nbs/training/220_probes.ipynb #beed858c
+class _Side(NamedTuple):
+    "One response of a probe pair, as it is read"
+    pair: int      # position of its pair
+    which: int     # 0: chosen, 1: rejected
+    ids: list[int] # prompt and response
+    length: int    # tokens of the response
+
+def _sides(pairs: Sequence[EncodedPair]) -> list[_Side]:
+    sides = []
+    for i, pair in enumerate(pairs):
+        for k, ids in enumerate((pair.chosen_ids, pair.rejected_ids)):
+            sides.append(_Side(i, k, [*pair.prompt_ids, *ids], len(ids)))
+    return sides
+
+# %% ../../nbs/training/220_probes.ipynb #beed858d
 def measure_probes(
     model: nn.Module,             # a causal language model, wrapped or not
     pairs: Sequence[EncodedPair], # from `encode_pairs`; only those with status 'ok' are measured
@@ -249,26 +306,31 @@ def measure_probes(
     answers: int = 0,             # tokens of the model's own greedy answer; 0: none
 ) -> ProbeState:
     "Log-probabilities of both responses of each pair, in eval mode, drawing no random number. Raises `AuditError`."
-    pairs = [p for p in pairs if p.status == 'ok']
+    pairs = [pair for pair in pairs if pair.status == 'ok']
     if not pairs: raise AuditError('no probe pair can be measured: none has the status ok; look at encode_pairs')
     budget = default_budget(model) if budget is None else budget
-    sides = [(i, k, [*p.prompt_ids, *ids], len(ids)) for i, p in enumerate(pairs)
-             for k, ids in enumerate((p.chosen_ids, p.rejected_ids))]
-    logps, forks, at = [[], []], [[] for _ in pairs], [fork_index(p) for p in pairs]
-    for side in logps: side.extend([None] * len(pairs))
+    sides = _sides(pairs)
+    lengths = [len(side.ids) for side in sides]
     rules = length_rules(core_model(model))
-    keys = [length_key(rules, len(row)) for _, _, row, _ in sides]  # each row is read as it would be alone
+    keys = [length_key(rules, length) for length in lengths]  # each row is read as it would be alone
+    logps = [[torch.empty(0)] * len(pairs) for _ in ('chosen', 'rejected')]
+    forks = [torch.empty(0)] * len(pairs)
+    at = [fork_index(pair) for pair in pairs]
+    own = None
     with evaluating(model):
-        for batch in plan_batches([len(row) for _, _, row, _ in sides], budget, keys):
+        for batch in plan_batches(lengths, budget, keys):
             if rules: forget_lengths(core_model(model))
             some = [sides[j] for j in batch]
-            keep = max(n for *_, n in some) + 1
-            inputs = left_padded(model, [row for _, _, row, _ in some], keep)
-            logits = _token_logits(model, inputs, max(max(row) for _, _, row, _ in some))[:, -keep:]
-            for z, (i, k, row, n) in zip(logits, some):
-                logps[k][i] = _row_logps(z[-n - 1:-1], row[-n:])
-                if fork and k == 0: forks[i] = z[at[i] - n - 1].float().log_softmax(-1).clamp(min=-1e4).cpu()
-        own = _greedy(model, [list(p.prompt_ids) for p in pairs], answers, budget) if answers else None
-    tokens = [[p.chosen_ids[k], p.rejected_ids[k]] for p, k in zip(pairs, at)]
-    return ProbeState([p.row_id for p in pairs], [p.row_hash for p in pairs], *logps, tokens,
+            keep = max(side.length for side in some) + 1
+            inputs = left_padded(model, [side.ids for side in some], keep)
+            logits = _token_logits(model, inputs, max(max(side.ids) for side in some))[:, -keep:]
+            for row, side in zip(logits, some):
+                predict = row[-side.length - 1:-1]
+                logps[side.which][side.pair] = _row_logps(predict, side.ids[-side.length:])
+                if fork and side.which == 0:
+                    whole = predict[at[side.pair]].float().log_softmax(-1)
+                    forks[side.pair] = whole.clamp(min=-1e4).cpu()
+        if answers: own = _greedy(model, [list(pair.prompt_ids) for pair in pairs], answers, budget)
+    tokens = [[pair.chosen_ids[k], pair.rejected_ids[k]] for pair, k in zip(pairs, at)]
+    return ProbeState([pair.row_id for pair in pairs], [pair.row_hash for pair in pairs], *logps, tokens,
                       torch.stack(forks) if fork else None, own)

@@ -28,24 +28,25 @@ YES_NO = dict(
     no='no nope nah never not none neither nor cannot negative disagree false incorrect'.split())
 
 def _spellings(tokenizer: Any) -> dict[str, set[int]]:
-    "Word, casefolded and stripped -> the tokens that are a spelling of it; control tokens are left out"
-    special, found = special_ids(tokenizer), {}
+    "Map each word, casefolded and stripped, to the tokens that spell it; control tokens are left out"
+    special = special_ids(tokenizer)
     ids = [i for i in range(len(tokenizer)) if i not in special]
+    spellings: dict[str, set[int]] = {}
     for i, text in zip(ids, tokenizer.batch_decode([[i] for i in ids])):
-        if word := text.strip().casefold(): found.setdefault(word, set()).add(i)
-    return found
+        if word := text.strip().casefold(): spellings.setdefault(word, set()).add(i)
+    return spellings
 
 def _word_ids(words: Sequence[str], spellings: dict[str, set[int]], name: str, strict: bool) -> frozenset[int]:
-    found = set()
+    tokens: set[int] = set()
     for word in words:
         ids = spellings.get(word.strip().casefold())
-        if ids: found |= ids
+        if ids: tokens |= ids
         elif strict:
             near = difflib.get_close_matches(word.strip().casefold(), spellings, 3, 0.6)
             raise ValueError(f'{name} word {word!r}: no token of this vocabulary is that word'
                              + (f'; near: {", ".join(near)}' if near else ''))
-    if not found: raise ValueError(f'{name}: none of {", ".join(words) or "no words"} is a token of this vocabulary')
-    return frozenset(found)
+    if not tokens: raise ValueError(f'{name}: none of {", ".join(words) or "no words"} is a token of this vocabulary')
+    return frozenset(tokens)
 
 # %% ../../nbs/training/201_token_classes.ipynb #98411331
 def token_classes(
@@ -64,7 +65,7 @@ def token_classes(
 
 # %% ../../nbs/training/201_token_classes.ipynb #b26bc679
 def similar_classes(
-    W: Float[Tensor, "vocab dim"], # unembedding, any dtype
+    weight: Float[Tensor, "vocab dim"], # unembedding, any dtype
     chosen: int,                   # token id of y+
     rejected: int,                 # token id of y-
     tokenizer: Any,                # of the model
@@ -72,16 +73,19 @@ def similar_classes(
 ) -> TokenClasses:                 # a guess: opposites are near in the unembedding, too; name words where it matters
     "Classes from spelling and geometry. Two spellings of one word have no opposite. Raises `ValueError`."
     for name, i in (('chosen', chosen), ('rejected', rejected)):
-        if not 0 <= i < len(W): raise ValueError(f'{name} token {i}: the vocabulary has ids 0..{len(W) - 1}')
+        if not 0 <= i < len(weight): raise ValueError(f'{name} token {i}: the vocabulary has ids 0..{len(weight) - 1}')
     if chosen == rejected: raise ValueError(f'chosen and rejected are both token {chosen}: there is nothing to prefer')
-    rows = W.detach().float()
+    rows = weight.detach().float()
     rows = torch.nn.functional.normalize(rows - rows.mean(0), dim=1)
-    near = rows @ rows[[chosen, rejected]].T
-    words, special = [tokenizer.decode([i]).strip().casefold() for i in (chosen, rejected)], special_ids(tokenizer)
+    cosines = rows @ rows[[chosen, rejected]].T
+    special = special_ids(tokenizer)
+    words = [tokenizer.decode([i]).strip().casefold() for i in (chosen, rejected)]
     spellings = _spellings(tokenizer)
-    spelled = [{i, *spellings.get(w, ())} for w, i in zip(words, (chosen, rejected))]
-    close = [{i for i in (near[:, k] >= threshold).nonzero()[:, 0].tolist()
-              if near[i, k] > near[i, 1 - k] and i not in special} for k in (0, 1)]
+    spelled = [{i, *spellings.get(word, ())} for word, i in zip(words, (chosen, rejected))]
+    close = []
+    for k in (0, 1):
+        near = (cosines[:, k] >= threshold) & (cosines[:, k] > cosines[:, 1 - k])
+        close.append(set(near.nonzero()[:, 0].tolist()) - special)
     source = f'rows with cosine >= {threshold:g} to {tokenizer.decode([chosen])!r} | {tokenizer.decode([rejected])!r}'
     if words[0] == words[1]:
         return TokenClasses(frozenset().union(*spelled, *close), frozenset(), source + ', one word')
