@@ -64,12 +64,14 @@ def answers(start):
     assert journal.read_text().startswith(before[:before.rfind('\n') + 1]) and '12 responses to 6 prompts' in said
     return out
 
+@pytest.mark.full
 def test_generation_continues_and_carries_ids(answers):
     rows = lines(answers/'rows.jsonl')
     assert [(r['id'], r['k']) for r in rows] == [(f'd0{i}', k) for i in range(6) for k in range(2)]
     assert all(r['category'] and r['tokens'] <= 16 and r['response'] for r in rows)
     assert len(lines(answers/'responses.jsonl')) == 12
 
+@pytest.mark.full
 def test_judge_pairs_score(start, answers):
     assert 'rule   12' in (said := end(start('ches_judge', 'answers', '--out', 'judged'))) and '95% interval' in said
     judged, place = start.place/'judged', start.place
@@ -83,6 +85,7 @@ def test_judge_pairs_score(start, answers):
     said = end(start('ches_score', 'pairs/train.jsonl', '--limit', 4, '--dtype', 'float32', '--out', 'scores'))
     assert '4 pairs scored by smollm2-135m' in said and 'flagged: none' in said
 
+@pytest.mark.full
 def test_wrong_input_is_one_line(start, answers):
     place, judge = start.place, 'ches_judge'
     two = save(place/'two.jsonl', [dict(prompt='p', response='r', k=k) for k in (0, 1)])

@@ -268,6 +268,7 @@ def test_every_command_ends_in_one_line(record_property):
     for f in commands: assert ast.unparse(f.body[1]).startswith(f"with one_line('{f.name}')"), f.name
     tell(record_property, ['survived']*len(commands))
 
+@pytest.mark.full
 @pytest.mark.parametrize('which', [signal.SIGTERM, signal.SIGINT])  # a kill: tests/test_cli.py
 def test_a_signal_ends_a_run_that_goes_on(place, which, record_property):
     out = place/f'cut{int(which)}'
