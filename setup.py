@@ -18,7 +18,7 @@ setup(
                  'Intended Audience :: Science/Research',
                  *(f'Programming Language :: Python :: 3.{minor}' for minor in range(10, 14))],
     packages=find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]),
-    package_data={cfg['lib_name']: ['samples/*', 'templates/*']},
+    package_data={cfg['lib_name']: ['py.typed', 'samples/*', 'templates/*']},
     install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},

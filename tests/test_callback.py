@@ -102,6 +102,7 @@ def child(*args, before=()):
 
 SAVED = dict(save_strategy='steps', save_steps=2)
 
+@pytest.mark.full
 def test_killed_and_resumed_is_one_history(tmp_path):
     done = child('kill', tmp_path, before=[sys.executable])
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]

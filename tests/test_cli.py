@@ -59,6 +59,7 @@ def test_audit_leaves_scores_selection_and_report(audit, data):
     table = [line for line in printed.splitlines() if ' | ' in line]
     assert 'report.html' in printed and len(table) == 11  # a heading and ten pairs
 
+@pytest.mark.full
 def test_a_killed_run_continues_and_gives_the_same_table(audit, data, settings, tmp_path):
     whole, _ = audit
     out = tmp_path/'run'

@@ -33,6 +33,7 @@ def rows(path):
     found = [json.loads(x) for x in path.read_text().splitlines()]
     return {(r['prompt_index'], r['k']): (r['response'], r['tokens'], r['finished']) for r in found}, len(found)
 
+@pytest.mark.full
 def test_killed_and_run_again(place):
     process, path = run(place, 'killed'), place/'killed'/'responses.jsonl'
     deadline = time.time() + 120
@@ -48,6 +49,7 @@ def test_killed_and_run_again(place):
     (again, lines), (whole, _) = rows(path), rows(place/'whole'/'responses.jsonl')
     assert again == whole and len(whole) == lines == 48 and have.items() <= whole.items()
 
+@pytest.mark.full
 def test_two_at_once_and_judged(place):
     from filelock import FileLock
     from ches_align.refusal.judges import judge_responses

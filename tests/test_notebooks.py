@@ -1,7 +1,8 @@
 """Every notebook as a test: what `nbdev_test` does, with a traceback and a line in the result for each.
 
 Each runs in a process of its own, forked from one that has the heavy imports behind it: nothing that a notebook sets
-reaches the next one, its memory goes with it, and torch is imported once. A check that looks at nothing fails.
+reaches the next one, its memory goes with it, and each library is imported once. A check that looks at nothing fails.
+Cells with `#| full` run with `make test-all` alone: their notebook is a test twice, without them and with them.
 """
 import contextlib
 import io
@@ -10,9 +11,14 @@ import signal
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
-from project import ROOT, notebooks, settings
+from project import ROOT, cells, notebooks, settings
 
 LIMIT = 900  # seconds: a notebook takes 30 without flags; with them it may train
+# what a notebook imports directly or by the way; an extra that is not installed is imported by nobody
+PRELOAD = [
+    'nbdev.test', 'nbdev.showdoc', 'matplotlib.pyplot', 'seaborn', 'pandas', 'pyarrow.parquet', 'scipy.stats',
+    'datasets', 'torch', 'torch._dynamo', 'transformers.models.llama.modeling_llama', 'transformers.trainer', 'gguf',
+    'accelerate', 'peft', 'trl.trainer.dpo_trainer', 'trl.trainer.sft_trainer']
 
 def run(path, skip, force):
     "Execute a notebook; what it says on stderr, with the traceback of the cell that failed"
@@ -29,14 +35,20 @@ def run(path, skip, force):
 def context():
     fork = 'forkserver' in multiprocessing.get_all_start_methods()
     ctx = multiprocessing.get_context('forkserver' if fork else 'spawn')
-    if fork: ctx.set_forkserver_preload(['nbdev.test', 'torch', 'transformers', 'matplotlib.pyplot'])
+    if fork: ctx.set_forkserver_preload(PRELOAD)
     return ctx
 
-# the longest first, so that no worker waits for one at the end
-ORDER = sorted(notebooks(ROOT), key=lambda path: path.parent.name != 'tutorials')
+def asked():
+    "Every notebook, and once more with its cells for `make test-all` where it has some"
+    for path in notebooks(ROOT):
+        name = path.relative_to(ROOT/'nbs').as_posix()
+        yield pytest.param(path, '', id=name)
+        if any('full' in cell.marks for cell in cells(path)):
+            yield pytest.param(path, 'full', id=f'{name}, full', marks=pytest.mark.full)
 
-@pytest.mark.parametrize('path', [pytest.param(p, id=p.relative_to(ROOT/'nbs').as_posix()) for p in ORDER])
-def test_notebook(path, context, request):
-    skip, force = settings(ROOT)['tst_flags'].split(), request.config.getoption('flags').split()
+@pytest.mark.parametrize('path, flags', asked())
+def test_notebook(path, flags, context, request):
+    skip = settings(ROOT)['tst_flags'].split()
+    force = request.config.getoption('flags').split() + flags.split()
     with ProcessPoolExecutor(1, mp_context=context) as pool: passed, said = pool.submit(run, path, skip, force).result()
     if not passed: pytest.fail(said, pytrace=False)

@@ -43,6 +43,7 @@ def test_sdist(built):
     (archive,) = built.glob('*.tar.gz')
     with tarfile.open(archive) as t:
         names = {n.split('/', 1)[1] for n in t.getnames() if '/' in n and t.getmember(n).isfile()}
-    beside = {'settings.ini', 'constraints.txt', 'README.md', 'LICENSE', 'CHANGELOG.md', 'setup.py'}
+    beside = {'settings.ini', 'setup.py', 'pyproject.toml', 'constraints.txt', 'README.md', 'LICENSE', 'CHANGELOG.md',
+              'CITATION.cff', 'SECURITY.md'}
     assert wanted() <= names and beside <= names
     assert not [n for n in names if n.startswith(('nbs/', 'tests/', '.ci/'))]

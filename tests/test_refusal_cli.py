@@ -41,12 +41,14 @@ def answers(place):
     assert '12 responses to 6 prompts' in again.stdout, again.stderr
     return out
 
+@pytest.mark.full
 def test_generation_continues_and_carries_ids(answers):
     rows = lines(answers/'rows.jsonl')
     assert [(r['id'], r['k']) for r in rows] == [(f'd0{i}', k) for i in range(6) for k in range(2)]
     assert all(r['category'] and r['tokens'] <= 16 and r['response'] for r in rows)
     assert len(lines(answers/'responses.jsonl')) == 12
 
+@pytest.mark.full
 def test_judge_pairs_score(place, answers, monkeypatch):
     monkeypatch.chdir(place)
     said = done('judge', 'answers', output_dir='judged')
@@ -61,6 +63,7 @@ def test_judge_pairs_score(place, answers, monkeypatch):
     said = done('score', 'pairs/train.jsonl', model='model', limit=4, dtype='float32', output_dir='scores')
     assert '4 pairs scored by model' in said and 'flagged: none' in said
 
+@pytest.mark.full
 def test_a_killed_split_is_written_again(place, answers, monkeypatch):
     "A folder of pairs is a run: another split is refused, the same one is written again where a kill left it unfinished"
     monkeypatch.chdir(place)
@@ -76,6 +79,7 @@ def test_a_killed_split_is_written_again(place, answers, monkeypatch):
     assert 'split holds another set of pairs (seed was 128, is 1)' in refused('pairs', 'judged_twice',
                                                                               output_dir='split', seed=1)
 
+@pytest.mark.full
 def test_wrong_input_is_one_line(place, answers, monkeypatch):
     monkeypatch.chdir(place)
     two = save(place/'two.jsonl', [dict(prompt='p', response='r', k=k) for k in (0, 1)])

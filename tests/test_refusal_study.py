@@ -22,6 +22,7 @@ def place(tmp_path_factory):
     (where/'tasks.jsonl').write_text(''.join(json.dumps(dict(prompt=f'Task {i}', answer='a')) + '\n' for i in range(8)))
     return where
 
+@pytest.mark.full
 def test_refusals_killed_and_run_again(place):
     "The finished lines stay, the others follow; the table is that of a run in one go"
     done = run(place, 'train', 'study.yaml', '--set', 'output_dir=whole')
@@ -43,6 +44,7 @@ def test_what_cannot_work(place, changes, said, monkeypatch):
     assert said in refused('train', 'study.yaml', set=['output_dir=wrong', *changes])
     assert not (place/'wrong'/'manifest.json').exists()
 
+@pytest.mark.full
 def test_reward_audit_killed_and_run_again(place):
     "The same table and rows, and what was drawn is not drawn again"
     asked = ['spread', 'tasks.jsonl', '--model', 'model', '--reward', 'contains', '--max_responses', '16',

@@ -20,6 +20,7 @@ def place(tmp_path_factory):
     (where/'study.yaml').write_text(yaml.safe_dump(study))
     return where
 
+@pytest.mark.full
 def test_killed_and_run_again(place):
     "Finished arms stay, the cut one goes on; lines, table and picture are those of a run in one go"
     done = run(place, 'train', 'study.yaml', '--set', 'output_dir=whole')

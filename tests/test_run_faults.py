@@ -273,6 +273,7 @@ def test_every_command_ends_in_one_line(record_property):
     for name in COMMANDS: assert callable(load_command(name))
     tell(record_property, ['survived']*len(COMMANDS))
 
+@pytest.mark.full
 @pytest.mark.parametrize('which', [signal.SIGTERM, signal.SIGINT])  # a kill: tests/test_cli.py
 def test_a_signal_ends_a_run_that_goes_on(place, which, record_property):
     out = place/f'cut{int(which)}'

@@ -48,6 +48,7 @@ def lines(out):
     found = [json.loads(x) for x in (out/'runs.jsonl').read_text().splitlines()]
     return {r['key']: {k: v for k, v in r.items() if k != 'seconds'} for r in found}
 
+@pytest.mark.full
 def test_killed_and_run_again(place):
     done = train(place, 'grid.yaml', '--set', 'output_dir=whole')
     assert done.returncode == 0 and '6 runs; table: whole' in done.stdout, done.stderr

@@ -28,6 +28,7 @@ def lines(out):
     found = [json.loads(x) for x in (out/'runs.jsonl').read_text().splitlines()]
     return {r['key']: {k: v for k, v in r.items() if 'seconds' not in k} for r in found}
 
+@pytest.mark.full
 def test_killed_and_run_again(place):
     "The finished arms stay, the others follow; the table is that of a run in one go"
     done = train(place, '--set', 'output_dir=whole')

@@ -1,4 +1,4 @@
-"The exported modules under pyright, with the rules of pyrightconfig.json."
+"The exported modules under pyright, with the rules of pyproject.toml."
 import os
 import shutil
 import subprocess

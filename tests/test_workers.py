@@ -26,6 +26,7 @@ def test_two_processes_one_table(place):
     pd.testing.assert_frame_equal(one, two, check_exact=True)
     assert [s.attrs['manifest']['processes'] for s in (one, two)] == [1, 2] and two.attrs['manifest']['complete']
 
+@pytest.mark.full
 def test_a_killed_process_loses_its_open_shard(place):
     "The launcher ends the other; finished shards are not made again"
     out = place/'cut'
