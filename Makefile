@@ -39,7 +39,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 venv: $(STAMP)
 
 demo: venv
-	$(VENV)/bin/ches_audit sample --model smollm2-135m --out demo
+	$(VENV)/bin/ches audit sample --output_dir demo
 
 checks: venv
 	$(PY) .ci/structure_check.py

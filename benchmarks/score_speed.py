@@ -77,7 +77,7 @@ def compare(data, name, n_pairs, repeats, batch_tokens, compiled):
     worker = context.Process(target=papers_worker, args=(end, str(gguf_folder(embedded_gguf(name)))))
     worker.start()
     models = {d: load_model(name, dtype=d) for d in ('float32', 'bfloat16')}
-    pairs = encode_pairs(load_pairs(data, limit=n_pairs, seed=0), models['float32'].tokenizer)
+    pairs = encode_pairs(load_pairs(data, limit=n_pairs, limit_seed=0), models['float32'].tokenizer)
     pairs = [e for e in pairs if e.status == 'ok']
     plain = [(p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs]
     def papers():
@@ -139,7 +139,8 @@ def precision(data, name, n):
     "Spearman of bf16 with fp32 scores, and the relative error by column"
     tables = {}
     for d in ('float32', 'bfloat16'):
-        def score(): return score_dataset(data, load_model(name, dtype=d), head=False, progress=False, limit=n, seed=0)
+        def score():
+            return score_dataset(data, load_model(name, dtype=d), head=False, progress=False, limit=n, limit_seed=0)
         seconds, t = timed(score)
         tables[d] = t[t.status == 'ok']
         tables[d].attrs['seconds'] = seconds
@@ -173,7 +174,7 @@ def grow_child(data, rows, name):
             yield dict(prompt=[*first, *prompt], chosen=chosen, rejected=rejected)
     with tempfile.TemporaryDirectory() as out:
         before = psutil.Process().memory_info().rss
-        options = dict(out=out, head=False, progress=False, share_prompt='no')
+        options = dict(output_dir=out, head=False, progress=False, share_prompt='no')
         seconds, scores = timed(lambda: score_dataset(stream(), lm, **options))
         print(json.dumps(dict(rows=rows, seconds=seconds, tokens=scores.attrs['manifest']['tokens'],
                               rss_before_mib=before >> 20, peak_mib=_peak_mib())))

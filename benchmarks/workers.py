@@ -15,10 +15,9 @@ import transformers
 from ches_align.audit.scoring import load_scores
 
 def score(args, out, processes, threads):
-    script = str(Path(sys.executable).with_name('ches_score'))
     begin = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)] if processes > 1 else []
-    command = [sys.executable, *begin, script, args.data, '--out', str(out), '--limit', str(args.pairs), '--seed', '0',
-               '--dtype', args.dtype]
+    command = [sys.executable, *begin, '-m', 'ches_align', 'score', args.data, '--model', 'smollm2-135m',
+               '--output_dir', str(out), '--limit', str(args.pairs), '--limit_seed', '0', '--dtype', args.dtype]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
     return load_scores(out)
 

@@ -9,6 +9,7 @@ _homes = {
     'load_pairs': 'audit.data', 'load_model': 'audit.models',
     'score_dataset': 'audit.scoring', 'load_scores': 'audit.scoring',
     'select_pairs': 'audit.selection', 'audit_report': 'audit.report',
+    'audit_dataset': 'audit.audit', 'Audit': 'audit.audit',
     'DisplacementCallback': 'training.callback', 'DisplacementTracker': 'training.tracker',
     'train_preferences': 'training.train',
     'spread_table': 'rl.spread_table', 'audit_spread': 'rl.spread_audit', 'SpreadWatch': 'rl.spread_watch',

@@ -1,23 +1,51 @@
-"Commands as a user runs them, in a process of their own."
-import json, os, signal, subprocess, sys, time
-from pathlib import Path
+"`ches` as a user runs it, in a process of its own, or in this one where only its words matter."
+import contextlib, io, json, os, signal, subprocess, sys, time
 
 ENV = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
-SCRIPTS = Path(sys.executable).parent
 
-def command(name, *args): return [sys.executable, str(SCRIPTS/name), *args]
+def command(*args): return [sys.executable, '-m', 'ches_align', *map(str, args)]
 
 def _run(place, command):
     return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
 
-def run(place, name, *args): return _run(place, command(name, *args))
+def run(place, *args): return _run(place, command(*args))
 
-def command_two(name, *args):
+def command_two(*args):
     "The same in two processes, as a launcher starts them"
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    return [*launch, *command(name, *args)[1:]]
+    return [*launch, *command(*args)[1:]]
 
-def run_two(place, name, *args): return _run(place, command_two(name, *args))
+def run_two(place, *args): return _run(place, command_two(*args))
+
+def flags(**options):
+    "Keywords as words of a command line; True is a flag, a list several words"
+    words = []
+    for name, value in options.items():
+        values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
+        words += [f'--{name}', *map(str, values)]
+    return words
+
+def ches(*args, **options):
+    "A command in this process: exit code, stdout, stderr"
+    from ches_align.cli.main import main
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try: main([*map(str, args), *flags(**options)])
+        except SystemExit as stop: code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+def done(*args, **options):
+    "A command in this process that must succeed; what it prints"
+    code, out, err = ches(*args, **options)
+    assert code == 0, err
+    return out
+
+def refused(*args, code=1, **options):
+    "A command in this process that must end in one line; the line"
+    found, _, err = ches(*args, **options)
+    lines = [line for line in err.splitlines() if line.startswith('ches')]
+    assert found == code and len(lines) == 1 and err.endswith(lines[0] + '\n') and 'Traceback' not in err, (found, err)
+    return lines[0]
 
 def started(place, command, **kw):
     "A command that goes on while the test looks; what it says is lost unless `kw` asks for it"

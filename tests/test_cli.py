@@ -1,32 +1,32 @@
-"The commands end to end, as a user runs them: in processes of their own, on files, with what goes wrong in practice."
+"The commands end to end, as a user runs them: on files, killed and continued, with what goes wrong in practice."
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
+from commands import ENV, command, done, refused, started
+from conftest import save_tiny
 
 from ches_align.audit.data import load_pairs
 from ches_align.audit.scoring import load_scores
 
-SETTINGS = ['--model', 'smollm2-135m', '--dtype', 'float32', '--batch_tokens', '2048']
-
-def start(command, *args, **kw):
-    script = Path(sys.executable).with_name(command)
-    return subprocess.Popen([sys.executable, str(script), *map(str, args)], text=True, **kw,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-def run(command, *args, ok=True, **kw):
-    process = start(command, *args, **kw)
-    out, err = process.communicate(timeout=900)
-    assert (process.returncode == 0) == ok, out + err
-    return out if ok else err
-
 def shards(out): return {f.name: f.stat().st_mtime_ns for f in (out/'scores').glob('*.parquet')}
+
+@pytest.fixture(scope='module')
+def settings(tmp_path_factory):
+    "A tiny model, by its flags"
+    model = save_tiny(tmp_path_factory.mktemp('model'))
+    return ['--model', str(model), '--dtype', 'float32', '--batch_tokens', '2048', '--max_length', '2048']
+
+def run(*args, ok=True):
+    "A command in a process of its own"
+    process = subprocess.run(command(*args), capture_output=True, text=True, timeout=900, env=ENV)
+    assert (process.returncode == 0) == ok, process.stdout + process.stderr
+    return process.stdout if ok else process.stderr
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -42,9 +42,9 @@ def data(tmp_path_factory):
     return path
 
 @pytest.fixture(scope='module')
-def audit(data, tmp_path_factory):
+def audit(data, settings, tmp_path_factory):
     out = tmp_path_factory.mktemp('audit')/'run'
-    return out, run('ches_audit', data, *SETTINGS, '--max_length', 2048, '--out', out)
+    return out, run('audit', data, *settings, '--output_dir', out)
 
 def test_audit_leaves_scores_selection_and_report(audit, data):
     out, printed = audit
@@ -59,75 +59,87 @@ def test_audit_leaves_scores_selection_and_report(audit, data):
     table = [line for line in printed.splitlines() if ' | ' in line]
     assert 'report.html' in printed and len(table) == 11  # a heading and ten pairs
 
-def test_a_killed_run_continues_and_gives_the_same_table(audit, data, tmp_path):
+def test_a_killed_run_continues_and_gives_the_same_table(audit, data, settings, tmp_path):
     whole, _ = audit
     out = tmp_path/'run'
-    args = data, *SETTINGS, '--max_length', 2048, '--out', out
-    process = start('ches_score', *args)
+    args = 'score', data, *settings, '--output_dir', out
+    process = started(tmp_path, command(*args))
     deadline = time.time() + 240
     while 'part-00001.parquet' not in shards(out) and process.poll() is None and time.time() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL); process.communicate()
-    before = shards(out)
-    assert process.returncode == -signal.SIGKILL and set(before) == {'part-00000.parquet', 'part-00001.parquet'}
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    before = process.wait() and shards(out)
+    assert process.returncode == -signal.SIGKILL and {'part-00000.parquet', 'part-00001.parquet'} <= set(before)
     assert not json.loads((out/'manifest.json').read_text())['complete']
-    run('ches_score', *args)
+    run(*args)
     after = shards(out)
     assert {k: after[k] for k in before} == before and len(after) == 3  # what was done was not done again
     pd.testing.assert_frame_equal(load_scores(out), load_scores(whole))
     assert not list(out.rglob('*.partial'))
 
-def test_another_run_is_not_continued(audit, data):
+def test_another_run_is_not_continued(audit, data, settings):
     out, _ = audit
     before = shards(out)
-    error = run('ches_score', data, *SETTINGS, '--max_length', 1024, '--out', out, ok=False)
-    assert 'max_length was 2048, is 1024' in error and 'another --out' in error and shards(out) == before
+    error = refused('score', data, *settings[:-1], 1024, '--output_dir', out)
+    assert 'max_length was 2048, is 1024' in error and 'another --output_dir' in error and shards(out) == before
     other = out.parent/'other.jsonl'
     other.write_text(data.read_text().replace('word word', 'word wort', 1))
-    error = run('ches_score', other, *SETTINGS, '--max_length', 2048, '--out', out, ok=False)
+    error = refused('score', other, *settings, '--output_dir', out)
     assert 'data_hash was' in error and shards(out) == before
 
 def test_filter_and_report_from_the_run_alone(audit, tmp_path):
     out, _ = audit
-    run('ches_filter', out, '--count', 10, '--highest', '--by', 'ches', '--out', tmp_path/'top.parquet')
+    done('filter', out, count=10, highest=True, by='ches', output=tmp_path/'top.parquet')
     scores = load_scores(out)
     assert set(pd.read_parquet(tmp_path/'top.parquet').row_id) == set(scores.nlargest(10, 'ches').row_id)
-    run('ches_filter', out, '--keep', '0.5', '--control', 'random', '--out', tmp_path/'random.jsonl')
-    run('ches_filter', out, '--weights', '--out', tmp_path/'soft.jsonl')
+    done('filter', out, keep=.5, control='random', output=tmp_path/'random.jsonl')
+    done('filter', out, weights=True, output=tmp_path/'soft.jsonl')
     soft = pd.read_json(tmp_path/'soft.jsonl', lines=True)
     assert len(soft) == 66 and abs(soft.weight.mean() - 1) < 1e-9
-    run('ches_report', out, '--out', tmp_path/'page')
+    done('report', out, output_dir=tmp_path/'page')
     assert '</html>' in (tmp_path/'page'/'report.html').read_text()
 
 def test_filter_refuses_other_data(audit, tmp_path):
     out, _ = audit
     other = tmp_path/'other.jsonl'
     other.write_text(ROW * 70)
-    error = run('ches_filter', out, '--data', other, '--out', tmp_path/'x.jsonl', ok=False)
+    error = refused('filter', out, data=other, output=tmp_path/'x.jsonl')
     assert 'not the data that were scored' in error and not (tmp_path/'x.jsonl').exists()
-
-def one_line(error): return len(error.strip().splitlines()) == 1 and 'Traceback' not in error
 
 ROW = '{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
 
-@pytest.mark.parametrize('name, content, args, says', [
-    ('columns.jsonl', ROW.replace('chosen', 'good'), (), 'no column for the chosen response; it has good'),
-    ('empty.jsonl', '', (), 'the file is empty'),
-    ('blank.jsonl', '\n\n', (), 'no rows'),
-    ('seven.jsonl', ROW * 6 + '{"prompt": "p",\n', (), 'line 7: not JSON'),
-    ('list.json', '{"prompt": "p"}', (), 'must hold a list of objects'),
-    ('ragged.csv', 'prompt,chosen,rejected\np,a,b,c\n', (), 'line 2: more cells than columns'),
-    ('fake.parquet', 'PAR1 not', (), 'not a readable parquet file'),
-    ('fine.jsonl', ROW, ('--model', './no/such/model'), 'no such file or folder'),
-    ('fine.jsonl', ROW, ('--model', 'no/such-model'), 'cannot be loaded'),
-    ('fine.jsonl', ROW, ('--convention', 'mine'), 'must be one of paper, official_script'),
-    ('fine.jsonl', ROW, ('--max_length', '1'), 'must be a whole number from 2'),
-    ('fine.jsonl', ROW, ('--columns', 'chosen:a'), 'must read like'),
+@pytest.mark.parametrize('name, content, options, says', [
+    ('columns.jsonl', ROW.replace('chosen', 'good'), {}, 'no column for the chosen response; it has good'),
+    ('empty.jsonl', '', {}, 'the file is empty'),
+    ('blank.jsonl', '\n\n', {}, 'no rows'),
+    ('seven.jsonl', ROW * 6 + '{"prompt": "p",\n', {}, 'line 7: not JSON'),
+    ('list.json', '{"prompt": "p"}', {}, 'must hold a list of objects'),
+    ('ragged.csv', 'prompt,chosen,rejected\np,a,b,c\n', {}, 'line 2: more cells than columns'),
+    ('fake.parquet', 'PAR1 not', {}, 'not a readable parquet file'),
+    ('fine.jsonl', ROW, dict(model='./no/such/model'), 'no such file or folder'),
+    ('fine.jsonl', ROW, dict(model='no/such-model'), 'cannot be loaded'),
+    ('fine.jsonl', ROW, dict(share_prompt='mine'), 'must be one of auto, yes, no'),
+    ('fine.jsonl', ROW, dict(max_length=1), 'must be a whole number from 2'),
+    ('fine.jsonl', ROW, dict(columns='chosen:a'), 'must read like'),
 ])
-def test_wrong_input_is_one_line(tmp_path, name, content, args, says):
+def test_wrong_input_is_one_line(tmp_path, settings, name, content, options, says):
     (tmp_path/name).write_text(content)
-    error = run('ches_score', tmp_path/name, '--out', tmp_path/'out', *args, ok=False)
-    assert says in error and one_line(error), error
+    assert says in refused('score', tmp_path/name, **dict(model=settings[1], output_dir=tmp_path/'out') | options)
+
+@pytest.mark.parametrize('words, says', [
+    (['audit', 'pairs.jsonl'], 'ches audit: --model is missing'),
+    (['score', 'pairs.jsonl'], 'ches score: --model is missing'),
+    (['generate', 'prompts.jsonl'], 'ches generate: --model is missing'),
+    (['refusal-rate', 'prompts.jsonl'], 'ches refusal-rate: --model is missing'),
+    (['spread', 'tasks.jsonl', '--reward', 'contains'], 'ches spread: --model is missing'),
+    (['audit'], 'ches audit: the following arguments are required: DATA'),
+    (['audit', 'sample', '--limit_s', '1'], 'unknown option --limit_s; did you mean --limit_seed?'),  # no abbreviations
+    (['audit', 'sample', '--out', 'x'], 'unknown option --out; did you mean --output_dir?'),
+    (['audit', 'sample', '--limit', 'ten'], "argument --limit: invalid int value: 'ten'"),
+    (['audit', 'sample', 'other'], "unexpected argument 'other'"),
+    (['ches_audit', 'sample'], "ches: unknown command 'ches_audit'; did you mean audit?"),
+    (['validate'], "ches: unknown command 'validate'")])
+def test_wrong_usage_ends_with_code_2(words, says): assert says in refused(*words, code=2)
 
 def test_no_permission(tmp_path, data):
     locked = tmp_path/'locked'
@@ -148,19 +160,36 @@ def tiny_disk(tmp_path):
     yield place
     subprocess.run(['umount', str(place)], check=True)
 
-def test_full_disk_keeps_what_was_finished(tiny_disk, data):
+def test_full_disk_keeps_what_was_finished(tiny_disk, data, settings):
     out = tiny_disk/'run'
     (tiny_disk/'ballast').write_bytes(bytes(24 << 10))
-    error = run('ches_score', data, *SETTINGS, '--max_length', 2048, '--out', out, ok=False)
-    assert 'No space left on device' in error and 'what was finished is kept' in error and error.count('\n') <= 3, error
+    error = refused('score', data, *settings, '--output_dir', out)
+    assert 'No space left on device' in error and 'what was finished is kept' in error
     kept = shards(out)
     (tiny_disk/'ballast').unlink()
-    run('ches_score', data, *SETTINGS, '--max_length', 2048, '--out', out)
+    done('score', data, *settings, '--output_dir', out)
     assert kept.items() <= shards(out).items() and len(load_scores(out)) == 70
 
-def test_help_names_every_flag_and_loads_nothing_heavy():
-    text = run('ches_score', '--help')
-    assert all(f'--{flag}' in text for flag in ('model', 'out', 'split', 'limit', 'dtype', 'max_length', 'batch_tokens',
-                                               'convention', 'columns', 'seed'))
-    code = 'import sys, ches_align.cli; print({"torch", "transformers", "pandas"} & set(sys.modules))'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == 'set()'
+def test_help_names_every_command_and_loads_nothing_heavy():
+    "Neither the overview nor the help of a command imports torch"
+    code = """import contextlib, io, sys
+from ches_align.cli.main import COMMANDS, main
+for words in ([], *([name] for name in COMMANDS)):
+    with contextlib.redirect_stdout(io.StringIO()) as shown: main([*words, '--help'])
+    assert all(name in shown.getvalue() for name in ([] if words else COMMANDS)), words
+print({'torch', 'transformers', 'pandas', 'datasets'} & set(sys.modules))"""
+    shown = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert shown.stdout.strip() == 'set()', shown.stderr
+    text = done('score', '--help')
+    assert all(f'--{flag} ' in text for flag in ('model', 'output_dir', 'split', 'limit', 'dtype', 'max_length',
+                                                 'batch_tokens', 'columns', 'limit_seed', 'apply_chat_template'))
+    for heading in ('Output:', 'Data:', 'Model:', 'Scoring:'): assert f'\n{heading}\n' in text
+
+def test_options_of_one_name_are_one_option():
+    "Groups are shared by the commands: a name has one type and, within a group, one help"
+    from ches_align.cli.main import COMMANDS, command_parser, load_command
+    found = {}
+    for name in COMMANDS:
+        for action in command_parser(load_command(name), name)._actions:
+            for flag in action.option_strings: found.setdefault(flag, set()).add((action.nargs, action.type))
+    assert {flag for flag, kinds in found.items() if len(kinds) > 1} == {'--against'}  # several rates, one record

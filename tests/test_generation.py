@@ -15,7 +15,7 @@ from ches_align.audit.models import load_model
 from ches_align.rl.generation import generate_responses
 from ches_align.rl.sampling import Sampling
 prompts = [f'Say {i} things about the number {i}.' for i in range(12)]
-generate_responses(load_model('model', device='cpu'), prompts, Sampling(max_new_tokens=60, count=4, seed=5),
+generate_responses(load_model('model', device='cpu'), prompts, Sampling(max_new_tokens=60, responses=4, seed=5),
                    sys.argv[1], batch_tokens=400, progress=False)
 '''
 
@@ -55,6 +55,6 @@ def test_two_at_once_and_judged(place):
         process = run(place, 'whole')
         assert process.wait(120) and 'another run is writing there' in process.stderr.read()
     found = [json.loads(x) for x in (place/'whole'/'responses.jsonl').read_text().splitlines()]
-    judged = judge_responses(found, out=place/'judged')
+    judged = judge_responses(found, output_dir=place/'judged')
     assert [r['response'] for r in judged] == [r['response'] for r in found]
-    assert judge_responses(found, out=place/'judged') == judged
+    assert judge_responses(found, output_dir=place/'judged') == judged

@@ -11,6 +11,7 @@ from ches_align.audit.data import load_pairs
 from ches_align.audit.files import AuditError
 from ches_align.audit.models import load_model
 from ches_align.audit.pair_scores import COLUMNS
+from ches_align.audit.run import FORMAT
 from ches_align.audit.scoring import load_scores
 
 ROWS = [dict(prompt=f'Frage {i}, bitte?', chosen=f'Ja, "{i}"\nund mehr', rejected=f'Nein {i} \u00e9')
@@ -314,7 +315,7 @@ def test_paths_in_a_table_open_nothing(tmp_path, record_property):
     "Only the folder's own files are read: the manifest's lists of others, and cells that are paths, are words"
     shard, outside = scored(tmp_path/'run', file='str'), scored(tmp_path/'outside')
     (tmp_path/'run'/'manifest.json').write_text(json.dumps(dict(
-        shards=['../../outside/scores/part-00000.parquet'], out='../outside', file=str(outside))))
+        format=FORMAT, shards=['../../outside/scores/part-00000.parquet'], out='../outside', file=str(outside))))
     before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
     assert len(load_scores(tmp_path/'run')) == 9
     cells = pd.read_parquet(shard).assign(

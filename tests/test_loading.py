@@ -6,12 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from commands import done
 from conftest import save_tiny
 
 from ches_align.audit.adapters import model_parts
 from ches_align.audit.models import load_model
-from ches_align.cli_refusal import ches_generate, ches_refusal_rate
-from ches_align.cli_spread import ches_reward_std
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
@@ -35,26 +34,26 @@ def manifest(folder): return json.loads((folder/'manifest.json').read_text())
 
 def test_generation_takes_an_adapter_with_its_tokenizer(home, tmp_path):
     common = dict(max_new_tokens=4, device='cpu')
-    ches_generate(str(home/'prompts.jsonl'), model=str(home/'lora'), out=str(tmp_path/'lora'), **common)
-    ches_generate(str(home/'prompts.jsonl'), model=str(home/'base'), out=str(tmp_path/'base'), **common)
+    done('generate', home/'prompts.jsonl', model=home/'lora', output_dir=tmp_path/'lora', **common)
+    done('generate', home/'prompts.jsonl', model=home/'base', output_dir=tmp_path/'base', **common)
     both = [manifest(tmp_path/name) for name in ('lora', 'base')]
     assert [m['tokenizer_from'] for m in both] == ['adapter', 'model']
     assert [bool(m['template_hash']) for m in both] == [True, False]
     assert both[0]['weights_hash'] != both[1]['weights_hash']
 
 def test_refusals_and_rewards_take_an_adapter(home, tmp_path):
-    ches_refusal_rate(str(home/'prompts.jsonl'), model=str(home/'lora'), out=str(tmp_path/'rate'), max_new_tokens=4,
-                      device='cpu')
+    done('refusal-rate', home/'prompts.jsonl', model=home/'base', adapter=home/'lora', output_dir=tmp_path/'rate',
+         max_new_tokens=4, device='cpu')
     assert json.loads((tmp_path/'rate'/'refusals.json').read_text())
-    ches_reward_std(str(home/'prompts.jsonl'), reward='contains', model=str(home/'lora'), out=str(tmp_path/'spread'),
-                    max_new_tokens=2, samples=4, first=2, device='cpu')
+    done('spread', home/'prompts.jsonl', reward='contains', model=home/'lora', output_dir=tmp_path/'spread',
+         max_new_tokens=2, max_responses=4, min_responses=2, device='cpu')
     assert manifest(tmp_path/'spread'/'round0')['tokenizer_from'] == 'adapter'
 
 FROM_THE_HUB = """
 import ctypes, json, sys
 from ches_align.audit.models import load_model
 from ches_align.audit.adapters import model_parts
-from ches_align.cli import keep_freed_memory
+from ches_align.cli.main import keep_freed_memory
 
 def kept(size=200 << 20):
     "Does the C library keep a large block that was freed?"

@@ -1,4 +1,5 @@
 "What the commands write is loaded by `datasets`, trained on by TRL token for token, and never takes the place of data."
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from ches_align.audit.hidden_states import encode_pairs
 from ches_align.audit.models import load_model
 from ches_align.audit.scoring import load_scores, score_dataset
 from ches_align.audit.selection import select_pairs
-from ches_align.cli import ches_audit, ches_filter, ches_report, ches_score
+from commands import done, refused
 from conftest import save_tiny
 
 def user(text): return dict(role='user', content=text)
@@ -76,57 +77,54 @@ def test_trl_trains_on_the_tokens_that_were_scored(tmp_path, name, template, mod
         if not template or name == 'text': assert trained == scored
         else: assert [t[0] for t in trained] == [s[0] for s in scored]  # what follows the end of a turn is not scored
 
-def fails(command, *args, **options):
-    "The line that a command ends with"
-    with pytest.raises(SystemExit) as caught: command(*map(str, args), **options)
-    assert '\n' not in str(caught.value.code)
-    return caught.value.code
 
 def test_no_command_writes_over_what_it_reads(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data, small = lines_of(tmp_path/'kept.jsonl', TEXT), dict(model=str(model), device='cpu')
+    data, small = lines_of(tmp_path/'kept.jsonl', TEXT), dict(model=model, device='cpu')
     before = data.read_bytes()
-    ches_score('kept.jsonl', out='o', **small)
-    assert 'is read by this command' in fails(ches_filter, 'o')
+    done('score', 'kept.jsonl', output_dir='o', **small)
+    assert 'is read by this command' in refused('filter', 'o')
     os.symlink('kept.jsonl', 'link.jsonl')
     os.link('kept.jsonl', 'hard.jsonl')
-    for out in ('link.jsonl', 'hard.jsonl', 'o/../kept.jsonl', 'o/manifest.json', 'o/scores/x.parquet'):
-        assert 'name another --out' in fails(ches_filter, 'o', out=out), out
+    for output in ('link.jsonl', 'hard.jsonl', 'o/../kept.jsonl', 'o/manifest.json', 'o/scores/x.parquet'):
+        assert 'name another --output' in refused('filter', 'o', output=output), output
     for folder, name in (('a', 'kept.jsonl'), ('b', 'report.json')):
         (tmp_path/folder).mkdir()
         lines_of(tmp_path/folder/name, TEXT) if name == 'kept.jsonl' else \
             (tmp_path/folder/name).write_text(json.dumps(TEXT))
-        assert 'is read by this command' in fails(ches_audit, f'{folder}/{name}', out=folder, **small)
+        assert 'is read by this command' in refused('audit', f'{folder}/{name}', output_dir=folder, **small)
     (tmp_path/'data').mkdir()
     lines_of(tmp_path/'data'/'train.jsonl', TEXT)
-    ches_score('data', out='of_folder', **small)
-    assert 'would lie in a folder' in fails(ches_filter, 'of_folder', out='data/kept.jsonl')
-    assert 'would lie in a folder' in fails(ches_audit, 'data', out='data', **small)
+    done('score', 'data', output_dir='of_folder', **small)
+    assert 'would lie in a folder' in refused('filter', 'of_folder', output='data/kept.jsonl')
+    assert 'would lie in a folder' in refused('audit', 'data', output_dir='data', **small)
     assert data.read_bytes() == before and sorted(os.listdir('data')) == ['train.jsonl']
 
 def test_a_default_name_takes_nobodys_place(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ches_score(str(lines_of(tmp_path/'d.jsonl', TEXT)), out='o', model=str(model), device='cpu')
+    done('score', lines_of(tmp_path/'d.jsonl', TEXT), output_dir='o', model=model, device='cpu')
     lines_of(tmp_path/'kept.jsonl', [dict(mine=1)])
     (tmp_path/'ches_out').mkdir()
     (tmp_path/'ches_out'/'report.md').write_text('mine')
-    for command in (ches_filter, ches_report):
-        assert 'exists and is not of an earlier run of this command' in fails(command, 'o')
+    for command in ('filter', 'report'):
+        assert 'exists and is not of an earlier run of this command' in refused(command, 'o')
     assert json.loads(Path('kept.jsonl').read_text()) == dict(mine=1)
     os.remove('kept.jsonl')
-    ches_filter('o')
-    ches_filter('o', keep=.25)  # its own file is replaced
+    done('filter', 'o')
+    done('filter', 'o', keep=.25)  # its own file is replaced
     assert len(Path('kept.jsonl').read_text().splitlines()) == 3
 
 def test_said_before_scoring_and_reported_all_the_same(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small, rows = dict(model=str(model), device='cpu'), [*TEXT, *FORMS['messages']]
+    small, rows = dict(model=model, device='cpu'), [*TEXT, *FORMS['messages']]
     data, mixed = lines_of(tmp_path/'d.jsonl', TEXT), lines_of(tmp_path/'mixed.jsonl', rows)
-    for source, odd in ((data, dict(keep=1.5)), (data, dict(by='ln_chess')), (mixed, {}), (data, dict(limit=-1))):
-        fails(ches_audit, source, out='none', **small, **odd)
+    for odd in (dict(keep=1.5), dict(by='ln_chess'), dict(limit=-1)):
+        refused('audit', data, output_dir='none', **small, **odd)
         assert not Path('none').exists()
+    assert 'text beside messages' in refused('audit', mixed, output_dir='none', **small)
+    assert not any(Path('none').iterdir())  # it was read, and nothing of it was scored
     same = lines_of(tmp_path/'same.jsonl', [dict(prompt='Q:', chosen=' yes', rejected=' yes')] * 5)
-    said = fails(ches_audit, same, out='flagged', **small)
+    said = refused('audit', same, output_dir='flagged', **small)
     assert "{'identical': 5}" in said and 'flagged/report.html says what to do' in said
     assert 'Nothing was scored' in Path('flagged/report.md').read_text() and not Path('flagged/kept.jsonl').exists()
 
@@ -134,18 +132,60 @@ def test_strata_and_batches(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kinds = [None, 'x', 1, [2]]
     rows = [r | dict(kind=kinds[i % 4], length='long' if i % 2 else 'short') for i, r in enumerate(TEXT)]
-    data, small = lines_of(tmp_path/'d.jsonl', rows), dict(model=str(model), device='cpu')
-    ches_score(str(data), out='o', **small)
+    data, small = lines_of(tmp_path/'d.jsonl', rows), dict(model=model, device='cpu')
+    done('score', data, output_dir='o', **small)
     scores = load_scores('o')
-    ches_score(str(data), out='o', batch_tokens=40, **small)  # what the lack of memory advises
+    done('score', data, output_dir='o', batch_tokens=40, **small)  # what the lack of memory advises
     assert load_scores('o').equals(scores)
-    assert 'say data:length or score:length' in fails(ches_filter, 'o', stratify='length')
-    ches_filter('o', stratify='data:length', out='by_data.jsonl')
+    assert 'say data:length or score:length' in refused('filter', 'o', stratify='length')
+    done('filter', 'o', stratify='data:length', output='by_data.jsonl')
     card = json.loads(Path('by_data.jsonl.card.json').read_text())
     assert card['composition']['data:length'] == dict(long=dict(before=6, after=3), short=dict(before=6, after=3))
-    ches_filter('o', stratify='score:length', out='by_length.parquet')
-    ches_filter('o', stratify='kind', out='by_kind.jsonl')
+    done('filter', 'o', stratify='score:length', output='by_length.parquet')
+    done('filter', 'o', stratify='kind', output='by_kind.jsonl')
     card = json.loads(Path('by_kind.jsonl.card.json').read_text())
     before = {k: v['before'] for k, v in card['composition']['kind'].items()}
     assert before == {'(missing)': 3, '1': 3, '[2]': 3, 'x': 3}
     assert select_pairs(scores, keep=.5).selected.sum() == 6 and len(list(PairSource(str(data)))) == 12
+
+@contextlib.contextmanager
+def counted(monkeypatch):
+    "How often the data are gone through, whoever does it"
+    from ches_align.audit import data
+    reads, unharmed = [], data.read_rows
+    def read_rows(source, *args, **options):
+        reads.append(str(source))
+        return unharmed(source, *args, **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(data, 'read_rows', read_rows)
+        yield reads
+
+def test_an_audit_reads_three_times_and_is_its_three_steps(tmp_path, model, monkeypatch):
+    "Once to score, once for the page, once for the file; a draw counts the rows once more"
+    monkeypatch.chdir(tmp_path)
+    rows = [row | dict(kind='ab'[i % 2]) for i, row in enumerate(TEXT)]
+    data, small = lines_of(tmp_path/'d.jsonl', rows), dict(model=model, device='cpu')
+    with counted(monkeypatch) as reads: done('audit', data, output_dir='whole', **small)
+    assert reads == [str(data)]*3
+    with counted(monkeypatch) as reads: done('audit', data, output_dir='drawn', limit=8, limit_seed=1, **small)
+    assert len(reads) == 4
+    for step, times in ((('score', data), 1), (('report', 'parts'), 1), (('filter', 'parts'), 1)):
+        place = dict(output='parts/kept.jsonl') if step[0] == 'filter' else dict(output_dir='parts')
+        with counted(monkeypatch) as reads: done(*step, **place, **small if step[0] == 'score' else {})
+        assert len(reads) == times, step
+    assert load_scores('parts').equals(load_scores('whole'))
+    for name in ('kept.jsonl', 'kept.jsonl.card.md'):
+        assert Path('parts', name).read_bytes() == Path('whole', name).read_bytes()
+    parts, whole = (json.loads(Path(name, 'report.json').read_text()) for name in ('parts', 'whole'))
+    apart = {k for k in whole if parts[k] != whole[k]}
+    assert apart <= {'path', 'recommendations', 'manifest'}, apart  # its folder, and when it was scored
+
+def test_a_hub_name_is_asked_for_three_times(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    def load_dataset(*names):
+        asked.append(names)
+        return datasets.DatasetDict(train=datasets.Dataset.from_list(TEXT))
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    done('audit', 'someone/pairs', output_dir='o', model=model, device='cpu')
+    assert asked == [('someone/pairs',)]*3

@@ -1,67 +1,44 @@
 "From prompts to preference pairs with the commands as a user runs them: killed, run again, and with wrong input."
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from commands import command, done, refused, run, started
+from conftest import save_tiny
 
 from ches_align.audit.data import load_pairs
 
 ROOT = Path(__file__).parents[1]
-CONFIG = ConfigParser(delimiters=['='])
-CONFIG.read(ROOT/'settings.ini')
-ENTRIES = dict(line.split('=') for line in CONFIG['DEFAULT']['console_scripts'].split())
-SHELL = '''import sys
-from {module} import {function}
-if __name__ == '__main__':
-    sys.argv[0] = {name!r}
-    sys.exit({function}())
-'''
-
-@pytest.fixture(scope='module')
-def start(tmp_path_factory):
-    "Commands as settings.ini registers them, in the shell that pip writes around an entry, in one folder"
-    place = tmp_path_factory.mktemp('refusal')
-    def begin(name, *args):
-        module, function = ENTRIES[name].split(':')
-        script = place/f'{name}.command'
-        script.write_text(SHELL.format(module=module, function=function, name=name))
-        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
-        return subprocess.Popen([sys.executable, str(script), *map(str, args)], cwd=place, text=True,
-                                env=os.environ | dict(PYTHONPATH=paths), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    begin.place = place
-    return begin
-
-def end(process, ok=True):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == (0 if ok else 1), out + err
-    return out if ok else err
 
 def save(path, rows): path.write_text(''.join(json.dumps(r) + '\n' for r in rows)); return path.name
 
 def lines(path): return [json.loads(x) for x in path.read_text().splitlines()]
 
-SMALL = ['sample', '--limit', 6, '--max_new_tokens', 16, '--batch_tokens', 160, '--device', 'cpu']
+SMALL = ['sample', '--model', 'model', '--limit', 6, '--max_new_tokens', 16, '--batch_tokens', 160, '--device', 'cpu']
 
 @pytest.fixture(scope='module')
-def answers(start):
-    "Two answers of the embedded model to six prompts, drawn by a run that was killed and one that went on"
-    out = start.place/'answers'
-    process, journal = start('ches_generate', *SMALL, '--out', 'answers'), out/'responses.jsonl'
-    deadline = time.monotonic() + 240
+def place(tmp_path_factory):
+    where = tmp_path_factory.mktemp('refusal')
+    save_tiny(where/'model')
+    return where
+
+@pytest.fixture(scope='module')
+def answers(place):
+    "Two answers of a tiny model to six prompts, drawn by a run that was killed and one that went on"
+    out = place/'answers'
+    process = started(place, command('generate', *SMALL, '--output_dir', 'answers'))
+    journal, deadline = out/'responses.jsonl', time.monotonic() + 240
     while not (journal.exists() and journal.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(.01)
-    process.send_signal(signal.SIGKILL); process.communicate()
-    assert process.returncode == -signal.SIGKILL
+        time.sleep(.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     before = journal.read_text()
     assert 0 < before.count('\n') < 12 and not (out/'rows.jsonl').exists()
-    said = end(start('ches_generate', *SMALL, '--out', 'answers'))
-    assert journal.read_text().startswith(before[:before.rfind('\n') + 1]) and '12 responses to 6 prompts' in said
+    again = run(place, 'generate', *SMALL, '--output_dir', 'answers')
+    assert journal.read_text().startswith(before[:before.rfind('\n') + 1])
+    assert '12 responses to 6 prompts' in again.stdout, again.stderr
     return out
 
 def test_generation_continues_and_carries_ids(answers):
@@ -70,35 +47,46 @@ def test_generation_continues_and_carries_ids(answers):
     assert all(r['category'] and r['tokens'] <= 16 and r['response'] for r in rows)
     assert len(lines(answers/'responses.jsonl')) == 12
 
-def test_judge_pairs_score(start, answers):
-    assert 'rule   12' in (said := end(start('ches_judge', 'answers', '--out', 'judged'))) and '95% interval' in said
-    judged, place = start.place/'judged', start.place
-    made = json.loads((judged/'refusals.json').read_text())
-    assert made['rows'] == 12 and made['model'] == 'smollm2-135m' and made['sampling']['max_new_tokens'] == 16
-    said = end(start('ches_refusal_pairs', 'judged', '--out', 'pairs', '--test', '0.2'))
-    counts = json.loads((place/'pairs'/'split.json').read_text())['counts']
+def test_judge_pairs_score(place, answers, monkeypatch):
+    monkeypatch.chdir(place)
+    said = done('judge', 'answers', output_dir='judged')
+    assert 'rule   12' in said and '95% interval' in said
+    summary = json.loads(Path('judged/refusals.json').read_text())
+    assert summary['rows'] == 12 and summary['model'] == 'model' and summary['sampling']['max_new_tokens'] == 16
+    said = done('pairs', 'judged', output_dir='pairs', test=.2)
+    counts = json.loads(Path('pairs/split.json').read_text())['counts']
     assert counts['train'] + counts['test'] + counts['left_out'] == 6 and f"train {counts['train']}, test" in said
-    pairs = load_pairs(place/'pairs'/'train.jsonl')
+    pairs = load_pairs('pairs/train.jsonl')
     assert len(pairs) == counts['train'] >= 4 and not any(p.problem for p in pairs)
-    said = end(start('ches_score', 'pairs/train.jsonl', '--limit', 4, '--dtype', 'float32', '--out', 'scores'))
-    assert '4 pairs scored by smollm2-135m' in said and 'flagged: none' in said
+    said = done('score', 'pairs/train.jsonl', model='model', limit=4, dtype='float32', output_dir='scores')
+    assert '4 pairs scored by model' in said and 'flagged: none' in said
 
-def test_wrong_input_is_one_line(start, answers):
-    place, judge = start.place, 'ches_judge'
+def test_a_killed_split_is_written_again(place, answers, monkeypatch):
+    "A folder of pairs is a run: another split is refused, the same one is written again where a kill left it unfinished"
+    monkeypatch.chdir(place)
+    done('judge', 'answers', output_dir='judged_twice')
+    done('pairs', 'judged_twice', output_dir='split')
+    before = {f.name: f.read_bytes() for f in Path('split').glob('*.jsonl')}
+    manifest = json.loads(Path('split/manifest.json').read_text())
+    assert manifest['complete'] and manifest['format'] == 2 and manifest['counts']['train'] > 0
+    Path('split/manifest.json').write_text(json.dumps(manifest | dict(complete=False)))
+    Path('split/train.jsonl').unlink()
+    done('pairs', 'judged_twice', output_dir='split')
+    assert {f.name: f.read_bytes() for f in Path('split').glob('*.jsonl')} == before
+    assert 'split holds another set of pairs (seed was 128, is 1)' in refused('pairs', 'judged_twice',
+                                                                              output_dir='split', seed=1)
+
+def test_wrong_input_is_one_line(place, answers, monkeypatch):
+    monkeypatch.chdir(place)
     two = save(place/'two.jsonl', [dict(prompt='p', response='r', k=k) for k in (0, 1)])
     none = save(place/'none.jsonl', [dict(text='x')])
     single = save(place/'single.jsonl', [dict(prompt='p', response='r', refused=True)])
-    wrong = {
-        'ruel': (start(judge, two, '--judge', 'ruel'), "unknown judge 'ruel': rule, sorry, or a model"),
-        'template': (start(judge, two, '--judge', 'sorry'), 'needs its prompt, which is not shipped here'),
-        'no prompts': (start('ches_generate', none), 'none.jsonl: no prompts'),
-        'no responses': (start(judge, none), 'none.jsonl, row 1: no prompt; it has text'),
-        'another run': (start(judge, two, '--out', 'answers'), 'is not of an earlier run of this command'),
-        'single': (start('ches_refusal_pairs', single), 'one response a prompt, a pair needs two'),
-    }
-    for name, (process, says) in wrong.items():
-        error = end(process, ok=False)
-        assert says in error and len(error.strip().splitlines()) == 1, f'{name}: {error}'
+    assert "unknown judge 'ruel': rule, sorry, or a model" in refused('judge', two, judge='ruel')
+    assert 'needs its prompt, which is not shipped here' in refused('judge', two, judge='sorry')
+    assert 'none.jsonl: no prompts' in refused('generate', none, model='model')
+    assert 'none.jsonl, row 1: no prompt; it has text' in refused('judge', none)
+    assert 'is not of an earlier run of this command' in refused('judge', two, output_dir='answers')
+    assert 'one response a prompt, a pair needs two' in refused('pairs', single)
 
 ARMS = [p for p in sorted((ROOT/'configs'/'sorry_bench').glob('*.yaml')) if 'kind: preference' in p.read_text()]
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import yaml
-from commands import killed, lines, run
+from commands import killed, lines, refused, run
 from conftest import save_tiny
 
 @pytest.fixture(scope='module')
@@ -24,11 +24,11 @@ def place(tmp_path_factory):
 
 def test_refusals_killed_and_run_again(place):
     "The finished lines stay, the others follow; the table is that of a run in one go"
-    done = run(place, 'ches_train', 'study.yaml', '--set', 'out=whole')
+    done = run(place, 'train', 'study.yaml', '--set', 'out=whole')
     assert done.returncode == 0 and 'table: whole/table.csv' in done.stdout, done.stderr
-    killed(place, place/'killed'/'runs.jsonl', 'ches_train', 'study.yaml', '--set', 'out=killed')
+    killed(place, place/'killed'/'runs.jsonl', 'train', 'study.yaml', '--set', 'out=killed')
     assert 1 <= len(lines(place/'killed'/'runs.jsonl')) < 4
-    assert run(place, 'ches_train', 'study.yaml', '--set', 'out=killed').returncode == 0
+    assert run(place, 'train', 'study.yaml', '--set', 'out=killed').returncode == 0
     assert lines(place/'killed'/'runs.jsonl') == lines(place/'whole'/'runs.jsonl')
     assert (place/'killed'/'rates.png').exists()
 
@@ -39,19 +39,18 @@ def test_refusals_killed_and_run_again(place):
     ids=lambda v: v[0] if isinstance(v, list) else '')
 def test_what_cannot_work(place, changes, said, monkeypatch):
     "One line and exit code 1, from the command's own function"
-    from ches_align.cli_train import ches_train
     monkeypatch.chdir(place)
-    with pytest.raises(SystemExit) as stop: ches_train('study.yaml', set=['out=wrong', *changes])
-    assert said in str(stop.value) and '\n' not in str(stop.value) and not (place/'wrong'/'manifest.json').exists()
+    assert said in refused('train', 'study.yaml', set=['out=wrong', *changes])
+    assert not (place/'wrong'/'manifest.json').exists()
 
 def test_reward_audit_killed_and_run_again(place):
     "The same table and rows, and what was drawn is not drawn again"
-    asked = ['ches_reward_std', 'tasks.jsonl', '--model', 'model', '--reward', 'contains', '--samples', '16',
-             '--first', '4', '--max_new_tokens', '6', '--low', '0', '--high', '1', '--batch_tokens', '200', '--out']
+    asked = ['spread', 'tasks.jsonl', '--model', 'model', '--reward', 'contains', '--max_responses', '16',
+             '--min_responses', '4', '--max_new_tokens', '6', '--reward_range', '0', '1', '--batch_tokens', '200', '--output_dir']
     done = run(place, *asked, 'audit')
     assert done.returncode == 0 and '8 prompts' in done.stdout, done.stderr
     killed(place, place/'cut'/'round0'/'responses.jsonl', *asked, 'cut')
     assert not (place/'cut'/'table.csv').exists()
     assert run(place, *asked, 'cut').returncode == 0
     for name in ('table.csv', 'rows.jsonl'): assert (place/'cut'/name).read_text() == (place/'audit'/name).read_text()
-    assert 'holds runs of another' in run(place, *asked, 'audit', '--seed', '1').stderr
+    assert 'holds another run' in run(place, *asked, 'audit', '--seed', '1').stderr

@@ -7,7 +7,7 @@ import pandas as pd
 import pypandoc
 import pytest
 import torch
-from commands import ENV, command, started
+from commands import ENV, ches, command, started
 from conftest import save_tiny
 from fastcore.xtras import working_directory
 from project import ROOT
@@ -18,10 +18,11 @@ from ches_align.audit.data import PairSource, load_pairs
 from ches_align.audit.files import AuditError
 from ches_align.audit.models import load_model
 from ches_align.audit.report import audit_report
-from ches_align.audit.runs import add_run, load_runs, only_writer, open_runs
+from ches_align.audit.run import open_run, run_rows
+from ches_align.audit.runs import only_writer
 from ches_align.audit.scoring import load_scores, score_dataset
 from ches_align.audit.selection import select_pairs
-from ches_align.cli import ches_score, one_line
+from ches_align.cli.main import one_line
 
 @pytest.fixture(scope='module')
 def one_thread():
@@ -39,12 +40,12 @@ def place(tmp_path_factory, one_thread):
     rows = [dict(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected, kind=p.extra['kind'])
             for p in load_pairs('sample', limit=150)]
     (where/'pairs.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
-    score_here(where, 'whole')
+    assert score_here(where, 'whole')[0] == 0
     return where
 
 def score_here(place, out):
     "The command without a process of its own, which takes seconds to start"
-    with working_directory(place): ches_score('pairs.jsonl', model='model', out=out)
+    with working_directory(place): return ches('score', 'pairs.jsonl', model='model', output_dir=out)
 
 NASTY = [
     '<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "'><svg/onload=alert(1)>",
@@ -97,12 +98,12 @@ OFFLINE = """
 import socket, sys
 def refuse(*a, **k): print('NETWORK', a, file=sys.stderr); raise OSError('no network')
 socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
-from ches_align.cli import ches_audit, ches_filter, ches_report
-ches_audit('pairs.jsonl', model='model', out='offline', limit=20)
-ches_filter('offline', out='offline/again.jsonl')
-ches_report('offline', out='offline')
+from ches_align.cli.main import main
+main('audit pairs.jsonl --model model --output_dir offline --limit 20'.split())
+main('filter offline --output offline/again.jsonl'.split())
+main('report offline --output_dir offline'.split())
 print('whole', flush=True)
-ches_audit('pairs.jsonl', model='someone/unknown', out='missing', limit=20)
+main('audit pairs.jsonl --model someone/unknown --output_dir missing --limit 20'.split())
 """
 
 def test_offline_nothing_asks_the_network(place, record_property):
@@ -117,7 +118,7 @@ def test_a_full_disk_at_every_write(tmp_path, place, monkeypatch, record_propert
     "For every k the k-th file finds the disk full; what was finished stays, and the same call finishes"
     model, source, out = load_model(str(place/'model')), PairSource(str(place/'pairs.jsonl'), limit=70), tmp_path/'out'
     def whole():
-        scores = score_dataset(str(place/'pairs.jsonl'), model, out=out, limit=70, progress=False)
+        scores = score_dataset(str(place/'pairs.jsonl'), model, out, limit=70, progress=False)
         write_selection(select_pairs(scores, keep=.5), source, out/'kept.jsonl')
         audit_report(scores, source, out)
     sync, left = os.fsync, [0]
@@ -184,7 +185,7 @@ def test_a_disk_that_fills_up_within_a_file(tmp_path, place, record_property):
 def test_scores_on_a_disk_that_fills_up_within_a_file(tmp_path, place, record_property):
     "No half shard is left, and the same call goes on with a larger disk"
     model, out, outcomes = load_model(str(place/'model')), tmp_path/'out', []
-    def score(): return score_dataset(load_pairs(str(place/'pairs.jsonl'), limit=70), model, out=out, progress=False)
+    def score(): return score_dataset(load_pairs(str(place/'pairs.jsonl'), limit=70), model, out, progress=False)
     for size in (0, 100, 3000):
         with no_file_beyond(size), pytest.raises(AuditError, match='File too large'): score()
         assert not list(out.rglob('*.partial'))
@@ -196,13 +197,16 @@ def test_scores_on_a_disk_that_fills_up_within_a_file(tmp_path, place, record_pr
 def test_a_line_of_a_run_that_does_not_fit(tmp_path, record_property):
     "Half a line stands at the end of the file; the folder, opened again, is without it"
     lines, outcomes = [dict(key=k, word='x'*50) for k in range(6)], []
-    open_runs(tmp_path, dict(a=1), {})
+    def opened(): return open_run(tmp_path, dict(a=1))
     for k, line in enumerate(lines):
-        with no_file_beyond(k*75 + 30), pytest.raises(AuditError, match='File too large'): add_run(tmp_path, line)
-        assert load_runs(tmp_path) == open_runs(tmp_path, dict(a=1), {}) == lines[:k]
-        add_run(tmp_path, line)
+        with opened() as run:
+            with no_file_beyond(k*75 + 30), pytest.raises(AuditError, match='File too large'): run.add(line)
+        assert run_rows(tmp_path) == lines[:k]
+        with opened() as run:
+            assert run.rows() == lines[:k]
+            run.add(line)
         outcomes.append('refused')
-    assert load_runs(tmp_path) == lines
+    assert run_rows(tmp_path) == lines
     tell(record_property, outcomes)
 
 def test_a_name_that_cannot_change(tmp_path, place, monkeypatch, record_property):
@@ -235,12 +239,12 @@ def same(content): return content.replace(b'/new/', b'/old/')  # the card names 
 
 def test_a_second_run_on_a_folder_is_refused(place, record_property):
     "By a process of its own: the test of the signals"
-    with only_writer(place/'whole'), pytest.raises(SystemExit, match='^ches_score: .*another run is writing there'):
-        score_here(place, 'whole')
-    score_here(place, 'whole')
+    with only_writer(place/'whole'): code, _, said = score_here(place, 'whole')
+    assert code == 1 and re.match('ches score: .*another run is writing there', said), said
+    assert score_here(place, 'whole')[0] == 0
     tell(record_property, ['refused', 'survived'])
 
-def test_a_signal_is_heard_only_while_a_command_runs(record_property):
+def test_a_signal_is_heard_only_while_a_command_runs(record_property, capsys):
     "The handler that was there is there again, whatever ends the command; a thread may not set one"
     mine, heard = (lambda *_: None), []
     before = signal.signal(signal.SIGTERM, mine)
@@ -248,45 +252,46 @@ def test_a_signal_is_heard_only_while_a_command_runs(record_property):
         def refuse(): raise AuditError('x')
         for end in (lambda: None, lambda: os.kill(os.getpid(), signal.SIGTERM), refuse, lambda: 1/0):
             try:
-                with one_line('ches_score'): end(); time.sleep(.01)
+                with one_line('ches score'): end(); time.sleep(.01)
             except (SystemExit, ZeroDivisionError) as e: heard.append(str(e))
             assert signal.getsignal(signal.SIGTERM) is mine
         def apart():
-            with one_line('ches_score'): heard.append('thread')
+            with one_line('ches score'): heard.append('thread')
         thread = threading.Thread(target=apart); thread.start(); thread.join()
     finally: signal.signal(signal.SIGTERM, before)
-    assert heard == ['ches_score: stopped; the same command continues', 'ches_score: x', 'division by zero', 'thread']
+    assert heard == ['130', '1', 'division by zero', 'thread']
+    assert capsys.readouterr().err == 'ches score: stopped; the same command continues\nches score: x\n'
     tell(record_property, ['survived']*5)
 
 def test_every_command_ends_in_one_line(record_property):
-    "The first statement of each is `with one_line(ITS NAME)`"
-    trees = [ast.parse(f.read_text()) for f in (ROOT/'ches_align').glob('cli*.py')]
-    commands = [f for tree in trees for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)
-                and 'call_parse' in map(ast.unparse, f.decorator_list)]
-    named = re.findall(r'=ches_align\.cli\w*:(\w+)', (ROOT/'settings.ini').read_text())
-    assert sorted(f.name for f in commands) == sorted(named)
-    for f in commands: assert ast.unparse(f.body[1]).startswith(f"with one_line('{f.name}')"), f.name
-    tell(record_property, ['survived']*len(commands))
+    "All start in one place, and none catches what ends a command there"
+    from ches_align.cli.main import COMMANDS, load_command
+    trees = [ast.parse(f.read_text()) for f in (ROOT/'ches_align'/'cli').glob('*.py')]
+    ends = [f for tree in trees for f in ast.walk(tree) if isinstance(f, ast.With)
+            and ast.unparse(f.items[0].context_expr).startswith('one_line(')]
+    assert len(ends) == 1 and re.findall(r'^    (\w+)=ches_align', (ROOT/'settings.ini').read_text(), re.M) == ['ches']
+    for name in COMMANDS: assert callable(load_command(name))
+    tell(record_property, ['survived']*len(COMMANDS))
 
 @pytest.mark.parametrize('which', [signal.SIGTERM, signal.SIGINT])  # a kill: tests/test_cli.py
 def test_a_signal_ends_a_run_that_goes_on(place, which, record_property):
     out = place/f'cut{int(which)}'
     def heard(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in its background is deaf to Ctrl-C
-    process = started(place, command('ches_score', 'pairs.jsonl', '--model', 'model', '--out', out.name),
+    process = started(place, command('score', 'pairs.jsonl', '--model', 'model', '--output_dir', out.name),
                       stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     end = time.time() + 120
     while process.poll() is None and time.time() < end and not any(out.glob('scores/part-*.parquet')): time.sleep(.002)
     process.send_signal(signal.SIGSTOP)  # a second run comes while the first has the folder
-    with pytest.raises(SystemExit, match='another run is writing there'): score_here(place, out.name)
+    assert 'another run is writing there' in score_here(place, out.name)[2]
     process.send_signal(signal.SIGCONT)
     process.send_signal(which)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 1 and 'ches_score: stopped; the same command continues' in said, said
+    assert process.returncode == 130 and 'ches score: stopped; the same command continues' in said, said
     assert not json.loads((out/'manifest.json').read_text())['complete'] and not list(out.rglob('*.partial'))
     with only_writer(out): pass  # nobody holds it
     for f in out.glob('scores/*.parquet'): pd.read_parquet(f)
     kept = {f: f.stat().st_mtime_ns for f in out.glob('scores/*.parquet')}
-    score_here(place, out.name)
+    assert score_here(place, out.name)[0] == 0
     assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
     pd.testing.assert_frame_equal(load_scores(out), load_scores(place/'whole'), check_exact=True)
     tell(record_property, ['refused', 'survived'])

@@ -19,7 +19,7 @@ def place(tmp_path_factory):
             for a in words for b in words for q in range(9) if a < b]
     (where/'pairs.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     for wish in ('yes', 'no'):
-        done = run(where, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', wish, '--share_prompt', wish)
+        done = run(where, 'score', 'pairs.jsonl', '--model', 'model', '--output_dir', wish, '--share_prompt', wish)
         assert done.returncode == 0, done.stderr
     return where
 
@@ -33,13 +33,13 @@ def test_the_same_scores(place):
     pd.testing.assert_frame_equal(shared, apart, check_exact=False, rtol=1e-3, atol=1e-3)
 
 def test_two_processes_share_to_the_bit(place):
-    done = run_two(place, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'two', '--share_prompt', 'yes')
+    done = run_two(place, 'score', 'pairs.jsonl', '--model', 'model', '--output_dir', 'two', '--share_prompt', 'yes')
     assert done.returncode == 0, done.stderr
     pd.testing.assert_frame_equal(load_scores(place/'two'), load_scores(place/'yes'), check_exact=True)
 
 @pytest.mark.parametrize('args, said', [
-    (['--share_prompt', 'maybe', '--out', 'x'], 'one of auto, yes, no'),
-    (['--share_prompt', 'no', '--out', 'yes'], 'share_prompt was True, is False')], ids=['wish', 'other'])
+    (['--share_prompt', 'maybe', '--output_dir', 'x'], 'one of auto, yes, no'),
+    (['--share_prompt', 'no', '--output_dir', 'yes'], 'share_prompt was True, is False')], ids=['wish', 'other'])
 def test_refused(place, args, said):
-    done = run(place, 'ches_score', 'pairs.jsonl', '--model', 'model', *args)
+    done = run(place, 'score', 'pairs.jsonl', '--model', 'model', *args)
     assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr

@@ -1,4 +1,4 @@
-"""`ches_train` on grids of single-prompt runs: by a user, killed and run again, and with files that cannot work."""
+"""`ches train` on grids of single-prompt runs: by a user, killed and run again, and with files that cannot work."""
 import json
 import os
 import signal
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import refused
 from conftest import save_tiny
 
 CONFIG = dict(kind='single_prompt', pairs=[dict(chosen='Yes', rejected='No', behaviour='No'),
@@ -43,9 +44,9 @@ def save(where, name, **changes):
     (where/name).write_text(yaml.safe_dump(CONFIG | files | changes))
     return name
 
-def command(*args): return [sys.executable, str(Path(sys.executable).with_name('ches_train')), *args]
+def command(*args): return [sys.executable, '-m', 'ches_align', 'train', *args]
 
-def ches_train(place, *args):
+def train(place, *args):
     return subprocess.run(command(*args), cwd=place, capture_output=True, text=True, timeout=300)
 
 def lines(out):
@@ -53,7 +54,7 @@ def lines(out):
     return {r['key']: {k: v for k, v in r.items() if k != 'seconds'} for r in found}
 
 def test_killed_and_run_again(place):
-    done = ches_train(place, 'grid.yaml', '--set', 'out=whole')
+    done = train(place, 'grid.yaml', '--set', 'out=whole')
     assert done.returncode == 0 and '6 runs; table: whole' in done.stdout, done.stderr
     path = place/'killed'/'runs.jsonl'
     with subprocess.Popen(command('grid.yaml', '--set', 'out=killed'), cwd=place, stdout=subprocess.PIPE,
@@ -64,22 +65,22 @@ def test_killed_and_run_again(place):
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
     first = path.read_text().splitlines()[:2]
-    again = ches_train(place, 'grid.yaml', '--set', 'out=killed')
+    again = train(place, 'grid.yaml', '--set', 'out=killed')
     assert again.returncode == 0, again.stderr
     assert path.read_text().splitlines()[:2] == first
     assert lines(place/'killed') == lines(place/'whole') and len(first) == 2
 
 def test_held_against_a_record(place):
     from ches_align.training.grid_report import grid_record
-    assert ches_train(place, 'grid.yaml', '--set', 'out=held').returncode == 0
+    assert train(place, 'grid.yaml', '--set', 'out=held').returncode == 0
     (place/'record.json').write_text(json.dumps(grid_record(place/'held')))
-    done = ches_train(place, 'grid.yaml', '--set', 'out=held', '--against', 'record.json')
+    done = train(place, 'grid.yaml', '--set', 'out=held', '--against', 'record.json')
     assert 'same verdict in 6, same direction in 6' in done.stdout, done.stderr
 
 def test_check_loads_no_weights(place):
     weights = place/'model'/'model.safetensors'
     weights.rename(place/'away')
-    try: done = ches_train(place, 'grid.yaml', '--check')
+    try: done = train(place, 'grid.yaml', '--check')
     finally: (place/'away').rename(weights)
     assert done.returncode == 0, done.stderr
     assert '6 runs, at most 240 updates' in done.stdout and 'Yes = ' in done.stdout, done.stdout
@@ -96,7 +97,6 @@ def test_check_loads_no_weights(place):
     ({}, dict(against='nowhere.json', set=['seeds=[1]']), 'nowhere.json: cannot be read'),
 ])
 def test_what_cannot_work_is_one_line(place, changes, args, said, monkeypatch):
-    from ches_align.cli_train import ches_train
     monkeypatch.chdir(place)
-    with pytest.raises(SystemExit) as e: ches_train(save(place, 'bad.yaml', **changes), **args)
-    assert str(e.value).startswith('ches_train: ') and said in str(e.value) and '\n' not in str(e.value)
+    line = refused('train', save(place, 'bad.yaml', **changes), **args)
+    assert line.startswith('ches train: ') and said in line

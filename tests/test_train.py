@@ -109,7 +109,7 @@ def test_killed_and_continued(settings, home, tmp_path):
     file, many = tmp_path/'run.yaml', ['max_steps=20', 'save_steps=2', 'limit=8',
                   'per_device_train_batch_size=1', 'gradient_accumulation_steps=1']
     file.write_text(f"kind: preference\nmodel: {home/'tiny'}\ndata: {home/'pairs.jsonl'}\nlearning_rate: 1e-4\n"
-                    f'out: {tmp_path/"killed"}\n')
+                    f'output_dir: {tmp_path/"killed"}\n')
     process = run(file, '--set', *many, wait=False)
     deadline = time.time() + 100
     while not (tmp_path/'killed/checkpoints/checkpoint-4/trainer_state.json').exists() and time.time() < deadline:
@@ -141,7 +141,7 @@ def test_lora(settings, home):
     again = settings(model=f'{config.output_dir}/model', output_dir=f'{config.output_dir}_2', max_steps=1,
                      learning_rate=1e-9)
     train_preferences(again)  # an adapter is folded into its base, and all weights are trained on
-    once_more = load_model(f'{again.out}/model')
+    once_more = load_model(f'{again.output_dir}/model')
     with torch.no_grad(): change = (once_more.model(ids).logits - tuned.model(ids).logits).abs().max()
     assert change < 1e-4
 
@@ -210,7 +210,7 @@ def test_wrong_input(settings, home, tmp_path):
     with pytest.raises(AuditError, match='its manifest is of format 1, this version reads format 2'):
         train_preferences(settings(output_dir=str(tmp_path/'other')))
     _, error, code = run(tmp_path/'absent.yaml')
-    assert code == 1 and error.strip().splitlines()[-1].startswith('ches_train: ') and 'Traceback' not in error
+    assert code == 1 and error.strip().splitlines()[-1].startswith('ches train: ') and 'Traceback' not in error
 
 @pytest.mark.parametrize('path', sorted((ROOT/'configs/preference').glob('*.yaml')), ids=lambda p: p.stem)
 def test_committed_configurations_parse(path):

@@ -33,9 +33,9 @@ def place(tmp_path_factory):
     (place/'pairs.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     return place
 
-def ches_train(place, config, *flags):
-    (place/'start.py').write_text(BLOCK + 'from ches_align.cli_train import ches_train; ches_train()')
-    return subprocess.run([sys.executable, place/'start.py', config, *flags], capture_output=True, text=True,
+def train(place, config, *flags):
+    (place/'start.py').write_text(BLOCK + 'from ches_align.cli.main import main; main()')
+    return subprocess.run([sys.executable, place/'start.py', 'train', config, *flags], capture_output=True, text=True,
                           timeout=240, env=os.environ | dict(OMP_NUM_THREADS='1'))
 
 def preference(place, **changed):
@@ -44,17 +44,17 @@ def preference(place, **changed):
     return place/'run.yaml'
 
 def test_a_preference_run_is_checked_and_training_says_what_is_missing(place):
-    done = ches_train(place, preference(place), '--check')
+    done = train(place, preference(place), '--check')
     assert done.returncode == 0 and '8 of 8 pairs usable' in done.stdout, done.stderr[-2000:]
-    done = ches_train(place, preference(place))
+    done = train(place, preference(place))
     assert done.returncode == 1 and 'Traceback' not in done.stderr, done.stderr[-2000:]
     assert "TRL is not installed, and training needs it: pip install 'ches_align[train]'" in done.stderr
-    done = ches_train(place, preference(place, lora={}), '--check')
+    done = train(place, preference(place, lora={}), '--check')
     assert done.returncode == 1 and 'PEFT is not installed' in done.stderr and 'Traceback' not in done.stderr
 
 @pytest.mark.parametrize('path', ['persona/smollm2_dpo.yaml', 'grue/smollm2_heuristics.yaml'])
 def test_other_kinds_are_checked(place, path):
-    done = ches_train(place, ROOT/'configs'/path, '--check')
+    done = train(place, ROOT/'configs'/path, '--check')
     print(done.stdout, done.stderr)
     assert 'No module named' not in done.stderr and 'is not installed' not in done.stderr, done.stderr[-2000:]
-    assert 'Traceback' not in done.stderr and (done.stdout or done.stderr.startswith('ches_train: '))
+    assert 'Traceback' not in done.stderr and (done.stdout or done.stderr.startswith('ches train: '))

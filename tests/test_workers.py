@@ -16,11 +16,11 @@ def place(tmp_path_factory):
     rows = [dict(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected) for p in load_pairs('sample')]*2
     rows.append(dict(prompt='a', chosen='b', rejected='b'))
     (where/'pairs.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
-    assert run(where, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'one').returncode == 0
+    assert run(where, 'score', 'pairs.jsonl', '--model', 'model', '--output_dir', 'one').returncode == 0
     return where
 
 def test_two_processes_one_table(place):
-    done = run_two(place, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'two')
+    done = run_two(place, 'score', 'pairs.jsonl', '--model', 'model', '--output_dir', 'two')
     assert done.returncode == 0 and done.stdout.count('pairs scored by model') == 1, done.stderr
     one, two = load_scores(place/'one'), load_scores(place/'two')
     pd.testing.assert_frame_equal(one, two, check_exact=True)
@@ -29,7 +29,7 @@ def test_two_processes_one_table(place):
 def test_a_killed_process_loses_its_open_shard(place):
     "The launcher ends the other; finished shards are not made again"
     out = place/'cut'
-    process = started(place, command_two('ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'cut'))
+    process = started(place, command_two('score', 'pairs.jsonl', '--model', 'model', '--output_dir', 'cut'))
     end, workers = time.time() + 200, []
     while process.poll() is None and time.time() < end:
         children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout
@@ -40,25 +40,25 @@ def test_a_killed_process_loses_its_open_shard(place):
     assert process.wait(100) != 0
     kept = {f: f.stat().st_mtime_ns for f in out.glob('scores/*.parquet')}
     assert len(kept) > 2 and not json.loads((out/'manifest.json').read_text())['complete']
-    assert run_two(place, 'ches_score', 'pairs.jsonl', '--model', 'model', '--out', 'cut').returncode == 0
+    assert run_two(place, 'score', 'pairs.jsonl', '--model', 'model', '--output_dir', 'cut').returncode == 0
     assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
     pd.testing.assert_frame_equal(load_scores(out), load_scores(place/'one'), check_exact=True)
 
 @pytest.mark.parametrize('args, said', [
-    (['--limit', '5', '--out', 'one'], 'holds another run'),
-    (['--out', '/proc/no'], 'cannot be written')], ids=['other', 'folder'])
+    (['--limit', '5', '--output_dir', 'one'], 'holds another run'),
+    (['--output_dir', '/proc/no'], 'cannot be written')], ids=['other', 'folder'])
 def test_what_cannot_work_ends_both(place, args, said):
-    done = run_two(place, 'ches_score', 'pairs.jsonl', '--model', 'model', *args)
+    done = run_two(place, 'score', 'pairs.jsonl', '--model', 'model', *args)
     assert done.returncode != 0, done.stderr
-    assert done.stderr.count(f'ches_score: {said}' if said.startswith('/') else said) == 2, done.stderr
+    assert done.stderr.count(f'ches score: {said}' if said.startswith('/') else said) == 2, done.stderr
 
 def test_two_processes_audit_rewards(place):
     "Each draws what it takes from the counter; texts, rewards and table are those of one process"
     (place/'tasks.jsonl').write_text(''.join(json.dumps(dict(prompt=f'Task {i}', answer='a')) + '\n' for i in range(8)))
-    asked = ['tasks.jsonl', '--model', 'model', '--reward', 'contains', '--samples', '8', '--first', '4',
-             '--max_new_tokens', '6', '--low', '0', '--high', '1', '--batch_tokens', '100', '--out']
-    assert run(place, 'ches_reward_std', *asked, 'audit1').returncode == 0
-    done = run_two(place, 'ches_reward_std', *asked, 'audit2')
+    asked = ['tasks.jsonl', '--model', 'model', '--reward', 'contains', '--max_responses', '8', '--min_responses', '4',
+             '--max_new_tokens', '6', '--reward_range', '0', '1', '--batch_tokens', '100', '--output_dir']
+    assert run(place, 'spread', *asked, 'audit1').returncode == 0
+    done = run_two(place, 'spread', *asked, 'audit2')
     assert done.returncode == 0 and done.stdout.count('8 prompts, ') == 1, done.stderr
     for name in ('table.csv', 'rows.jsonl'):
         assert (place/'audit1'/name).read_text() == (place/'audit2'/name).read_text()

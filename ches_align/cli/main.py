@@ -180,7 +180,7 @@ class SamplingOptions:
         "Keyword arguments of `generate_responses`."
         return {name: getattr(self, name) for name in ('batch_tokens', 'engine', 'apply_chat_template')}
 
-# %% ../../nbs/cli/600_main.ipynb #11fd2e00
+# %% ../../nbs/cli/600_main.ipynb #46371436
 def _source(cls: type) -> list[str]:
     "The lines of a class, from a module or from a notebook's cell, where `inspect` knows of functions alone"
     lines = linecache.getlines(vars(cls)['check'].__code__.co_filename)
@@ -209,55 +209,56 @@ def _reads(name: str, kind: Any) -> dict[str, Any]:
     word = WORDS.get(kind, name.rpartition('_')[2].upper())
     if get_origin(kind) is tuple:
         return dict(nargs=len(get_args(kind)), type=get_args(kind)[0], metavar=('LOW', 'HIGH'))
-    if get_origin(kind) is list: return dict(nargs='*', type=get_args(kind)[0], metavar=word)
+    if get_origin(kind) is list: return dict(nargs='*', action='extend', type=get_args(kind)[0], metavar=word)
     return dict(type=kind, metavar=word)
 
 def _help(text: str, default: Any) -> str:
     "The docment, with the default where the docment does not say it"
-    shown = '' if default in (None, False, (), '') or 'default:' in text else f' (default: {default})'
+    said = default is None or default is False or default == [] or 'default:' in text
+    shown = '' if said else f' (default: {default})'
     return (text + shown).replace('%', '%%')
 
-# %% ../../nbs/cli/600_main.ipynb #70ed569a
+# %% ../../nbs/cli/600_main.ipynb #119c3499
 class Parser(argparse.ArgumentParser):
     "A parser that takes no abbreviations and says in one line what is wrong."
     def __init__(self, *args: Any, **options: Any):
         shape = lambda prog: argparse.HelpFormatter(prog, max_help_position=30)
-        super().__init__(*args, allow_abbrev=False, formatter_class=shape, **options)
+        super().__init__(*args, allow_abbrev=False, add_help=False, formatter_class=shape, **options)
 
     def error(self, message: str) -> NoReturn:
         "Raise `UsageError` in place of printing the usage."
         raise UsageError(message)
 
-# %% ../../nbs/cli/600_main.ipynb #45599668
+# %% ../../nbs/cli/600_main.ipynb #1e79804b
 def command_parser(
     function: Callable, # with docments
     name: str,          # of the command
 ) -> Parser:
     "Build the parser of a command from its signature."
     summary, _, more = inspect.cleandoc(function.__doc__ or '').partition('\n\n')
-    parser, texts = Parser(prog=f'ches {name}', description=summary, epilog=more or None), docments(function)
-    own = {'Options': parser.add_argument_group('Options'), 'Output': None}
-    for parameter in inspect.signature(function).parameters.values():
-        kind = _plain_type(parameter.annotation)
-        if dataclasses.is_dataclass(kind):
-            _add_group(parser, kind, None if parameter.default is parameter.empty else parameter.default)
-        elif parameter.kind is parameter.KEYWORD_ONLY:
-            title = 'Output' if parameter.name in ('output_dir', 'output') else 'Options'
-            if own[title] is None: own[title] = parser.add_argument_group(title)
-            reads = _reads(parameter.name, kind)
-            own[title].add_argument(f'--{parameter.name}', default=parameter.default, **reads,
-                                    help=_help(texts[parameter.name], parameter.default))
+    parameters, texts = inspect.signature(function).parameters.values(), docments(function)
+    arguments = [parameter for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+    words = ' '.join(parameter.name.upper() for parameter in arguments)
+    parser = Parser(usage=f'ches {name} {words} [--option value ...]', description=summary, epilog=more or None)
+    groups = {title: parser.add_argument_group(title) for title in ('Arguments', 'Output', 'Options')}
+    for parameter in parameters:
+        kind, default = _plain_type(parameter.annotation), parameter.default
+        if dataclasses.is_dataclass(kind): _add_group(parser, kind, default)
+        elif parameter in arguments:
+            many = {} if default is parameter.empty else dict(nargs='?', default=default)
+            groups['Arguments'].add_argument(parameter.name, type=kind, metavar=parameter.name.upper(), **many,
+                                             help=texts[parameter.name])
         else:
-            many = dict(nargs='?', default=parameter.default) if parameter.default is not parameter.empty else {}
-            parser.add_argument(parameter.name, type=kind, metavar=parameter.name.upper(), **many,
-                                help=texts[parameter.name])
+            group = groups['Output' if parameter.name in ('output_dir', 'output') else 'Options']
+            group.add_argument(f'--{parameter.name}', default=default, **_reads(parameter.name, kind),
+                               help=_help(texts[parameter.name], default))
     return parser
 
 def _add_group(parser: Parser, cls: type, defaults: Any) -> None:
     "The fields of a dataclass as a group of options"
     group, texts = parser.add_argument_group(cls.__doc__), _comments(cls)
     for field in dataclasses.fields(cls):
-        default = field.default if defaults is None else getattr(defaults, field.name)
+        default = getattr(defaults, field.name)
         group.add_argument(f'--{field.name}', default=default, **_reads(field.name, _plain_type(field.type)),
                            help=_help(texts[field.name], default))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SORRY_BENCH', 'SORRY_HUMAN', 'KINDS', 'load_prompts', 'load_gold', 'question_hashes', 'make_preferences',
-           'split_prompts', 'write_preferences']
+           'split_prompts', 'write_preferences', 'check_split']
 
 # %% ../../nbs/refusal/360_preferences.ipynb #3708c873
 import math
@@ -254,7 +254,10 @@ def write_preferences(
     about: dict | None = None, # kept in split.json: model, judge, sampling ...
 ) -> dict[str, int]:         # rows of each file
     "Split and write. Raises `AuditError` when nothing is usable."
-    held = _held_out([pair for pair in pairs if pair['use']], test, seed)
+    questions = [pair['prompt_hash'] for pair in check_split(pairs, test)]
+    held = split_prompts(questions, test, seed)
+    if test and not held:
+        warnings.warn(f'no pair is held out: {test:g} of {len(set(questions))} questions is less than one')
     files: dict[str, list] = {name: [] for name in ('train', 'test', 'left_out', 'gold_train', 'gold_test')}
     for pair in pairs:
         part = 'test' if pair['prompt_hash'] in held else 'train'
@@ -268,14 +271,15 @@ def write_preferences(
     return counts
 
 # %% ../../nbs/refusal/360_preferences.ipynb #6296d9a3
-def _held_out(usable: list[dict], test: float, seed: int) -> set[str]:
-    "Questions of the test set. Raises `AuditError` where there is no pair, or one question in all of them"
+def check_split(
+    pairs: Sequence[dict],   # from `make_preferences`
+    test: float = .15,       # share of the usable prompts to be held out
+) -> list[dict]:             # those that can be used
+    "Refuse pairs of which none can be used or held out, before anything is written. Raises `AuditError`."
+    split_prompts([], test)
+    usable = [pair for pair in pairs if pair['use']]
     if not usable: raise AuditError('no usable pair: every one is undecided or has the same response twice')
-    questions = [pair['prompt_hash'] for pair in usable]
-    if test and len(usable) > 1 and len(set(questions)) == 1:
+    if test and len(usable) > 1 and len({pair['prompt_hash'] for pair in usable}) == 1:
         raise AuditError(f'all {len(usable)} pairs ask one question (id {usable[0]["id"]}): give each question an id '
                          'of its own, or leave id out')
-    held = split_prompts(questions, test, seed)
-    if test and not held:
-        warnings.warn(f'no pair is held out: {test:g} of {len(set(questions))} questions is less than one')
-    return held
+    return usable

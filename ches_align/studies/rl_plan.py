@@ -46,7 +46,7 @@ STANDARD = dict(rft=dict(rft={}), sft_rft=dict(sft={}, rft={}),
 # %% ../../nbs/studies/404_rl_plan.ipynb #ab2507e4
 @dataclass(kw_only=True)
 class RLStudy:
-    "Arms of RFT and SFT from one start; `ches_train FILE` reads it from YAML."
+    "Arms of RFT and SFT from one start; `ches train FILE` reads it from YAML."
     kind: ClassVar[str] = 'rl'
     model: str                  # anything that `load_generator` takes
     tasks: str                  # anything that `load_tasks` takes

@@ -42,7 +42,7 @@ def usable(
     flagged = ', '.join(f'{n} {s} ({first[s]})' for s, n in counts.items() if s != 'ok')
     if not counts.get('ok'):
         raise AuditError(f'{where}: no pair can be trained on ({flagged or "there are none"}); '
-                         'ches_score lists the rows')
+                         'ches score lists the rows')
     if flagged: warnings.warn(f'{where}: {len(pairs) - counts["ok"]} of {len(pairs)} pairs are left out: {flagged}')
     return [e for e in encoded if e.status == 'ok'], counts
 

@@ -79,7 +79,7 @@ class DisplacementTracker:
         patience: int = 2,           # measurements in a row that must break a rule
         stop_destroyed: bool = True, # end training when most log-probabilities are ruined, see `ruined`
         budget: int | None = None,   # see `measure_probes`
-        scores: Any = None,          # a run of ches_score on the probes; None: CHES is computed at the start
+        scores: Any = None,          # a run of ches score on the probes; None: CHES is computed at the start
         reference: ProbeState | None = None, # compare with this in place of the start
         train_data: Any = None,      # told when it holds probes
         seed: int = 0):              # for drawing the probes

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Steps', 'Count', 'trial_pairs', 'check_loss', 'needs_reference', 'Lora', 'Displacement', 'Training', 'TrainConfig',
-           'half_weights', 'training_loss', 'trl_arguments', 'lora_adapters', 'steps_an_epoch', 'check']
+           'with_training', 'half_weights', 'training_loss', 'trl_arguments', 'lora_adapters', 'steps_an_epoch',
+           'check']
 
 # %% ../../nbs/training/250_train_config.ipynb #74e6082f
 import dataclasses
@@ -151,6 +152,14 @@ class TrainConfig(Training):
         super().check()
         if self.eval_share and self.eval_data: raise ConfigError('must be 0 where eval_data is given', key='eval_share')
         if self.dtype == 'float16': raise ConfigError(half_weights(self.optim).removeprefix('dtype '), key='dtype')
+
+def with_training(
+    training: Training, # what a study says of its arms
+    **others: Any,      # the other keys of a `TrainConfig`: model, data ...
+) -> TrainConfig:
+    "Put the two parts of a configuration together. Raises `ConfigError`."
+    shared = {f.name: getattr(training, f.name) for f in dataclasses.fields(Training)}
+    return TrainConfig(**shared | others)
 
 # %% ../../nbs/training/250_train_config.ipynb #272a0d88
 def half_weights(
