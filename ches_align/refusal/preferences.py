@@ -254,8 +254,10 @@ def write_preferences(
     about: dict | None = None, # kept in split.json: model, judge, sampling ...
 ) -> dict[str, int]:         # rows of each file
     "Split and write. Raises `AuditError` when nothing is usable."
-    usable = check_split(pairs, test)
-    held = _held_out(usable, test, seed)
+    questions = [pair['prompt_hash'] for pair in check_split(pairs, test)]
+    held = split_prompts(questions, test, seed)
+    if test and not held:
+        warnings.warn(f'no pair is held out: {test:g} of {len(set(questions))} questions is less than one')
     files: dict[str, list] = {name: [] for name in ('train', 'test', 'left_out', 'gold_train', 'gold_test')}
     for pair in pairs:
         part = 'test' if pair['prompt_hash'] in held else 'train'
@@ -281,11 +283,3 @@ def check_split(
         raise AuditError(f'all {len(usable)} pairs ask one question (id {usable[0]["id"]}): give each question an id '
                          'of its own, or leave id out')
     return usable
-
-def _held_out(usable: list[dict], test: float, seed: int) -> set[str]:
-    "Questions of the test set; told where it has none"
-    questions = [pair['prompt_hash'] for pair in usable]
-    held = split_prompts(questions, test, seed)
-    if test and not held:
-        warnings.warn(f'no pair is held out: {test:g} of {len(set(questions))} questions is less than one')
-    return held

@@ -84,5 +84,5 @@ def compare_summaries(
                  for folder, summary in zip(folders, summaries)]
         other = _differing(summaries)
     except (KeyError, TypeError, ValueError) as error:
-        raise AuditError(f"{', '.join(map(str, folders))}: a refusals.json is not of `ches judge` ({error!r})") from None
+        raise AuditError(f"{', '.join(map(str, folders))}: a refusals.json is not of ches judge ({error!r})") from None
     return _aligned(lines) + (f"\nnot of the same {' and '.join(other)}: not comparable as they stand" if other else '')

@@ -140,7 +140,7 @@ class _Plan(NamedTuple):
     def check(self) -> None:
         if not 2 <= self.min_responses <= self.max_responses:
             raise AuditError(f'min_responses {self.min_responses}, max_responses {self.max_responses}: '
-                             'at least 2, and not more than max_responses')
+                             'at least 2, and the first not above the second')
         if self.group < 2: raise AuditError(f'group of {self.group}: at least 2')
         if not self.threshold > 0: raise AuditError(f'threshold {self.threshold}: above 0')
 
