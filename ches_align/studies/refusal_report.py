@@ -79,6 +79,7 @@ def _changes(runs: Sequence[dict]) -> dict:
         rejected.append(np.array(row['d_rejected'], float)[:count].mean())
     return dict(own=np.mean(own), held=np.mean(held), rejected=np.mean(rejected))
 
+# %% ../../nbs/studies/403_refusal_report.ipynb #553ab6a3
 def rate_table(
     runs: Sequence[dict], # of `run_refusals`
     against: str = 'start', # the arm that changes are taken from

@@ -187,6 +187,7 @@ def _arm_line(name: str, arm: Phases) -> str:
     phases = [f'{phase} {changes}' if changes else phase for phase, changes in arm.given.items()]
     return f'arm {name}: {", then ".join(phases)}'
 
+# %% ../../nbs/studies/404_rl_plan.ipynb #966ff4dc
 def check_rl(
     study: RLStudy,
 ) -> str: # lines of text

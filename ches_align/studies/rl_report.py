@@ -123,7 +123,7 @@ def stage_table(
     draws: int = 2000,       # bootstrap samples of the prompts
     held: bool = False,      # of the held-out prompts, not of those trained on
 ) -> pd.DataFrame: # arm, stage, seeds; mean, change, low, high, seed_low, seed_high; p10, zero, below, no_spread_seen
-    "Describe start and every stage of every arm: mean, its change with an interval over prompts, range of seeds, spread."
+    "Describe start and every stage of every arm: mean, its change with an interval over prompts, seeds, spread."
     first, second, count = start_halves(runs)
     mine = slice(count, None) if held else slice(0, count)
     halves = np.stack([first[mine], second[mine]])  # each as large as a stage's samples

@@ -157,7 +157,8 @@ def _check_settings(study: RLStudy, run: Run) -> None:
     for row in run.rows():
         arm = study.arms.get(row['arm'])
         if arm and row['settings'] != plain(arm.given):
-            raise AuditError(f"{run.folder}: arm {row['arm']} was run with other settings: give the new one another name")
+            raise AuditError(f"{run.folder}: arm {row['arm']} was run with other settings: "
+                             'give the new one another name')
 
 def run_rl(
     study: RLStudy,

@@ -87,6 +87,7 @@ def write_report(
     write_files(files)
     return list(files)
 
+# %% ../../nbs/studies/375_study.ipynb #d3e993de
 def interval_dots(
     ax: Any,                  # Matplotlib axes
     labels: Sequence[str],    # one a dot, from the top down
@@ -136,6 +137,7 @@ def _preference() -> Study:
         record=lambda folder: read_object(Path(folder).expanduser()/'manifest.json'),
         summary=lambda plan, rows, files: run_summary(rows[0]))
 
+# %% ../../nbs/studies/375_study.ipynb #8dba9731
 STUDIES = dict(
     preference='ches_align.studies.study:_preference',
     single_prompt='ches_align.studies.grid_report:grid_study',
@@ -173,6 +175,7 @@ def _check_places(plan: Any, *read: Any) -> None:
         raise AuditError(f'{plan.model}: the model would be written over by the one that is trained; name another '
                          'output_dir')
 
+# %% ../../nbs/studies/375_study.ipynb #f7b4364b
 def run_config(
     config: str | Path,            # YAML file, of a kind of `STUDIES`
     overrides: Sequence[str] = (), # 'key=value', over what the file says

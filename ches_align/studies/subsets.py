@@ -177,7 +177,8 @@ def _fitted(study: SubsetStudy, fit: Fit, rows: Sequence[Pair]) -> str:
     "A copy of the model fitted to the preferred responses of the rows that arms may train on; its folder"
     folder = Path(study.output_dir).expanduser()/'start'
     write_lines(folder/'rows.jsonl', [
-        dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected, **template_columns(pair)) for pair in rows])
+        dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected, **template_columns(pair))
+        for pair in rows])
     config = TrainConfig(
         model=study.model, data=str(folder/'rows.jsonl'), output_dir=str(folder/'run'), loss='sft_mean',
         max_length=study.max_length, seed=study.limit_seed, bf16=study.train.bf16, **dataclasses.asdict(fit))

@@ -227,6 +227,7 @@ def steps_an_epoch(
     passes = math.ceil(max(0, pairs)/training.per_device_train_batch_size)
     return math.ceil(passes/training.gradient_accumulation_steps)
 
+# %% ../../nbs/training/250_train_config.ipynb #9502d9a4
 def _data_line(config: TrainConfig) -> str:
     reading = dict(limit=config.limit, limit_seed=config.limit_seed, apply_chat_template=config.apply_chat_template)
     try: pairs = load_pairs(config.data, config.split, config.columns, **reading)
