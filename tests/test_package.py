@@ -1,5 +1,5 @@
 "What is built is what is here: wheel and sdist hold all modules and files that the package reads; its commands exist."
-import subprocess, sys, tarfile, zipfile
+import ast, subprocess, sys, tarfile, zipfile
 from configparser import ConfigParser
 from importlib import import_module
 
@@ -47,3 +47,13 @@ def test_sdist(built):
               'CITATION.cff', 'SECURITY.md'}
     assert wanted() <= names and beside <= names
     assert not [n for n in names if n.startswith(('nbs/', 'tests/', '.ci/'))]
+
+def test_what_is_offered_to_editors():
+    "The imports for type checkers in `__init__.py` are the names that are resolved on first use, each from its home."
+    package = import_module('ches_align')
+    (block,) = [node for node in ast.parse((ROOT/'ches_align'/'__init__.py').read_text('utf-8')).body
+                if isinstance(node, ast.If)]
+    offered = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert offered == package._homes and set(offered) <= set(dir(package))
+    for name, home in offered.items():
+        assert getattr(package, name) is getattr(import_module(f'ches_align.{home}'), name)
