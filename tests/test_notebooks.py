@@ -46,7 +46,7 @@ def asked():
         if any('full' in cell.marks for cell in cells(path)):
             yield pytest.param(path, 'full', id=f'{name}, full', marks=pytest.mark.full)
 
-@pytest.mark.parametrize('path, flags', asked())
+@pytest.mark.parametrize('path, flags', [*asked()])
 def test_notebook(path, flags, context, request):
     skip = settings(ROOT)['tst_flags'].split()
     force = request.config.getoption('flags').split() + flags.split()
