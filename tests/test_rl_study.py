@@ -12,7 +12,7 @@ def place(tmp_path_factory):
     save_tiny(where/'model')
     rows = [dict(prompt=f'Say {w}', answer=w) for w in ('one', 'two', 'six', 'ten', 'low', 'red')]
     (where/'tasks.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
-    study = dict(kind='rl', model='model', tasks='tasks.jsonl', reward='contains', test=.34, samples=4,
+    study = dict(kind='rl', model='model', tasks='tasks.jsonl', reward='contains', test=.34, responses=4,
                  sampling=dict(max_new_tokens=3), apply_chat_template='no', save_steps=10,
                  sft=dict(learning_rate=3e-2, epochs=50, batch=4),
                  rft=dict(learning_rate=1e-3, steps=3, prompts=4, group=2),
@@ -22,33 +22,33 @@ def place(tmp_path_factory):
 
 def test_killed_and_run_again(place):
     "Finished arms stay, the cut one goes on; lines, table and picture are those of a run in one go"
-    done = run(place, 'train', 'study.yaml', '--set', 'out=whole')
+    done = run(place, 'train', 'study.yaml', '--set', 'output_dir=whole')
     assert done.returncode == 0, done.stderr
     assert '1 seed of 3 arms' in done.stdout and 'table: whole/table.csv' in done.stdout, done.stdout
     begun = place/'killed'/'.arm_work'/'sft_rft_0'/'sft.safetensors'
-    killed(place, begun, 'train', 'study.yaml', '--set', 'out=killed')
+    killed(place, begun, 'train', 'study.yaml', '--set', 'output_dir=killed')
     assert 1 <= len(lines(place/'killed'/'runs.jsonl')) < 4 and not (place/'killed'/'table.csv').exists()
-    assert run(place, 'train', 'study.yaml', '--set', 'out=killed').returncode == 0
+    assert run(place, 'train', 'study.yaml', '--set', 'output_dir=killed').returncode == 0
     assert lines(place/'killed'/'runs.jsonl') == lines(place/'whole'/'runs.jsonl')
     assert (place/'killed'/'table.csv').read_text() == (place/'whole'/'table.csv').read_text()
     assert (place/'killed'/'stages.png').exists()
     after, = (r['after_sft']['rewards'] for r in lines(place/'whole'/'runs.jsonl') if r['arm'] == 'sft_rft')
     assert (learnt := sum(map(sum, after[:4]))/16) > .9, (learnt, 'finetuning on the answers gives the answers')
     for change, says in (('arms.rft.rft.steps=9', 'arm rft was run with other settings'),
-                         ('samples=5', 'holds another run (study.')):
-        assert says in run(place, 'train', 'study.yaml', '--set', 'out=whole', change).stderr
+                         ('responses=5', 'holds another study (study.responses was 4, is 5')):
+        assert says in run(place, 'train', 'study.yaml', '--set', 'output_dir=whole', change).stderr
 
 @pytest.mark.parametrize('changes, said', [
     (['tasks=nowhere.jsonl'], 'no such file'), (['tasks=grue/squad'], 'one of narrative_qa'),
     (['reward=bleurt'], 'one of exact_match'), (['model=nowhere'], 'nowhere'),
-    (['arms={a: {ppo: {}}}'], 'sft, rft or both'), (['rft.lr=1'], "unknown key 'lr'"),
-    (['rft.clip=null', 'rft.epochs=2'], 'on-policy'), (['test=1.5'], 'test 1.5'),
-    (['reward=format'], 'format needs an expression'), (['high=-1', 'low=-2'], 'leave the range -2 to -1')],
+    (['arms={a: {ppo: {}}}'], 'one of sft, rft'), (['rft.lr=1'], "unknown key 'rft.lr'"),
+    (['rft.clip=null', 'rft.epochs=2'], 'on-policy'), (['test=1.5'], 'key test: must be at least 0 and below 1'),
+    (['reward=format'], 'format needs an expression'), (['reward_range=[-2, -1]'], 'leave the range -2 to -1')],
     ids=lambda v: v[0] if isinstance(v, list) else '')
 def test_what_cannot_work(place, tmp_path, changes, said, monkeypatch):
     "One line and exit code 1"
     monkeypatch.chdir(place)
-    assert said in refused('train', 'study.yaml', set=[f"out={tmp_path/'out'}", *changes])
+    assert said in refused('train', 'study.yaml', set=[f"output_dir={tmp_path/'out'}", *changes])
 
 def test_a_data_set_of_grue_with_an_encoder_decoder(place):
     "Rows of the public schema, prompts cut, KL penalty and several epochs, on a made-up T5"
@@ -67,7 +67,7 @@ def test_a_data_set_of_grue_with_an_encoder_decoder(place):
             for i in range(6)]
     (place/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     study = RLStudy(model=str(place/'t5'), tasks=f"grue/iwslt={place/'rows.jsonl'}", reward='exact_match',
-                    out=str(place/'grue'), limit=4, prompt_tokens=8, samples=2, apply_chat_template='no',
+                    output_dir=str(place/'grue'), limit=4, prompt_tokens=8, responses=2, apply_chat_template='no',
                     sampling=dict(max_new_tokens=4, top_k=10), sft=dict(learning_rate=1e-2, batch=2, epochs=2),
                     rft=dict(steps=2, prompts=4, minibatch=2, epochs=2, kl=.01, kl_target=1., entropy=.01),
                     arms=dict(both=dict(sft={}, rft={})))

@@ -30,14 +30,9 @@ CONFIGS = sorted(p for p in (Path(__file__).parents[1]/'configs').rglob('*.yaml'
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: f'{p.parent.name}/{p.stem}')
 def test_every_shipped_file_is_read(path):
-    from ches_align.studies.refusal_plan import RefusalStudy
-    from ches_align.studies.rl_plan import RLStudy
-    from ches_align.studies.subsets import SubsetStudy
+    from ches_align.studies.study import PLANS
     from ches_align.training.config import load_config
-    from ches_align.training.grid_config import SinglePromptConfig
-    from ches_align.training.train_config import TrainConfig
-    cfg = load_config(path, {k.kind: k for k in (TrainConfig, SinglePromptConfig, SubsetStudy, RefusalStudy, RLStudy)})
-    assert cfg.kind in path.read_text()
+    assert load_config(path, PLANS).kind in path.read_text()
 
 def save(where, name, **changes):
     files = dict(model=str(where/'model'), data=str(where/'persona.jsonl'))
@@ -54,10 +49,10 @@ def lines(out):
     return {r['key']: {k: v for k, v in r.items() if k != 'seconds'} for r in found}
 
 def test_killed_and_run_again(place):
-    done = train(place, 'grid.yaml', '--set', 'out=whole')
+    done = train(place, 'grid.yaml', '--set', 'output_dir=whole')
     assert done.returncode == 0 and '6 runs; table: whole' in done.stdout, done.stderr
     path = place/'killed'/'runs.jsonl'
-    with subprocess.Popen(command('grid.yaml', '--set', 'out=killed'), cwd=place, stdout=subprocess.PIPE,
+    with subprocess.Popen(command('grid.yaml', '--set', 'output_dir=killed'), cwd=place, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 200
         while not (path.exists() and path.read_text().count('\n') >= 2) and process.poll() is None:
@@ -65,16 +60,16 @@ def test_killed_and_run_again(place):
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
     first = path.read_text().splitlines()[:2]
-    again = train(place, 'grid.yaml', '--set', 'out=killed')
+    again = train(place, 'grid.yaml', '--set', 'output_dir=killed')
     assert again.returncode == 0, again.stderr
     assert path.read_text().splitlines()[:2] == first
     assert lines(place/'killed') == lines(place/'whole') and len(first) == 2
 
 def test_held_against_a_record(place):
-    from ches_align.training.grid_report import grid_record
-    assert train(place, 'grid.yaml', '--set', 'out=held').returncode == 0
+    from ches_align.studies.grid_report import grid_record
+    assert train(place, 'grid.yaml', '--set', 'output_dir=held').returncode == 0
     (place/'record.json').write_text(json.dumps(grid_record(place/'held')))
-    done = train(place, 'grid.yaml', '--set', 'out=held', '--against', 'record.json')
+    done = train(place, 'grid.yaml', '--set', 'output_dir=held', '--against', 'record.json')
     assert 'same verdict in 6, same direction in 6' in done.stdout, done.stderr
 
 def test_check_loads_no_weights(place):
@@ -93,7 +88,7 @@ def test_check_loads_no_weights(place):
     (dict(recipes=[dict(learning_rates=1)]), {}, 'learning_rate'),
     (dict(pairs=[dict(chosen='Yes', rejected='No', behaviour='Perhaps')]), {}, "unknown behaviour 'Perhaps'"),
     (dict(data='nowhere.jsonl'), {}, 'nowhere.jsonl: no such file'),
-    ({}, dict(set=['seeds=[1, 1]']), 'a seed is given twice'),
+    ({}, dict(set=['seeds=[1, 1]']), 'key seeds: 1 is given twice'),
     ({}, dict(against='nowhere.json', set=['seeds=[1]']), 'nowhere.json: cannot be read'),
 ])
 def test_what_cannot_work_is_one_line(place, changes, args, said, monkeypatch):

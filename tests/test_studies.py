@@ -13,8 +13,9 @@ ENV = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
 def place(tmp_path_factory):
     where = tmp_path_factory.mktemp('studies')
     save_tiny(where/'model')
-    study = dict(kind='subsets', model='model', data='sample', sample=40, max_length=48, measures=['ches', 'random'],
-                 quantiles=[0, 1], size=8, held_out=6, train=dict(learning_rate=1e-3, batch=2, accumulation=2))
+    study = dict(kind='subsets', model='model', data='sample', limit=40, max_length=48, measures=['ches', 'random'],
+                 quantiles=[0, 1], size=8, held_out=6,
+                 train=dict(learning_rate=1e-3, per_device_train_batch_size=2, gradient_accumulation_steps=2))
     (where/'study.yaml').write_text(yaml.safe_dump(study))
     return where
 
@@ -29,9 +30,9 @@ def lines(out):
 
 def test_killed_and_run_again(place):
     "The finished arms stay, the others follow; the table is that of a run in one go"
-    done = train(place, '--set', 'out=whole')
+    done = train(place, '--set', 'output_dir=whole')
     assert done.returncode == 0 and '3 arms; table: whole' in done.stdout, done.stderr
-    process = subprocess.Popen(command('--set', 'out=killed'), cwd=place, stdout=subprocess.DEVNULL,
+    process = subprocess.Popen(command('--set', 'output_dir=killed'), cwd=place, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env=ENV)
     path, end = place/'killed'/'runs.jsonl', time.time() + 120
     while not path.exists() and time.time() < end: time.sleep(.05)
@@ -39,17 +40,18 @@ def test_killed_and_run_again(place):
     process.wait()
     kept = len(path.read_text().splitlines())
     assert 1 <= kept < 3
-    assert train(place, '--set', 'out=killed').returncode == 0
+    assert train(place, '--set', 'output_dir=killed').returncode == 0
     assert lines(place/'killed') == lines(place/'whole')
     assert (place/'killed'/'points.png').exists()
 
 def test_two_processes(place):
     "With the same pairs a step, two processes train an arm to the weights of one: the changes agree"
-    asked = train(place, '--set', 'out=two', 'train.accumulation=1')
+    asked = train(place, '--set', 'output_dir=two', 'train.gradient_accumulation_steps=1')
     assert asked.returncode == 0, asked.stderr
     config = Path(__file__).parents[1]/'configs/accelerate/ddp_2gpu.yaml'
     launch = ['accelerate.commands.launch', '--config_file', str(config)]
-    both = [sys.executable, '-m', *launch, *command()[1:], '--set', 'out=pair', 'train.batch=1', 'train.accumulation=1']
+    both = [sys.executable, '-m', *launch, *command()[1:], '--set', 'output_dir=pair',
+            'train.per_device_train_batch_size=1', 'train.gradient_accumulation_steps=1']
     told = subprocess.run(both, cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
     assert told.returncode != 0 and 'score first, in one process' in told.stderr
     done = subprocess.run([*both, 'scores=two/scores'], cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
@@ -65,11 +67,11 @@ def test_two_processes(place):
     (['size=60'], 'the study needs 60 + 6 held out'),
     (['scores=nowhere'], 'no scores there'),
     (['train={learning_rate: 1e-3, lss: dpo}'], 'did you mean loss'),
-    (['quantiles=[1.5]'], 'in [0, 1]'),
+    (['quantiles=[1.5]'], 'key quantiles, item 1: must be at least 0 and at most 1, is 1.5'),
     (['pool=39'], 'pairs can be trained on'),
     (['data=nowhere.jsonl'], 'no such file')], ids=lambda v: v[0].split('=')[0] if isinstance(v, list) else '')
 def test_what_cannot_work(place, changes, said, monkeypatch):
     "One line and exit code 1, from the command's own function"
     monkeypatch.chdir(place)
-    assert said in refused('train', 'study.yaml', set=['out=wrong', *changes])
+    assert said in refused('train', 'study.yaml', set=['output_dir=wrong', *changes])
     assert not (place/'wrong'/'manifest.json').exists()  # what cannot work claims no folder

@@ -242,8 +242,8 @@ def test_two_processes(settings, home, tmp_path):
                                      'gradient_accumulation_steps: 1\nmax_steps: 2\nlearning_rate: 1e-3\n')
     launch = ['accelerate.commands.launch', '--config_file', ROOT/'configs/accelerate/ddp_2gpu.yaml', '-m']
     command = [sys.executable, '-m', *map(str, launch), 'ches_align', 'train', str(tmp_path/'run.yaml')]
-    done = subprocess.run([*command, '--set', f'output_dir={tmp_path}/two'], capture_output=True, text=True, timeout=120,
-                          env=os.environ | dict(OMP_NUM_THREADS='1'))
+    done = subprocess.run([*command, '--set', f'output_dir={tmp_path}/two'], capture_output=True, text=True,
+                          timeout=120, env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stdout + done.stderr
     made = json.loads((tmp_path/'two/manifest.json').read_text())
     assert made['processes'] == 2 and made['steps'] == 2 and done.stdout.count('step 1/2') == 1

@@ -39,7 +39,8 @@ def train(place, config, *flags):
                           timeout=240, env=os.environ | dict(OMP_NUM_THREADS='1'))
 
 def preference(place, **changed):
-    settings = dict(kind='preference', model=str(place/'tiny'), data=str(place/'pairs.jsonl'), output_dir=str(place/'out'))
+    settings = dict(kind='preference', model=str(place/'tiny'), data=str(place/'pairs.jsonl'),
+                    output_dir=str(place/'out'))
     (place/'run.yaml').write_text(yaml.safe_dump(settings | changed))
     return place/'run.yaml'
 

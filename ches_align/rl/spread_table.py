@@ -19,6 +19,7 @@ from scipy.special import betaln
 from scipy.stats import beta, spearmanr
 
 from ..audit.files import AuditError
+from ..audit.stats import bootstrap
 from .sampling import prompt_hash
 from .spread import clean_rewards, merge_equal, prompt_spread, zero_group_chance
 from .tasks import name_groups
@@ -125,10 +126,10 @@ def noise_free_share(
     seed: int = 0,             # of the draws
 ) -> tuple[float, float, float]: # share, low and high end of its 95% interval
     "Share of prompts under a threshold with the sampling noise taken out; interval by drawing prompts."
-    k, n, g = np.asarray(successes), np.asarray(n), np.random.default_rng(seed)
-    some = [g.integers(0, len(k), len(k)) for _ in range(draws)]
-    shares = [share_below(*fit_beta(k[i], n[i]), threshold) for i in some]
-    return share_below(*fit_beta(k, n), threshold), *np.quantile(shares, [.025, .975]).tolist()
+    k = np.asarray(successes)
+    n = np.asarray(n)
+    def share(drawn: np.ndarray) -> float: return share_below(*fit_beta(k[drawn], n[drawn]), threshold)
+    return share_below(*fit_beta(k, n), threshold), *bootstrap(share, len(k), draws, seed)
 
 # %% ../../nbs/rl/331_spread_table.ipynb #5bc24914
 def spread_mixture(
@@ -224,8 +225,7 @@ def _unseen(table: pd.DataFrame) -> dict[str, Any]:
 
 def _share(mask: Float[np.ndarray, "n"], draws: int, g: np.random.Generator) -> list[float]:
     "A share and its 95% interval, by drawing prompts"
-    some = [mask[g.integers(0, len(mask), len(mask))].mean() for _ in range(draws)]
-    return [float(mask.mean()), *np.quantile(some, [.025, .975]).tolist()]
+    return [float(mask.mean()), *bootstrap(lambda drawn: mask[drawn].mean(), len(mask), draws, g)]
 
 def _below(ok: pd.DataFrame, a: float, b: float, threshold: float, seed: int) -> dict[str, Any]:
     "Share of prompts under the threshold by a model, and how many prompts the model has to take as they are"

@@ -33,7 +33,7 @@ class Arm(Settings):
     name: str                  # unique among the arms of a seed
     rows: list[int]            # row ids of the pairs to train on
     seed: int = 0              # of the order of the pairs
-    changes: Annotated[dict[str, Any], PartOf(Training)] = field(default_factory=dict) # what differs: sft, max_steps ...
+    changes: Annotated[dict[str, Any], PartOf(Training)] = field(default_factory=dict) # what differs: sft ...
 
     @property
     def key(self) -> str: return f'{self.name}|{self.seed}'
@@ -75,6 +75,7 @@ def _train(config: TrainConfig, train: Sequence[EncodedPair]) -> tuple[Any, str]
     if here.is_main_process: shutil.rmtree(Path(config.output_dir), ignore_errors=True)
     return trainer, stopped
 
+# %% ../../nbs/studies/380_arms.ipynb #6472c531
 def run_arm(
     config: TrainConfig,             # of this arm
     train: Sequence[EncodedPair],    # what it trains on

@@ -97,6 +97,7 @@ def describe_start(
     rates = dict(both=both[chosen].item(), features=features[chosen].item(), head=head[chosen].item())
     return dict(geometry=geometry, rates=rates, hidden_norm=h.norm().item()), features
 
+# %% ../../nbs/studies/378_grid.ipynb #8f87b48c
 def one_run(
     lm: ScoringModel,     # at the cell's start; changed
     prompt: Prompt,

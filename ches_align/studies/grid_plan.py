@@ -46,6 +46,7 @@ class Start(Settings):
         if self.sft != 'chosen' and self.until is not None:
             raise ConfigError(f'start {self.name}: `until` goes with sft: chosen')
 
+# %% ../../nbs/studies/377_grid_plan.ipynb #ad813349
 @dataclass
 class Recipe(Settings):
     "How one preference is trained."

@@ -33,7 +33,7 @@ from ..refusal.teaching import REFUSALS, first_replies, teaching_rows, write_tea
 from ..rl.generation import generate_responses
 from ..rl.sampling import Sampling, prompt_hash, row_seed, wrap_generator
 from .arms import Arm, arm_config, arm_row, response_logps, run_arm
-from .refusal_plan import RefusalStudy, Teaching, plan_refusal_arms
+from .refusal_plan import RefusalStudy, plan_refusal_arms
 from .study import Group, run_groups
 from ..training.config import config_dict
 from ..training.displacement import is_refusal

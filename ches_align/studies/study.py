@@ -87,6 +87,7 @@ def write_report(
     write_files(files)
     return list(files)
 
+# %% ../../nbs/studies/375_study.ipynb #d3e993de
 def interval_dots(
     ax: Any,                  # Matplotlib axes
     labels: Sequence[str],    # one a dot, from the top down
@@ -96,9 +97,9 @@ def interval_dots(
     start: float = 0.,        # a line to compare with
 ) -> None:
     "Draw dots with intervals, a line each."
-    x, low, high = (np.asarray(column, float) for column in (values, low, high))
+    x = np.asarray(values, float)
     y = np.arange(len(labels))[::-1]
-    reach = np.nan_to_num(np.stack([x - low, high - x]))
+    reach = np.nan_to_num(np.stack([x - np.asarray(low, float), np.asarray(high, float) - x]))
     ax.errorbar(x, y, xerr=reach, fmt='o', color=COLORS['blue'], capsize=3)
     ax.axvline(start, color='k', lw=.6)
     ax.set_yticks(y, labels)
@@ -119,7 +120,7 @@ class Study:
     "What is known of a kind of study."
     plan: type                                       # the dataclass that a file becomes, with its `kind`
     check: Callable[[Any], str]                      # what a plan would take, without weights
-    run: Callable[[Any], list[dict]]                 # do what is missing of a plan; all rows
+    run: Callable[..., list[dict]]                   # do what is missing of a plan; all rows
     report: Callable[[Path], list[Path]]             # write tables and figures from the rows of a folder
     record: Callable[[Path], dict]                   # what is committed of a folder
     summary: Callable[[Any, list[dict], list[Path]], str] # of plan, rows and written files, for people
@@ -136,6 +137,7 @@ def _preference() -> Study:
         record=lambda folder: read_object(Path(folder).expanduser()/'manifest.json'),
         summary=lambda plan, rows, files: run_summary(rows[0]))
 
+# %% ../../nbs/studies/375_study.ipynb #8dba9731
 STUDIES = dict(
     preference='ches_align.studies.study:_preference',
     single_prompt='ches_align.studies.grid_report:grid_study',
@@ -173,6 +175,7 @@ def _check_places(plan: Any, *read: Any) -> None:
         raise AuditError(f'{plan.model}: the model would be written over by the one that is trained; name another '
                          'output_dir')
 
+# %% ../../nbs/studies/375_study.ipynb #f7b4364b
 def run_config(
     config: str | Path,            # YAML file, of a kind of `STUDIES`
     overrides: Sequence[str] = (), # 'key=value', over what the file says
@@ -190,7 +193,7 @@ def run_config(
     _check_places(plan, config, against)
     if check: return study.check(plan)
     if study.tells_first: say(study.check(plan))
-    rows = study.run(plan, resume) if plan.kind == 'preference' else study.run(plan)
+    rows = study.run(plan, resume=resume) if plan.kind == 'preference' else study.run(plan)
     if not processes().is_main_process: return ''
     lines = [study.summary(plan, rows, study.report(Path(plan.output_dir)))]
     if against is not None and study.compare: lines.append(study.compare(rows, Path(against)))

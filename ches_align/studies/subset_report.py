@@ -57,6 +57,7 @@ def point_table(
                         high=table.trained + trained, held_low=table.held - held,
                         held_high=table.held + held).reset_index()
 
+# %% ../../nbs/studies/400_subset_report.ipynb #1d2980c8
 PREDICTORS = ('ches', 'ln_ches', 'head_ches', 'neg_edit_distance', 'last_hidden_inner', 'length')
 
 def score_predictions(

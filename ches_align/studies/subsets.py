@@ -51,7 +51,7 @@ class SubsetStudy(Settings):
     output_dir: str = 'runs/subsets'
     split: str | None = None    # of the data
     columns: dict[str, str] | str | None = None # which column is which
-    apply_chat_template: Literal['auto', 'yes'] = 'auto' # auto: to messages; yes: to text prompts too, as one message
+    apply_chat_template: Literal['auto', 'yes', 'no'] = 'auto' # yes: to text prompts too; no: not to messages either
     limit: Steps = None         # rows drawn from the data; None = all
     limit_seed: int = 548       # of that draw and of the held-out rows
     max_length: Annotated[int | None, Bounds(ge=2)] = 512 # of prompt + response, in tokens
@@ -177,7 +177,8 @@ def _fitted(study: SubsetStudy, fit: Fit, rows: Sequence[Pair]) -> str:
     "A copy of the model fitted to the preferred responses of the rows that arms may train on; its folder"
     folder = Path(study.output_dir).expanduser()/'start'
     write_lines(folder/'rows.jsonl', [
-        dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected, **template_columns(pair)) for pair in rows])
+        dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected, **template_columns(pair))
+        for pair in rows])
     config = TrainConfig(
         model=study.model, data=str(folder/'rows.jsonl'), output_dir=str(folder/'run'), loss='sft_mean',
         max_length=study.max_length, seed=study.limit_seed, bf16=study.train.bf16, **dataclasses.asdict(fit))

@@ -122,6 +122,7 @@ class _Place(NamedTuple):
         name = max(parts, key=len)
         return self.at(mapping, name).down(mapping[name], key[len(name) + 1:])
 
+# %% ../../nbs/training/200_config.ipynb #d29e2413
 def _say(where: _Place, text: str) -> NoReturn:
     if where.file: raise ConfigError(text, str(where))
     raise ConfigError(text, key=where.key)
@@ -168,6 +169,7 @@ class Bounds(Check):
             return f'must be {self}{finite}, is {number:g}'
         return ''
 
+# %% ../../nbs/training/200_config.ipynb #5236500f
 @dataclass(frozen=True)
 class OneOf(Check):
     "A name out of a table; null passes."
@@ -252,6 +254,7 @@ def _fit_annotated(value: Any, hint: Any, where: _Place) -> Any:
         if problem: _say(where, problem)
     return value
 
+# %% ../../nbs/training/200_config.ipynb #141dcbfe
 def _fit_items(value: Any, origin: type, args: tuple, where: _Place) -> Any:
     "Lists and mappings, each item"
     item = args[-1] if args else Any
@@ -278,7 +281,8 @@ def _fit(value: Any, hint: Any, where: _Place) -> Any:
         return value if value in names else _say(where, unknown_name('value', value, map(str, names)))
     kind = origin or hint
     if kind is dict:
-        return _fit_items(value, dict, get_args(hint), where) if isinstance(value, dict) else _misfit(value, hint, where)
+        if not isinstance(value, dict): _misfit(value, hint, where)
+        return _fit_items(value, dict, get_args(hint), where)
     if isinstance(kind, type) and issubclass(kind, Sequence) and kind is not str:
         if not isinstance(value, (list, tuple)): _misfit(value, hint, where)
         return _fit_items(value, kind, get_args(hint), where)
@@ -313,6 +317,7 @@ def _build(mapping: dict, cls: type, where: _Place) -> Any:
     except (ValueError, TypeError) as error:
         _say(where, str(error))
 
+# %% ../../nbs/training/200_config.ipynb #e1c6acf5
 def _nested(hint: Any) -> type | None:
     "The dataclass that a hint is, or may be"
     if dataclasses.is_dataclass(hint): return hint if isinstance(hint, type) else None
@@ -391,9 +396,10 @@ def _read_file(path: Path) -> _Mapping:
     except UnicodeDecodeError: _say(where, 'not UTF-8; convert the file')
     except OSError as error: _say(where, f'cannot be read ({error.strerror or error})')
     mapping = _read_yaml(text, where)
-    if not isinstance(mapping, dict): _say(where, 'must be a mapping, lines of `key: value`')
+    if not isinstance(mapping, _Mapping): _say(where, 'must be a mapping, lines of `key: value`')
     return mapping
 
+# %% ../../nbs/training/200_config.ipynb #7c17af72
 def load_config(
     path: str | Path,              # a YAML file
     kinds: Mapping[str, type],     # the dataclasses that its key `kind` chooses from

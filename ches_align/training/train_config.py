@@ -134,7 +134,7 @@ class TrainConfig(Training):
     columns: dict[str, str] | str | None = None # which column is which
     limit: Steps = None         # read at most this many rows
     limit_seed: int | None = None # draw them by this seed; None = the first
-    apply_chat_template: Literal['auto', 'yes'] = 'auto' # auto: to messages; yes: to text prompts too, as one message
+    apply_chat_template: Literal['auto', 'yes', 'no'] = 'auto' # yes: to text prompts too; no: not to messages either
     eval_share: Annotated[float, Bounds(ge=0, lt=1)] = 0. # share of the pairs held out
     eval_data: str | None = None # or data of their own
     max_length: Annotated[int | None, Bounds(ge=2)] = 1024 # of prompt + response, in tokens; responses are cut
@@ -227,6 +227,7 @@ def steps_an_epoch(
     passes = math.ceil(max(0, pairs)/training.per_device_train_batch_size)
     return math.ceil(passes/training.gradient_accumulation_steps)
 
+# %% ../../nbs/training/250_train_config.ipynb #9502d9a4
 def _data_line(config: TrainConfig) -> str:
     reading = dict(limit=config.limit, limit_seed=config.limit_seed, apply_chat_template=config.apply_chat_template)
     try: pairs = load_pairs(config.data, config.split, config.columns, **reading)
