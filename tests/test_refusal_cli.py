@@ -65,7 +65,7 @@ def test_judge_pairs_score(place, answers, monkeypatch):
 
 @pytest.mark.full
 def test_a_killed_split_is_written_again(place, answers, monkeypatch):
-    "A folder of pairs is a run: another split is refused, the same one is written again where a kill left it unfinished"
+    "A folder of pairs is a run: another split is refused, the same is written again where a kill cut it"
     monkeypatch.chdir(place)
     done('judge', 'answers', output_dir='judged_twice')
     done('pairs', 'judged_twice', output_dir='split')

@@ -342,7 +342,7 @@ def overview() -> str: # at most a screen
     return '\n'.join(['usage: ches COMMAND ... [--option value ...]', '',
         'Which preference pairs push preferred responses down, which prompts give RL no gradient.', '', *lines, '',
         'ches COMMAND --help    the options of a command',
-        'ches audit sample --output_dir demo    try it: forty pairs and a small model come with the package',
+        'ches audit sample --output_dir demo    try it: pairs and a small model come with it',
         'ches --version         the version', '',
         'Exit codes: 0 done, 1 something to fix (one line says what), 2 wrong usage, 130 stopped.'])
 

@@ -204,7 +204,8 @@ def _open(tracker: DisplacementTracker, model: nn.Module, step: int, twice: Sequ
         begun, noise, tracker.baseline, tracker.history = _read_history(tracker, manifest, step)
         known = {*tracker.baseline.row_hashes}  # a probe that could not be measured then has nothing to compare with
         tracker.kept = [k for k in tracker.kept if tracker.encoded[k].row_hash in known]
-    elif step: tracker.tell(f'no history in {tracker.output_dir}: changes are counted from step {step}, not from step 0')
+    elif step:
+        tracker.tell(f'no history in {tracker.output_dir}: changes are counted from step {step}, not from step 0')
     else: _set_aside(tracker)
     tracker.floor, tracker.vocab = max(tracker.tolerance, 2 * noise), twice[0].fork.shape[1]
     about = dict(begun=begun, noise_per_token=noise, floor=tracker.floor, tolerance=tracker.tolerance,
