@@ -102,7 +102,7 @@ def split_text(
     shorter = min(len(chosen), len(rejected))
     last_space = max((k for k in range(shared + 1) if chosen[k:k+1].isspace() and rejected[k:k+1].isspace()), default=0)
     if words and last_space: shared = last_space
-    elif shared == shorter: shared = max(shared - 1, 0)  # one text goes on where the other ends: a character of it is left to both
+    elif shared == shorter: shared = max(shared - 1, 0)  # a character is left to both
     elif shared and chosen[shared-1] == ' ': shared -= 1
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
@@ -496,9 +496,9 @@ def _find_layout(
 
 # %% ../../nbs/audit/110_data.ipynb #7da94e02
 def choose_layout(
-    names: Iterable[str],           # the column names of a row
-    where: str = 'data',            # named in the error
-    columns: dict[str, str] | None = None, # {'chosen': 'a', ...}: which column is which
+    names: Iterable[str],                      # the column names of a row
+    where: str = 'data',                       # named in the error
+    columns: dict[str, str] | None = None,     # {'chosen': 'a', ...}: which column is which
 ) -> tuple[Callable[[dict], tuple], set[str]]: # row -> (prompt, chosen, rejected), and the columns it uses
     "Pick the converter for a set of columns. Raises `AuditError` when a needed column is missing."
     try:
