@@ -233,7 +233,7 @@ def audit(
     quiet_libraries()
     try:
         audited = audit_dataset(data, name, output_dir, by=by, keep=keep, **vars(rows), **scoring.arguments(),
-                              dtype=model.dtype, device=model.device, model_options=model.extras())
+                                dtype=model.dtype, device=model.device, model_options=model.extras())
     except NothingKept as nothing:
         if processes().is_main_process and nothing.audit: _found(nothing.audit)
         raise
