@@ -36,44 +36,44 @@ class TrainingState:
         self.identity = plain(identity)
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    def save(
-        self,
-        facts: dict[str, Any], # JSON-able: the step, what was logged ...
-    ) -> None:
-        "Write the file, whole or not at all. Raises `AuditError` when it cannot be written."
-        if self.path is None: return
-        kept = {f'weight {name}': parameter.detach().contiguous() for name, parameter in self.trained.items()}
-        for name, parameter in self.trained.items():
-            moments = self.optimiser.state.get(parameter, {})
-            kept |= {f'{what} {name}': value for what, value in moments.items() if torch.is_tensor(value)}
-        header = dict(identity=json.dumps(self.identity, sort_keys=True), told=json.dumps(plain(facts)))
-        part = self.path.with_name(f'.{self.path.name}.{os.getpid()}.partial')
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file(kept, part, header)
-                os.replace(part, self.path)
-            except SafetensorError as error:
-                raise OSError(str(error)) from None
-            finally:
-                part.unlink(missing_ok=True)  # half a file of a full disk
+    def load(self) -> dict[str, Any] | None: # what was told; None: there is no file
+        "Put weights and moments back. Raises `AuditError` for a file of another training, or one that holds no state."
+        if self.path is None or not self.path.exists(): return None
+        try:
+            with safe_open(self.path, 'pt') as file:
+                header = file.metadata()
+                then = json.loads(header['identity'])
+                refuse_other(self.path, then, dict.fromkeys(then) | self.identity, 'training')
+                self._put_back(file)
+                return json.loads(header['told'])
+        except AuditError:
+            raise
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise AuditError(f'{self.path}: no state of a training ({error}): delete it') from None
 
 # %% ../../nbs/rl/334_training_state.ipynb #553990c3
 @patch
-def load(self: TrainingState) -> dict[str, Any] | None: # what was told; None: there is no file
-    "Put weights and moments back. Raises `AuditError` for a file of another training, or one that holds no state."
-    if self.path is None or not self.path.exists(): return None
-    try:
-        with safe_open(self.path, 'pt') as file:
-            header = file.metadata()
-            then = json.loads(header['identity'])
-            refuse_other(self.path, then, dict.fromkeys(then) | self.identity, 'training')
-            self._put_back(file)
-            return json.loads(header['told'])
-    except AuditError:
-        raise
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise AuditError(f'{self.path}: no state of a training ({error}): delete it') from None
+def save(
+    self: TrainingState,
+    facts: dict[str, Any], # JSON-able: the step, what was logged ...
+) -> None:
+    "Write the file, whole or not at all. Raises `AuditError` when it cannot be written."
+    if self.path is None: return
+    kept = {f'weight {name}': parameter.detach().contiguous() for name, parameter in self.trained.items()}
+    for name, parameter in self.trained.items():
+        moments = self.optimiser.state.get(parameter, {})
+        kept |= {f'{what} {name}': value for what, value in moments.items() if torch.is_tensor(value)}
+    header = dict(identity=json.dumps(self.identity, sort_keys=True), told=json.dumps(plain(facts)))
+    part = self.path.with_name(f'.{self.path.name}.{os.getpid()}.partial')
+    with writing(self.path):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(kept, part, header)
+            os.replace(part, self.path)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+        finally:
+            part.unlink(missing_ok=True)  # half a file of a full disk
 
 # %% ../../nbs/rl/334_training_state.ipynb #a0cb7657
 @patch
