@@ -65,7 +65,8 @@ def _page_and_file(scores: pd.DataFrame, pairs: Iterable[Pair], folder: Path, by
     try:
         selection = select_pairs(scores, by, keep)
         card = write_selection(selection, pairs, folder/KEPT)
-    except AuditError as error: return Audit(folder, scores, report, None, None), str(error)
+    except AuditError as error:
+        return Audit(folder, scores, report, None, None), str(error)
     return Audit(folder, scores, report, selection, card), ''
 
 def audit_dataset(

@@ -42,8 +42,9 @@ def rule_text(
 # %% ../../nbs/audit/170_card.ipynb #94a0c645
 def _advice(card: dict[str, Any], kept: int) -> list[str]:
     "What to check next, each line for a reason in the numbers"
-    steps, before, after = card['steps'], *(sum(card['lengths'][k][c] for c in ('chosen_tokens', 'rejected_tokens'))
-                                            for k in ('before', 'after'))
+    steps = card['steps']
+    before, after = (sum(card['lengths'][k][c] for c in ('chosen_tokens', 'rejected_tokens'))
+                     for k in ('before', 'after'))
     lines = [f"One epoch is {steps['kept']} instead of {steps['full']} steps of {steps['batch_size']} pairs: train "
              f"{steps['epochs_for_equal_steps']} epochs, or stop the full run early, before comparing."
              ] if steps['kept'] < steps['full'] else []
@@ -69,6 +70,7 @@ def _advice(card: dict[str, Any], kept: int) -> list[str]:
 
 TRL_LENGTH = 1024  # tokens of prompt and response: the default `max_length` of TRL 1.16's DPOConfig
 
+# %% ../../nbs/audit/170_card.ipynb #83607bef
 def _trl_lengths(selection: pd.DataFrame, kept: pd.Series, run: dict[str, Any]) -> dict[str, Any]:
     "How the kept rows stand to the length at which TRL cuts"
     rows = selection[kept]
@@ -105,12 +107,17 @@ def drop_card(
     batch_size: int = 32,    # pairs an optimiser step
 ) -> dict[str, Any]:         # plain values, fit for JSON
     "What a selection kept and dropped, and what to check next. Raises `AuditError` when nothing is selected."
-    rule, run = selection.attrs.get('selection', {}), selection.attrs.get('manifest', {})
-    epochs, ranked, kept = matched_epochs(selection, batch_size), selection.reason.isin(RANKED), selection.selected
-    by, dropped = rule.get('by', 'ln_ches'), ranked & ~kept
-    values, tokens = order_values(selection, by, rule.get('seed', 0)), [f'{k}_tokens' for k in SIDES]
-    reach = lambda rows: [values[rows].min(), values[rows].max()] if rows.any() and by != 'random' else None
-    risky = lambda rows: (selection.head_ches[rows].dropna() > 0).mean()
+    rule = selection.attrs.get('selection', {})
+    run = selection.attrs.get('manifest', {})
+    epochs = matched_epochs(selection, batch_size)
+    ranked = selection.reason.isin(RANKED)
+    kept = selection.selected
+    by = rule.get('by', 'ln_ches')
+    dropped = ranked & ~kept
+    values = order_values(selection, by, rule.get('seed', 0))
+    tokens = [f'{k}_tokens' for k in SIDES]
+    def reach(rows): return [values[rows].min(), values[rows].max()] if rows.any() and by != 'random' else None
+    def risky(rows): return (selection.head_ches[rows].dropna() > 0).mean()
     card = dict(rule=rule, rule_text=rule_text(rule), by=by, reasons=selection.reason.value_counts().to_dict(),
         counts=dict(rows=len(selection), scored=ranked.sum(), kept=kept.sum(), dropped=dropped.sum(),
                     unscored=(~ranked).sum()),
@@ -135,9 +142,11 @@ def card_markdown(
     card: dict[str, Any], # from `drop_card`
 ) -> str:                 # Markdown; every value of the data, the model and the file stands there as literal text
     "The drop card as a page."
-    def number(v): return '-' if v is None else f'{v:.4g}'
-    def span(v): return f'{number(v[0])} to {number(v[1])}' if v else '-'
-    counts, steps, above = card['counts'], card['steps'], card['head_ches_above_zero']
+    def number(value): return '-' if value is None else f'{value:.4g}'
+    def span(ends): return f'{number(ends[0])} to {number(ends[1])}' if ends else '-'
+    counts = card['counts']
+    steps = card['steps']
+    above = card['head_ches_above_zero']
     lines = [f"# {counts['kept']} of {counts['rows']} pairs kept", '', f"Rule: {md_escape(card['rule_text'])}."]
     if card['run']:
         model, data = (md_escape(card['run'].get(k, '?')) for k in ('model', 'data'))
@@ -147,7 +156,8 @@ def card_markdown(
              [card['by'], *(span(card['score_range'][k]) for k in ('kept', 'dropped'))]]
     if above: sides.append(['share with head_ches > 0', number(above['kept']), number(above['dropped'])])
     lines += _table(['', 'kept', 'dropped'], sides)
-    before, after = card['lengths']['before'], card['lengths']['after']
+    before = card['lengths']['before']
+    after = card['lengths']['after']
     lines += _table(['mean tokens', 'before', 'after'], [[k.removesuffix('_tokens'), v, after[k]]
                                                          for k, v in before.items()])
     for column, values in card['composition'].items():
@@ -159,6 +169,7 @@ def card_markdown(
               '## What to check next', '']
     return '\n'.join(lines + [f'- {md_escape(line)}' for line in card['next']]) + '\n'
 
+# %% ../../nbs/audit/170_card.ipynb #308eb246
 def length_text(
     card: dict[str, Any], # from `drop_card`
 ) -> str:                 # without a full stop
@@ -199,6 +210,7 @@ def run_files(
     folder = path/'scores' if (path/'scores').is_dir() else path
     return [folder, *(d/'manifest.json' for d in (folder, folder.parent))]
 
+# %% ../../nbs/audit/170_card.ipynb #9224056f
 def write_selection(
     selection: pd.DataFrame,    # from `select_pairs` or a control
     pairs: Iterable[Pair],      # the data that were scored, in a list or a `PairSource`; read once
@@ -215,11 +227,12 @@ def write_selection(
         survey = survey_data(selection, pairs, rows.add)
         card = drop_card(_with_kinds(selection, survey), batch_size)
         content: Any = encode_rows(file_rows(selection, survey, rows, weights), format)
-        hows, told = column_forms(survey, rows.native), {}
-        if rows.native: content, told = parquet_bytes(list(file_rows(selection, survey, rows, weights)))
-        told = {k: REWRITTEN[hows[k]] for k in own_columns(survey, own) if hows[k]} | told
+        hows = column_forms(survey, rows.native)
+        rewritten = {}
+        if rows.native: content, rewritten = parquet_bytes(list(file_rows(selection, survey, rows, weights)))
+        rewritten = {k: REWRITTEN[hows[k]] for k in own_columns(survey, own) if hows[k]} | rewritten
         card['columns_left_out'] = sorted({*survey.columns} & (own | TRL_NAMES))
-        card |= dict(columns_rewritten=told, form='text' if survey.as_text else next(iter(survey.forms)))
+        card |= dict(columns_rewritten=rewritten, form='text' if survey.as_text else next(iter(survey.forms)))
         card['counts']['data_rows_without_score'] = survey.unscored
         text = json.dumps(card, indent=1, ensure_ascii=False, allow_nan=False)
         write_files(dict(zip(_beside(path), (text.encode(), card_markdown(card).encode(), content))))

@@ -70,9 +70,9 @@ def split_messages(
     rejected: list[dict], # the other one
 ) -> tuple[list[dict], list[dict], list[dict]]:
     "Prompt (the messages that both share, the last of the shorter one left out) and the two remainders."
-    n = 0
-    while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]: n += 1
-    return chosen[:n], chosen[n:], rejected[n:]
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]: shared += 1
+    return chosen[:shared], chosen[shared:], rejected[shared:]
 
 # %% ../../nbs/audit/110_data.ipynb #253a3138
 def parse_dialogue(
@@ -98,12 +98,13 @@ def split_text(
     words: bool = False, # cut at a white space where there is one, so that no word is torn
 ) -> tuple[str, str, str]:
     "Prompt (what both texts share) and the two remainders, as `trl.extract_prompt`: a space before them is theirs."
-    n, shorter = len(commonprefix([chosen, rejected])), min(len(chosen), len(rejected))
-    last_space = max((k for k in range(n + 1) if chosen[k:k+1].isspace() and rejected[k:k+1].isspace()), default=0)
-    if words and last_space: n = last_space
-    elif n == shorter: n = max(n - 1, 0)  # one text goes on where the other ends: a character of it is left to both
-    elif n and chosen[n-1] == ' ': n -= 1
-    return chosen[:n], chosen[n:], rejected[n:]
+    shared = len(commonprefix([chosen, rejected]))
+    shorter = min(len(chosen), len(rejected))
+    last_space = max((k for k in range(shared + 1) if chosen[k:k+1].isspace() and rejected[k:k+1].isspace()), default=0)
+    if words and last_space: shared = last_space
+    elif shared == shorter: shared = max(shared - 1, 0)  # a character is left to both
+    elif shared and chosen[shared-1] == ' ': shared -= 1
+    return chosen[:shared], chosen[shared:], rejected[shared:]
 
 # %% ../../nbs/audit/110_data.ipynb #5e21b7b0
 def _is_message(value: Any) -> bool:
@@ -129,16 +130,20 @@ LITERAL = 1 << 20  # characters; a longer text is read as JSON or not at all
 
 def _parsed(text: str) -> Any:
     "What a JSON or Python text holds; None: it is neither. numpy writes no comma between two messages"
-    try: return json.loads(text)
-    except (ValueError, RecursionError): pass
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
     if len(text) > LITERAL: return None
     strings = r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
     commas = re.sub(strings + r'|\}\s*(?=\{)', lambda m: m[1] or '}, ', text, flags=re.DOTALL)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # unknown escapes in a text
         for form in (text, commas):
-            try: return ast.literal_eval(form.strip())
-            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError): pass
+            try:
+                return ast.literal_eval(form.strip())
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                pass
     return None
 
 # %% ../../nbs/audit/110_data.ipynb #5e21b7a1
@@ -159,7 +164,8 @@ def read_message(
 ) -> tuple[dict[str, Any], str]:   # with `role` and `content`; what was read otherwise than it stands, or ''
     "A message as TRL takes it. Roles that are not known stay: the template decides about them."
     if 'role' not in message and isinstance(message.get('from'), str) and 'value' in message:
-        name, content = message['from'].strip().lower(), message['value']
+        name = message['from'].strip().lower()
+        content = message['value']
         rest = {k: v for k, v in message.items() if k not in ('from', 'value')}
         calls = _tool_calls(content) if name == 'function_call' else None
         if calls: content, rest = '', rest | dict(tool_calls=calls)
@@ -192,22 +198,28 @@ def _as_list(value: Any) -> Any:
     "A tuple or an array, which is what pandas makes of a column of lists, as a list"
     return list(value) if isinstance(value, tuple) or getattr(value, 'ndim', 0) == 1 else value
 
+def _read_cell(value: Any) -> tuple[Any, list[str]]:
+    "A cell with its messages as TRL takes them; what was read otherwise than it stands, a phrase each"
+    value = _as_list(value)
+    alone = _is_message(value)
+    messages = [value] if alone else value
+    if not _is_conversation(messages): return value, []
+    read, changed = zip(*map(read_message, messages))
+    return list(read), ['one message for a list'] * alone + [phrase for phrase in changed if phrase]
+
 def read_cells(
     row: dict[str, Any], # of the source
     used: set[str],      # the columns that the layout reads
 ) -> tuple[dict[str, Any], list[str]]: # the row with messages as TRL takes them; what was read otherwise, a phrase each
     "Read the messages of a row, whichever way they are written."
     held, alone = _conversations(row, used)
-    made, told = row | held, dict.fromkeys(['messages in text'] if held else [])
-    told |= dict.fromkeys(f'{k} looks like messages and is read as the text that it is' for k in alone)
-    for k in used & set(made):
-        value = made[k] = _as_list(made[k])
-        if _is_message(value): value, told['one message for a list'] = [value], None
-        if not _is_conversation(value): continue
-        made[k], changed = zip(*map(read_message, value))
-        made[k] = list(made[k])
-        told |= dict.fromkeys(filter(None, changed))
-    return made, list(told)
+    cells = row | held
+    readings = dict.fromkeys(['messages in text'] if held else [])
+    readings |= dict.fromkeys(f'{k} looks like messages and is read as the text that it is' for k in alone)
+    for k in used & set(cells):
+        cells[k], changed = _read_cell(cells[k])
+        readings |= dict.fromkeys(changed)
+    return cells, list(readings)
 
 # %% ../../nbs/audit/110_data.ipynb #5e21b7a9
 def template_arguments(
@@ -265,8 +277,10 @@ def _joined(row: dict, *columns: str) -> str:
 def _prefers_first(value: Any) -> bool:
     "Whether a preference from 1 (the first) to 2 (the second) is for the first"
     if not _filled(value): raise _Unfit('draw', 'preference is empty')
-    try: number = float(value)
-    except (TypeError, ValueError, OverflowError): number = None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
     if number is None or isinstance(value, bool):
         raise _Unfit('bad_preference', f'preference is {shorten(repr(value), 60)}, not a number from 1 to 2')
     if number != number or number in (0, 1.5): raise _Unfit('draw', f'preference is {value}')
@@ -277,9 +291,10 @@ def _alpacafarm(row: dict) -> tuple[Text, Text, Text]:
     "`instruction input output_1 output_2 preference` (1: the first is preferred, 2: the second)"
     prompt = [dict(role='user', content=_joined(row, 'instruction', 'input'))]
     first, second = (_as_messages(row[k], 'assistant') for k in ('output_1', 'output_2'))
-    try: return (prompt, first, second) if _prefers_first(row['preference']) else (prompt, second, first)
-    except _Unfit as e:
-        e.parts = prompt, first, second
+    try:
+        return (prompt, first, second) if _prefers_first(row['preference']) else (prompt, second, first)
+    except _Unfit as unfit:
+        unfit.parts = prompt, first, second
         raise
 
 def _persona(row: dict) -> tuple[Text, Text, Text]:
@@ -331,35 +346,36 @@ DECIDES = ('better_response_id', 'winner', 'preference', 'preferred', 'choice', 
            'preference_strength', 'overall_preference', 'ranking', 'score', 'rating')  # then what resembles them
 LISTS = ('completions', 'responses', 'answers', 'candidates', 'outputs', 'generations', 'summaries')
 
-def _two_responses(found: Iterable[str]) -> list[str]:
+def _two_responses(names: Iterable[str]) -> list[str]:
     "Columns that differ in a letter or number alone: `response_a response_b`, `human_ref_A human_ref_B`, `left right`"
     side = '(?:^|(?<=[ _.-]))(a|b|A|B|[0-2]|first|second|left|right)(?=[ _.-]|$)|(?<=[a-z])([0-2]|[AB])$'
     stems: dict[str, list[str]] = {}
-    for name in sorted(found):
+    for name in sorted(names):
         stem = re.sub(side, '*', name, count=1)
         if stem == '*' or stem != name and RESPONSES.search(stem): stems.setdefault(stem, []).append(name)
     pairs = [stems[stem] for stem in sorted(stems, key=len) if len(stems[stem]) > 1]
     return pairs[0] if pairs else []
 
-def _decides(found: Iterable[str], responses: list[str]) -> str | None:
+def _decides(names: Iterable[str], responses: list[str]) -> str | None:
     "The column that says which response is preferred"
-    others = [name for name in sorted(found) if name not in responses]
+    others = [name for name in sorted(names) if name not in responses]
     words = 'prefer|winner|better|safer|choice|label|vote|rank|score|verdict|judg|favou?r|select|picked'
     alike = [name for name in others if re.search(words, name, re.IGNORECASE)]
     return next((name for name in DECIDES if name in others), alike[0] if alike else None)
 
-def _advice(found: set[str]) -> str:
+def _advice(names: set[str]) -> str:
     "How to make pairs of rows whose preference is not told by the names of their columns, or ''"
-    responses = _two_responses(found)
-    column, several = _decides(found, responses), next((name for name in LISTS if name in found), None)
+    responses = _two_responses(names)
+    column = _decides(names, responses)
+    several = next((name for name in LISTS if name in names), None)
     if responses and column:
         return (f"{column!r} says which of {' and '.join(map(repr, responses))} is preferred: make columns chosen and "
                 'rejected by it, row by row, and leave draws out')
     if several: return (f"{several!r} holds several responses a row: choose a better and a worse one of each row, "
                         'by their scores or ranks, for columns chosen and rejected')
-    single = next((name for name in ('completion', 'response', 'output') if name in found), None)
+    single = next((name for name in ('completion', 'response', 'output') if name in names), None)
     if single and column: return f'{column!r} judges one response, {single!r}; pairs need a better and a worse one'
-    if not column or found & {'chosen', 'rejected'}: return ''
+    if not column or names & {'chosen', 'rejected'}: return ''
     return (f'if {column!r} says which response is preferred, make columns chosen and rejected by it, row by row; '
             'if columns do, name them: --columns chosen=COLUMN,rejected=COLUMN')
 
@@ -376,23 +392,25 @@ def _stands_for(text: str, row: dict, responses: list[str]) -> bool:
     if text.strip().isdecimal() and any(int(text) < len(each) and text not in each for each in lists): return True
     if any(text == row[name] for name in responses): return False
     if text.strip().lower() in ('a', 'b', '0', '1', '2', '3'): return False
-    name, kinds = bare(text.strip()), 'model|response|output|completion|assistant|candidate|humanref'
+    name = bare(text.strip())
+    kinds = 'model|response|output|completion|assistant|candidate|humanref'
     return re.fullmatch(f'({kinds})(a|b|[0-3])', name) is not None or name in map(bare, responses)
 
 # %% ../../nbs/audit/110_data.ipynb #e70a2d80
 BESIDE = ('system', 'input', 'history')  # parts of a prompt with columns of their own
 
-def _column_names(found: set[str], filled: set[str], columns: dict[str, str]) -> dict[str, str | None]:
+def _column_names(present: set[str], filled: set[str], columns: dict[str, str]) -> dict[str, str | None]:
     "Which column has which part: as told, else the first alias that holds something, else the first that is there"
     names: dict[str, str | None] = {}
     for part, aliases in ALIASES.items():
-        there = sorted((a for a in aliases if a in found), key=lambda a: a not in filled)
+        there = sorted((a for a in aliases if a in present), key=lambda a: a not in filled)
         names[part] = (columns[part] or None) if part in columns else next(iter(there), None)
     for part in BESIDE:
-        name, taken = columns.get(part, part), set(names.values())
+        name = columns.get(part, part)
+        taken = set(names.values())
         asked = part in columns or part == 'system' or names['prompt'] == 'instruction' or (
             part == 'history' and names['prompt'] is not None)
-        names[part] = name if asked and name in found and name not in taken else None
+        names[part] = name if asked and name in present and name not in taken else None
     return names
 
 def _read_prompt(row: dict, names: dict[str, str | None]) -> Text:
@@ -429,7 +447,8 @@ def _general(names: dict[str, str | None], responses: list[str], as_chat: bool) 
     "The converter of rows with a column for each response"
     def convert(row):
         if responses: _check_sides(row, names, responses)
-        chosen, rejected = row[names['chosen']], row[names['rejected']]
+        chosen = row[names['chosen']]
+        rejected = row[names['rejected']]
         if names['prompt'] is None or not _filled(row.get(names['prompt'])) and _carries_prompt(chosen, rejected):
             words = as_chat or bool(names['system'] and _filled(row.get(names['system'])))
             parts = _implicit(chosen, rejected, words)
@@ -441,40 +460,51 @@ def _general(names: dict[str, str | None], responses: list[str], as_chat: bool) 
 FIXED = ((_alpacafarm, {'instruction', 'output_1', 'output_2', 'preference'}),
          (_persona, {'question', 'answer_matching_behavior', 'answer_not_matching_behavior'}))
 
+def _check_named_sides(names: dict[str, str | None], filled: set[str], has: str) -> None:
+    "Refuse a row without a column for each response, and say how to name or make it. Raises `_Unfit`"
+    for need in ('chosen', 'rejected'):
+        if names[need]: continue
+        if advice := _advice(filled): raise _Unfit('own_preference', f'no column for the {need} response: {advice}')
+        raise _Unfit('missing_field', f'no column for the {need} response; {has}. Name it: --columns {need}=COLUMN')
+
+def _warn_passed_over(column: str | None, responses: list[str], named: set[str | None]) -> None:
+    "Warn of a column that may say otherwise than the named ones"
+    if not column: return
+    warn(f'column {column!r} may say which of {" and ".join(map(repr, responses))} is preferred; '
+         f'it is passed over, as --columns names {" and ".join(map(repr, sorted(named)))}')
+
 def _find_layout(
-    found: set[str],         # the names of a row's columns
+    present: set[str],         # the names of a row's columns
     filled: set[str],        # those that hold something
     columns: dict[str, str], # which column is which; '' = none is
     as_chat: bool = False,   # texts will become messages
 ) -> tuple[Callable[[dict], tuple], set[str]]:
     "As `choose_layout`. Raises `_Unfit`."
-    has = f"it has {shorten(', '.join(sorted(map(str, found))), 300)}"
-    if lost := [c for part, c in columns.items() if part in ALIASES and c and c not in found]:
+    has = f"it has {shorten(', '.join(sorted(map(str, present))), 300)}"
+    if lost := [c for part, c in columns.items() if part in ALIASES and c and c not in present]:
         raise _Unfit('missing_field', f'no column {lost[0]!r}; {has}')
     for convert, needs in FIXED:
-        if not columns and needs - {'preference'} <= filled and needs <= found:
-            return lambda row: _with_system(row, convert(row)), (needs | {'input', 'system'}) & found
-    names, responses = _column_names(found, filled, columns), _two_responses(filled)
+        if not columns and needs - {'preference'} <= filled and needs <= present:
+            return lambda row: _with_system(row, convert(row)), (needs | {'input', 'system'}) & present
+    names = _column_names(present, filled, columns)
+    responses = _two_responses(filled)
     responses = responses or [name for name in LISTS if name in filled]
-    for need in ('chosen', 'rejected'):
-        if names[need]: continue
-        if advice := _advice(filled): raise _Unfit('own_preference', f'no column for the {need} response: {advice}')
-        raise _Unfit('missing_field', f'no column for the {need} response; {has}. Name it: --columns {need}=COLUMN')
-    told = {names['chosen'], names['rejected']} & {*columns.values()}
-    if told and told <= {*responses} and (column := _decides(filled, responses)):
-        warn(f'column {column!r} may say which of {" and ".join(map(repr, responses))} is preferred; '
-             f'it is passed over, as --columns names {" and ".join(map(repr, sorted(told)))}')
-    return _general(names, [] if told else responses, as_chat), {name for name in names.values() if name}
+    _check_named_sides(names, filled, has)
+    named = {names['chosen'], names['rejected']} & {*columns.values()}
+    if named and named <= {*responses}: _warn_passed_over(_decides(filled, responses), responses, named)
+    return _general(names, [] if named else responses, as_chat), {name for name in names.values() if name}
 
 # %% ../../nbs/audit/110_data.ipynb #7da94e02
 def choose_layout(
-    found: Iterable[str],           # the column names of a row
-    where: str = 'data',            # named in the error
-    columns: dict[str, str] | None = None, # {'chosen': 'a', ...}: which column is which
+    names: Iterable[str],                      # the column names of a row
+    where: str = 'data',                       # named in the error
+    columns: dict[str, str] | None = None,     # {'chosen': 'a', ...}: which column is which
 ) -> tuple[Callable[[dict], tuple], set[str]]: # row -> (prompt, chosen, rejected), and the columns it uses
     "Pick the converter for a set of columns. Raises `AuditError` when a needed column is missing."
-    try: return _find_layout({*found}, {*found}, columns or {})
-    except _Unfit as e: raise AuditError(f'{where}: {e.args[1]}') from None
+    try:
+        return _find_layout({*names}, {*names}, columns or {})
+    except _Unfit as unfit:
+        raise AuditError(f'{where}: {unfit.args[1]}') from None
 
 # %% ../../nbs/audit/110_data.ipynb #ebce2f7f
 def _content(value: Text) -> str: return value if isinstance(value, str) else ''.join(map(message_text, value))
@@ -487,7 +517,8 @@ def _says(value: Text) -> bool:
     return isinstance(value, list) and any(m.get(k) for m in value for k in ('tool_calls', *THOUGHTS))
 
 def _bad_message(where: str, message: dict) -> tuple[str, str]:
-    content, calls = message.get('content'), message.get('tool_calls')
+    content = message.get('content')
+    calls = message.get('tool_calls')
     if not isinstance(message.get('role'), str): return 'missing_field', f'{where} has no role'
     if isinstance(content, str) or content is None and isinstance(calls, list) and calls: return '', ''
     if not isinstance(content, list): return 'missing_field', f'{where}.content is {shape_of(content)}'
@@ -524,9 +555,10 @@ def find_problem(
             return 'prompts_differ', f"{name} has the turns {shorten(', '.join(roles), 100)} after the common prompt"
     if chosen == rejected: return 'identical', 'chosen and rejected are the same'
     if not prompt and isinstance(prompt, list): return 'empty_prompt', 'prompt is an empty list'
-    try: json.dumps([prompt, chosen, rejected], ensure_ascii=False, default=str).encode('utf-8')
-    except UnicodeEncodeError as e:
-        return 'bad_text', f'half a surrogate pair ({ascii(e.object[e.start])}), which is no character'
+    try:
+        json.dumps([prompt, chosen, rejected], ensure_ascii=False, default=str).encode('utf-8')
+    except UnicodeEncodeError as error:
+        return 'bad_text', f'half a surrogate pair ({ascii(error.object[error.start])}), which is no character'
     return '', ''
 
 # %% ../../nbs/audit/110_data.ipynb #f3f87474
@@ -541,12 +573,15 @@ def _holds_texts(value: Any) -> bool: return isinstance(value, list) and any(isi
 def _as_trl_reads(row: dict, pair: Pair) -> dict[str, Any]:
     "The columns for the chat template where they are text that TRL does not read: it takes JSON, of tools only"
     columns = dict(chat_template_kwargs={}) | template_columns(pair)
-    made = {k: v for k, v in columns.items() if isinstance(row.get(k), str)}
-    if 'tools' in made:
-        try: json.loads(row['tools'])
-        except ValueError: made['tools'] = json.dumps(made['tools'], ensure_ascii=False)
-        else: del made['tools']
-    return made
+    rewritten = {k: v for k, v in columns.items() if isinstance(row.get(k), str)}
+    if 'tools' in rewritten:
+        try:
+            json.loads(row['tools'])
+        except ValueError:
+            rewritten['tools'] = json.dumps(rewritten['tools'], ensure_ascii=False)
+        else:
+            del rewritten['tools']
+    return rewritten
 
 # %% ../../nbs/audit/110_data.ipynb #f3f87475
 def _as_text(prompt: list[dict], sides: list[list[dict]]) -> tuple[str, str, str]:
@@ -558,14 +593,28 @@ def _as_text(prompt: list[dict], sides: list[list[dict]]) -> tuple[str, str, str
 
 def _in_form(mode: str, prompt: Text, chosen: Text, rejected: Text, detail: str) -> tuple[tuple, str, str]:
     "A sound pair in the form that was asked for; then its problem and the detail"
-    parts, messages = (prompt, chosen, rejected), isinstance(prompt, list)
+    parts = (prompt, chosen, rejected)
+    messages = isinstance(prompt, list)
     if mode == 'yes' and not messages:
         roles = ('user', 'assistant', 'assistant')
         return tuple(_as_messages(part.strip(), role) for part, role in zip(parts, roles)), '', detail
     if mode != 'no' or not messages: return parts, '', detail
-    try: return _as_text(prompt, [chosen, rejected]), '', detail
-    except ValueError as error: return parts, 'template_error', str(error)
+    try:
+        return _as_text(prompt, [chosen, rejected]), '', detail
+    except ValueError as error:
+        return parts, 'template_error', str(error)
 
+def _convert_row(row: dict, cells: dict, convert: Callable, used: set[str]) -> tuple[tuple, str, str]:
+    "Prompt and responses, the problem and its detail; an absent or mistyped cell is a problem of the row"
+    try:
+        if any(_holds_texts(cells.get(k)) for k in used): raise TypeError('a list of texts is no message')
+        prompt, chosen, rejected = convert(cells)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        detail = _broken_cells(cells, used) or shorten(f'{type(error).__name__}: {error}', 200)
+        return tuple(row.get(k) for k in ('prompt', 'chosen', 'rejected')), 'missing_field', detail
+    return (prompt, chosen, rejected), *find_problem(prompt, chosen, rejected)
+
+# %% ../../nbs/audit/110_data.ipynb #bc5933ca
 def make_pair(
     row_id: int,       # position in the source
     row: dict,         # the source's row
@@ -574,43 +623,45 @@ def make_pair(
     apply_chat_template: str = 'auto', # yes: text becomes messages; no: messages become text
 ) -> Pair:
     "Convert one row; whatever goes wrong becomes the pair's `problem`."
-    cells, told = read_cells(row, used)
+    cells, readings = read_cells(row, used)
     template, wrong = template_arguments(row)
-    try:
-        if any(_holds_texts(cells.get(k)) for k in used): raise TypeError('a list of texts is no message')
-        prompt, chosen, rejected = convert(cells)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:  # an absent or mistyped cell; the row says so
-        prompt, chosen, rejected = (row.get(k) for k in ('prompt', 'chosen', 'rejected'))
-        problem, detail = 'missing_field', _broken_cells(cells, used) or shorten(f'{type(e).__name__}: {e}', 200)
-    else: problem, detail = find_problem(prompt, chosen, rejected)
+    (prompt, chosen, rejected), problem, detail = _convert_row(row, cells, convert, used)
     if not problem:
         (prompt, chosen, rejected), problem, detail = _in_form(apply_chat_template, prompt, chosen, rejected, detail)
-    if wrong and not problem and isinstance(prompt, list): problem, detail = 'template_error', wrong
+    if wrong and not problem and isinstance(prompt, list):
+        problem = 'template_error'
+        detail = wrong
     pair = Pair(row_id, row_hash(prompt, chosen, rejected, template), prompt, chosen, rejected, template=template)
-    pair.problem, pair.detail = problem, detail or '; '.join(told)
+    pair.problem = problem
+    pair.detail = detail or '; '.join(readings)
     pair.extra = {k: v for k, v in row.items() if k not in used} | _as_trl_reads(row, pair)
     return pair
 
 # %% ../../nbs/audit/110_data.ipynb #e7b58541
+def _mapping(columns: Any, where: str) -> dict[str, Any]:
+    "The mapping as it was given. Raises `AuditError` for what is none"
+    if isinstance(columns, dict): return {k: v for k, v in columns.items() if v is not None}
+    if not isinstance(columns, str): raise AuditError(f'{where}: a text or a dictionary is needed')
+    parts = [part.partition('=') for part in columns.split(',')]
+    mapping = {name.strip(): value.strip() for name, sign, value in parts if sign}
+    if len(mapping) != len(parts): raise AuditError(f'{where}: must read like prompt=a,chosen=b,rejected=c')
+    return mapping
+
 def parse_columns(
     columns: dict[str, str] | str | None, # {'chosen': 'a'} or 'chosen=a,rejected=b'; '' = no such column
 ) -> dict[str, str]:
     "Column mapping from a dict or a flag. Raises `AuditError` for anything else."
     if not columns: return {}
-    known, told = (*ALIASES, *BESIDE), f'--columns {columns}'
-    if isinstance(columns, str):
-        parts = [part.partition('=') for part in columns.split(',')]
-        mapping = {name.strip(): value.strip() for name, sign, value in parts if sign}
-        if len(mapping) != len(parts): raise AuditError(f'{told}: must read like prompt=a,chosen=b,rejected=c')
-    elif isinstance(columns, dict): mapping = {k: v for k, v in columns.items() if v is not None}
-    else: raise AuditError(f'{told}: a text or a dictionary is needed')
+    known = (*ALIASES, *BESIDE)
+    where = f'--columns {columns}'
+    mapping = _mapping(columns, where)
     if other := [k for k in mapping if k not in known]:
-        raise AuditError(f"{told}: must read like prompt=a,chosen=b,rejected=c; "
+        raise AuditError(f"{where}: must read like prompt=a,chosen=b,rejected=c; "
                          f"{other[0]!r} is none of {', '.join(known)}")
     if wrong := [v for k, v in mapping.items() if not isinstance(v, str) or not v and k in ('chosen', 'rejected')]:
-        raise AuditError(f'{told}: {wrong[0]!r} is no name of a column')
+        raise AuditError(f'{where}: {wrong[0]!r} is no name of a column')
     names = [v for v in mapping.values() if v]
-    if len({*names}) < len(names): raise AuditError(f'{told}: one column cannot be two things')
+    if len({*names}) < len(names): raise AuditError(f'{where}: one column cannot be two things')
     return mapping
 
 # %% ../../nbs/audit/110_data.ipynb #2e9d58c4
@@ -619,20 +670,25 @@ LOOK = 10_000  # rows that are kept while none of them has a usable layout
 class _Layouts:
     "The layout of each row by its own columns; those of one kind share one"
     def __init__(self, columns: dict[str, str], as_chat: bool):
-        self.columns, self.first = columns, None
+        self.columns = columns
+        self.first = None
         self.find = lru_cache(maxsize=1000)(lambda found, filled: _find_layout({*found}, {*filled}, columns, as_chat))
 
     def __call__(self, row: dict) -> tuple[Callable[[dict], tuple], set[str]]:
         "Converter and used columns. Raises `_Unfit`, and keeps the first"
-        try: return self.find(frozenset(row), frozenset(k for k, v in row.items() if _filled(v)))
-        except _Unfit as e:
-            self.first = self.first or e
+        try:
+            return self.find(frozenset(row), frozenset(k for k, v in row.items() if _filled(v)))
+        except _Unfit as unfit:
+            self.first = self.first or unfit
             raise
 
     def fits(self, row: dict) -> bool:
-        try: return bool(self(row))
-        except _Unfit: return False
+        try:
+            return bool(self(row))
+        except _Unfit:
+            return False
 
+# %% ../../nbs/audit/110_data.ipynb #f4948ab8
 def _check_named(read: Callable[[], Iterator[dict]], row: dict, columns: dict[str, str], where: str) -> None:
     "Columns that were named for a part of the prompt may come late, but not never"
     for name in columns.values():
@@ -641,7 +697,8 @@ def _check_named(read: Callable[[], Iterator[dict]], row: dict, columns: dict[st
 
 def _open_rows(read: Callable[[], Iterator[dict]], once: bool, layouts: _Layouts, where: str) -> Iterator[dict]:
     "All rows, as soon as it is known that one has a usable layout. Raises `AuditError` when none has"
-    rows, head = read(), []
+    rows = read()
+    head = []
     for row in islice(rows, LOOK):
         head.append(row)
         if not layouts.fits(row): continue
@@ -666,17 +723,21 @@ def _row_pair(row_id: int, row: dict, layouts: _Layouts, mode: str) -> Pair:
         return _flagged(row_id, {k: v for k, v in row.items() if deep_column({k: v}) is None}, reason, mode)
     reasons: list[_Unfit] = []
     def convert(cells):
-        try: return layout(cells)
-        except _Unfit as e:
-            reasons.append(e)
-            if e.parts is None: raise
-            return e.parts
-    try: layout, used = layouts(row)
-    except _Unfit as e: return _flagged(row_id, row, e, mode)
+        try:
+            return layout(cells)
+        except _Unfit as unfit:
+            reasons.append(unfit)
+            if unfit.parts is None: raise
+            return unfit.parts
+    try:
+        layout, used = layouts(row)
+    except _Unfit as unfit:
+        return _flagged(row_id, row, unfit, mode)
     pair = make_pair(row_id, row, convert, used, mode)
     if reasons: pair.problem, pair.detail = reasons[0].args
     if not pair.problem and (held := [k for k in ('image', 'images') if k not in used and _filled(row.get(k))]):
-        pair.problem, pair.detail = 'not_text', f'{held[0]} is not empty; a score of the text alone is not of this row'
+        pair.problem = 'not_text'
+        pair.detail = f'{held[0]} is not empty; a score of the text alone is not of this row'
     return pair
 
 def _whole_number(name: str, value: Any) -> None:
@@ -696,20 +757,26 @@ def _checked_draw(source: Any, split: str | None, limit: int | None, limit_seed:
     total = sum(1 for _ in read_rows(source, split, any_depth=True))
     return set(random.Random(limit_seed).sample(range(total), min(limit, total)))
 
+def _warn_media(row: dict, where: str, warned: set[str]) -> None:
+    "Warn of a column that is no text, once"
+    for name in ('video', 'videos', 'audio', 'audios'):
+        if name not in warned and _filled(row.get(name)):
+            warned.add(name)
+            warn(f'{where}: column {name!r} is passed over; the text alone is read')
+
+# %% ../../nbs/audit/110_data.ipynb #f257bb14
 def _pairs_of(source: Any, split: str | None, columns: dict[str, str] | str | None, limit: int | None,
               drawn: set[int] | None, mode: str) -> Iterator[Pair]:
     "One pass: the first `limit` rows, or those that were drawn"
     where = shorten(str(source), 300) if isinstance(source, (str, Path)) else type(source).__name__
-    layouts, told = _Layouts(parse_columns(columns), mode == 'yes'), set()
+    layouts = _Layouts(parse_columns(columns), mode == 'yes')
+    warned = set()
     first = limit if drawn is None else None
     def read(): return islice(read_rows(source, split, any_depth=True), first)
     for i, row in enumerate(_open_rows(read, isinstance(source, Iterator), layouts, where)):
         if drawn is not None and i not in drawn: continue
         yield _row_pair(i, row, layouts, mode)
-        for name in ('video', 'videos', 'audio', 'audios'):
-            if name not in told and _filled(row.get(name)):
-                told.add(name)
-                warn(f'{where}: column {name!r} is passed over; the text alone is read')
+        _warn_media(row, where, warned)
 
 def iter_pairs(
     source: Any,                                  # 'sample', a path, a hub name, a `datasets` object, a frame or dicts
@@ -741,7 +808,8 @@ class PairSource:
         **loading,     # split, columns, limit, limit_seed, apply_chat_template: as for `iter_pairs`
     ):
         if isinstance(source, Iterator): raise AuditError('an iterator can be read only once: give a list, or a path')
-        self.source, self.loading = source, loading
+        self.source = source
+        self.loading = loading
         self._drawn: set[int] | None = None  # rows are counted once, and drawn
 
     def __iter__(self) -> Iterator[Pair]:

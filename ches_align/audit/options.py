@@ -35,12 +35,15 @@ def whole(
     if value is None: return None
     must = f'a whole number from {low}' + (f' to {high}' if high is not None else '')
     if isinstance(value, float) and value.is_integer(): value = int(value)
-    try: number = operator.index(value)
-    except TypeError: raise _refused(name, value, must) from None
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise _refused(name, value, must) from None
     if _flag(value) or number < low or (high is not None and number > high):
         raise _refused(name, value, must)
     return number
 
+# %% ../../nbs/audit/102_options.ipynb #d6fed4d9
 def real(
     name: str,                # of the option
     value: Any,               # None: not given
@@ -53,8 +56,10 @@ def real(
     ends = [f'{"above" if above else "from"} {low:g}'] if low > -math.inf else []
     if high < math.inf: ends += [f'{"and at most" if above else "to"} {high:g}']
     must = ' '.join(['a number', *ends]) if ends else 'a finite number'
-    try: number = math.nan if isinstance(value, str) or _flag(value) else float(value)
-    except (TypeError, ValueError, OverflowError): number = math.nan
+    try:
+        number = math.nan if isinstance(value, str) or _flag(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
     fits = math.isfinite(number) and (low < number if above else low <= number) and number <= high
     if not fits: raise _refused(name, value, must)
     return number
@@ -105,10 +110,10 @@ def printable(
     keep: str = '\n\t', # control characters that stay
 ) -> str:                # without any other
     "Show control characters, and half characters that no encoding has, as escapes."
-    def shown(c: str) -> str:
-        kind = unicodedata.category(c)
-        hidden = kind in ('Cc', 'Cs', 'Zl', 'Zp') or unicodedata.bidirectional(c) in TURNS
-        return c.encode('unicode_escape').decode() if hidden and c not in keep else c
+    def shown(character: str) -> str:
+        kind = unicodedata.category(character)
+        hidden = kind in ('Cc', 'Cs', 'Zl', 'Zp') or unicodedata.bidirectional(character) in TURNS
+        return character.encode('unicode_escape').decode() if hidden and character not in keep else character
     return ''.join(map(shown, str(text)))
 
 def say(

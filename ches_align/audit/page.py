@@ -25,18 +25,18 @@ from .options import printable
 
 # %% ../../nbs/audit/151_page.ipynb #0e95b475
 def short_number(
-    x: float | None, # None and NaN are nothing
-) -> str:            # three digits, or whole from a thousand on; an en dash for nothing
+    value: float | None, # None and NaN are nothing
+) -> str:                # three digits, or whole from a thousand on; an en dash for nothing
     "A number for a table."
-    if x is None or x != x: return '–'
-    whole = isinstance(x, int) or 1000 <= abs(x) < 1e7
-    return (f'{x:,.0f}' if whole else f'{x:.3g}').replace('-', '−', x < 0)
+    if value is None or value != value: return '–'
+    whole = isinstance(value, int) or 1000 <= abs(value) < 1e7
+    return (f'{value:,.0f}' if whole else f'{value:.3g}').replace('-', '−', value < 0)
 
 def percent(
-    x: float | None, # a share in [0, 1]
-) -> str:            # three digits
+    share: float | None, # a share in [0, 1]
+) -> str:                # three digits
     "A share for a table."
-    return '–' if x is None or x != x else f'{100*x:.3g}%'
+    return '–' if share is None or share != share else f'{100*share:.3g}%'
 
 # %% ../../nbs/audit/151_page.ipynb #f9902858
 def md_escape(
@@ -55,12 +55,15 @@ def mark_differences(
     "Mark the words that the other text lacks, where at least half are shared."
     words, others = (re.findall(r'\s*(?:\w+|\W|$)', t) for t in (text, other))
     shared = {i for tag, a, b, *_ in Levenshtein.opcodes(words, others) if tag == 'equal' for i in range(a, b)}
-    def mark(w): return Markup('{}<mark>{}</mark>').format(w[:len(w) - len(w.lstrip())], w.lstrip()) if w.strip() else w
+    def mark(word: str) -> str:
+        text = word.lstrip()
+        return Markup('{}<mark>{}</mark>').format(word[:len(word) - len(text)], text) if text else word
     if 2*len(shared) < max(len(words), len(others)): return escape(text)
     return Markup('').join(w if i in shared else mark(w) for i, w in enumerate(words))
 
 # %% ../../nbs/audit/151_page.ipynb #f5521b43
-_BLUE, _ORANGE = '#0072b2', '#d55e00'  # Okabe and Ito's
+_BLUE = '#0072b2'
+_ORANGE = '#d55e00'  # Okabe and Ito's
 _LOOK = ['default', {'axes.titlesize': 11, 'axes.titlepad': 14, 'axes.spines.top': False, 'axes.spines.right': False}]
 
 def figure_png(
@@ -76,21 +79,23 @@ def figure_png(
 
 def histogram(
     ax: Axes,
-    v: pd.Series,  # finite; the outer hundredths stand at the ends
+    values: pd.Series, # finite; the outer hundredths stand at the ends
     title: str,
-    label: str,    # of the values
-    marks: tuple,  # quantiles to mark, in [0, 1]
-    split: bool,   # show zero, and what is above in another colour
+    label: str,        # of the values
+    marks: tuple,      # quantiles to mark, in [0, 1]
+    split: bool,       # show zero, and what is above in another colour
 ) -> None:
     "How values are spread."
-    low, high = v.quantile([.01, .99])
-    width = (high - low) / min(40, max(8, 2 * math.sqrt(len(v)))) or abs(high) / 10 or 1
+    low, high = values.quantile([.01, .99])
+    width = (high - low) / min(40, max(8, 2 * math.sqrt(len(values)))) or abs(high) / 10 or 1
     edges = width * np.arange(math.floor(low / width), math.floor(high / width) + 2)  # zero is an edge
-    ax.bar(edges[:-1], np.histogram(v.clip(low, high), edges)[0], width, align='edge', edgecolor='white', linewidth=.5,
+    heights = np.histogram(values.clip(low, high), edges)[0]
+    ax.bar(edges[:-1], heights, width, align='edge', edgecolor='white', linewidth=.5,
            color=[_ORANGE if split and e > -width/2 else _BLUE for e in edges[:-1]])
-    for q in marks:
-        ax.axvline(v.quantile(q), c='k', lw=1, ls='--')
-        ax.text(v.quantile(q), 1, f'{100*q:g}%', transform=ax.get_xaxis_transform(), ha='center', va='bottom', size=8)
+    for quantile in marks:
+        place = values.quantile(quantile)
+        ax.axvline(place, c='k', lw=1, ls='--')
+        ax.text(place, 1, f'{100*quantile:g}%', transform=ax.get_xaxis_transform(), ha='center', va='bottom', size=8)
     if split: ax.axvline(0, c='k', lw=1)
     ax.locator_params(axis='x', nbins=5)
     ax.locator_params(axis='y', integer=True)
@@ -100,11 +105,12 @@ def histogram(
 def length_scatter(
     ax: Axes,
     length: pd.Series, # tokens of both responses
-    v: pd.Series,      # drawn as percentiles
+    values: pd.Series, # drawn as percentiles
     title: str,
 ) -> None:
     "Whether values go with length."
-    ax.scatter(length, 100 * v.rank(pct=True), s=14, c=_BLUE, alpha=max(.06, min(.8, 400 / len(v))), linewidths=0)
+    alpha = max(.06, min(.8, 400 / len(values)))
+    ax.scatter(length, 100 * values.rank(pct=True), s=14, c=_BLUE, alpha=alpha, linewidths=0)
     ax.set(xscale='log', xlabel='tokens of both responses', ylabel='percentile', title=title)
     ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter('{x:,.0f}')

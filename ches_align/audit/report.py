@@ -30,7 +30,8 @@ from .runs import plain, refuse_sources, refuse_strangers, write_files
 
 # %% ../../nbs/audit/160_report.ipynb #a5bdbfa0
 SELECTORS = ('ln_ches', 'ches', 'head_ches', 'last_hidden_inner', 'neg_edit_distance', 'length', 'logp_gap')
-TOP, NEAR = .2, .1  # the top fifth is compared; near-duplicates differ in at most a tenth of their tokens
+TOP = .2
+NEAR = .1  # the top fifth is compared; near-duplicates differ in at most a tenth of their tokens
 
 def selector_values(
     scores: pd.DataFrame, # from `load_scores`
@@ -68,13 +69,16 @@ def summarise(
     scores: pd.DataFrame, # from `load_scores`; the manifest in `.attrs['manifest']`
 ) -> dict:                # counts, shares in [0, 1], quantiles, tokens, Spearman correlations with length
     "The table in numbers. A share is None where it cannot be told."
-    manifest, values = scores.attrs.get('manifest') or {}, selector_values(scores)
-    ok, quantiles = scores[scores.status == 'ok'], (0, .05, .25, .5, .75, .95, 1)
+    manifest = scores.attrs.get('manifest') or {}
+    values = selector_values(scores)
+    ok = scores[scores.status == 'ok']
+    quantiles = (0, .05, .25, .5, .75, .95, 1)
     def share(name, condition): return condition(values[name].dropna()).mean() if name in values and len(ok) else None
     sizes = {f'{c}_size': values[c].abs() for c in ('ches', 'ln_ches') if c in values}
     rho = values.assign(**sizes).corr('spearman', min_periods=3).get('length', pd.Series(dtype=float))
     cut = ok.chosen_truncated.astype(bool) | ok.rejected_truncated.astype(bool)
-    def spread(x): return dict(median=x.median(), p95=x.quantile(.95), max=x.max(), total=x.sum())
+    def spread(tokens):
+        return dict(median=tokens.median(), p95=tokens.quantile(.95), max=tokens.max(), total=tokens.sum())
     return plain(dict(
         rows=len(scores), scored=len(ok), flagged=len(scores) - len(ok), flags=flagged_rows(scores),
         statuses=scores.status.value_counts(sort=False).sort_index().to_dict(), model=manifest.get('model'),
@@ -97,24 +101,27 @@ def selector_table(
 ) -> dict:                # top, rows, agreement (one entry a selector), spearman and both overlaps as {a: {b: value}}
     "Rank correlation and overlap of the selectors; `agreement` is empty for fewer than three scored rows."
     values = selector_values(scores)
-    m, rho = math.ceil(TOP * len(values)), values.corr('spearman', min_periods=3)
-    high, low = (_overlap(end.apply(_in_top), m) for end in (values, -values))
+    top = math.ceil(TOP * len(values))
+    rho = values.corr('spearman', min_periods=3)
+    high, low = (_overlap(end.apply(_in_top), top) for end in (values, -values))
     rows = [dict(selector=c, top_overlap=high.ln_ches[c], bottom_overlap=low.ln_ches[c], rho_ln_ches=rho.ln_ches[c],
                  rho_length=rho.length[c]) for c in values] if len(values) >= 3 else []
-    return plain(dict(top=TOP, rows=m, agreement=rows, spearman=rho.to_dict(), top_overlap=high.to_dict(),
+    return plain(dict(top=TOP, rows=top, agreement=rows, spearman=rho.to_dict(), top_overlap=high.to_dict(),
                       bottom_overlap=low.to_dict()))
 
 # %% ../../nbs/audit/160_report.ipynb #7e44b0e3
 def _match(scores: pd.DataFrame, pairs: Iterable[Pair] | None, take: Callable[[int, Pair], Any]) -> dict[int, Any]:
     "row_id -> what `take` keeps of its pair, found by its hash, in one pass. Raises `AuditError` when no row matches"
-    rows_of, found, count = {}, {}, 0
-    for row, h in zip(scores.row_id.tolist(), scores.row_hash): rows_of.setdefault(h, []).append(row)
+    rows_of = {}
+    matched = {}
+    count = 0
+    for row, digest in zip(scores.row_id.tolist(), scores.row_hash): rows_of.setdefault(digest, []).append(row)
     for count, pair in enumerate(pairs or (), 1):
         for row in rows_of.get(pair.row_hash, ()):
-            if row == pair.row_id or row not in found: found[row] = take(row, pair)
-    if count and rows_of and not found: raise AuditError(
+            if row == pair.row_id or row not in matched: matched[row] = take(row, pair)
+    if count and rows_of and not matched: raise AuditError(
         f'none of the {count} pairs is in the scores: give the data, split and columns of the scoring run')
-    return found
+    return matched
 
 def _labels(pair: Pair, by: str | None = None) -> dict[str, Any]:
     "A pair's columns: the one asked for, and short strings; of others the name"
@@ -125,18 +132,19 @@ def _groups(matched: dict[int, dict], by: str | None = None) -> tuple[str | None
     more = (c for labels in matched.values() for c in labels)
     columns = dict.fromkeys(['kind', 'category', 'source', 'subset', *more])
     for name in [by] if by else columns:
-        found = {row: labels[name] for row, labels in matched.items() if labels.get(name) is not None}
-        if by and found: return by, {row: str(v) for row, v in found.items()}
-        strings = len(found) == len(matched) and all(isinstance(v, str) for v in found.values())
-        if strings and 2 <= len({*found.values()}) <= min(20, len(found)/2): return name, found
+        cells = {row: labels[name] for row, labels in matched.items() if labels.get(name) is not None}
+        if by and cells: return by, {row: str(v) for row, v in cells.items()}
+        strings = len(cells) == len(matched) and all(isinstance(v, str) for v in cells.values())
+        if strings and 2 <= len({*cells.values()}) <= min(20, len(cells)/2): return name, cells
     if by and matched: raise AuditError(f"no column {by!r} in the data; it has {', '.join(columns)}")
     return None, {}
 
 # %% ../../nbs/audit/160_report.ipynb #a2b3dbb2
-def _wilson(k: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    "Wilson's interval for k of n; k need not be whole, where a tie was broken at random"
-    middle = (k + z*z/2) / (n + z*z)
-    half = z / (n + z*z) * math.sqrt(k*(n - k)/n + z*z/4)
+def _wilson(k: float, trials: int, deviate: float = 1.959964) -> tuple[float, float]:
+    "Wilson's interval for k of so many trials; k need not be whole, where a tie was broken at random"
+    square = deviate*deviate
+    middle = (k + square/2) / (trials + square)
+    half = deviate / (trials + square) * math.sqrt(k*(trials - k)/trials + square/4)
     return max(0., middle - half), min(1., middle + half)
 
 def composition(
@@ -146,45 +154,50 @@ def composition(
     "What the most similar pairs (by ln-CHES) consist of; largest share first."
     ln_ches = selector_values(scores).ln_ches
     table = pd.DataFrame(dict(group=pd.Series(groups, dtype=object)))
-    table['percentile'], table['top'] = 100 * ln_ches.rank(pct=True), _in_top(ln_ches)
+    table['percentile'] = 100 * ln_ches.rank(pct=True)
+    table['top'] = _in_top(ln_ches)
     result = []
-    for group, t in table[table.index.isin(scores.row_id)].groupby('group'):
-        n, k = int(t.percentile.count()), round(float(t.top.sum()), 9)
-        low, high = _wilson(k, n) if n else (None, None)
-        result.append(dict(group=group, rows=len(t), scored=n, median_percentile=t.percentile.dropna().median(),
-                           in_top=int(k) if k.is_integer() else k, share=k/n if n else None, low=low, high=high))
+    for group, part in table[table.index.isin(scores.row_id)].groupby('group'):
+        scored = int(part.percentile.count())
+        k = round(float(part.top.sum()), 9)
+        low, high = _wilson(k, scored) if scored else (None, None)
+        result.append(dict(group=group, rows=len(part), scored=scored,
+                           median_percentile=part.percentile.dropna().median(),
+                           in_top=int(k) if k.is_integer() else k,
+                           share=k/scored if scored else None, low=low, high=high))
     return plain(sorted(result, key=lambda g: (-(g['share'] or 0), g['group'])))
 
 # %% ../../nbs/audit/160_report.ipynb #16aa60d1
 def worst_pairs(
-    scores: pd.DataFrame,            # from `load_scores`
+    scores: pd.DataFrame,                # from `load_scores`
     pairs: Iterable[Pair] | None = None, # from `load_pairs`; None = no texts
-    n: int = 10,                     # how many; 0 or more
-    highest: bool = True,            # False: from the other end
-) -> list[dict]:                     # scores, percentile and `texts` (prompt, chosen, rejected) or None
+    limit: int = 10,                     # how many; 0 or more
+    highest: bool = True,                # False: from the other end
+) -> list[dict]:                         # scores, percentile and `texts` (prompt, chosen, rejected) or None
     "The pairs with the highest ln-CHES: most displacement foretold first."
-    rows = _end_rows(scores, whole('worst', n, 0) or 0, highest)
+    rows = _end_rows(scores, whole('worst', limit, 0) or 0, highest)
     wanted = {row['row_id'] for row in rows}
-    texts = _match(scores, pairs, lambda row, pair: pair_texts(pair) if row in wanted else None)
+    def shown(row: int, pair: Pair) -> tuple | None: return pair_texts(pair) if row in wanted else None
+    texts = _match(scores, pairs, shown)
     return [row | dict(texts=texts.get(row['row_id'])) for row in rows]
 
-def _end_rows(scores: pd.DataFrame, n: int, highest: bool) -> list[dict]:
+def _end_rows(scores: pd.DataFrame, limit: int, highest: bool) -> list[dict]:
     "The rows at one end, as plain values"
     ok = scores[scores.status == 'ok'].copy()
     ok['percentile'] = 100 * ok.ln_ches.rank(pct=True)
     ok = ok.sort_values(['ln_ches', 'row_id'], ascending=[False, True])  # the two ends share no pair, ties or not
-    ok = ok.head(n) if highest else ok[::-1].head(n)
+    ok = ok.head(limit) if highest else ok[::-1].head(limit)
     columns = ['row_id', 'row_hash', 'percentile', *SELECTORS[:5],
                'prompt_tokens', 'chosen_tokens', 'rejected_tokens', 'chosen_logps', 'rejected_logps']
     return [plain(row) for row in ok[columns].to_dict('records')]
 
 def best_pairs(
-    scores: pd.DataFrame,            # from `load_scores`
+    scores: pd.DataFrame,                # from `load_scores`
     pairs: Iterable[Pair] | None = None, # from `load_pairs`; None = no texts
-    n: int = 10,                     # how many
-) -> list[dict]:                     # as `worst_pairs`
+    limit: int = 10,                     # how many
+) -> list[dict]:                         # as `worst_pairs`
     "The pairs with the lowest ln-CHES: least displacement foretold first."
-    return worst_pairs(scores, pairs, n, False)
+    return worst_pairs(scores, pairs, limit, False)
 
 # %% ../../nbs/audit/160_report.ipynb #1656dda2
 _SAY = Environment()  # the sentences of `advice.yml`; no autoescape: both layouts escape what they are given
@@ -237,25 +250,29 @@ def collect_report(
 # %% ../../nbs/audit/160_report.ipynb #8591c190
 def _figures(scores: pd.DataFrame, report: dict) -> dict[str, str]:
     "name -> base64 PNG; none for fewer than three scored rows"
-    v, rho = selector_values(scores), report['length_rho']
-    if len(v) < 3: return {}
-    drawn = dict(ln_ches=figure_png(histogram, v.ln_ches.dropna(), 'ln-CHES', 'ln-CHES', (.05, .5, .95), False))
-    if 'head_ches' in v: drawn['head_ches'] = figure_png(histogram, v.head_ches.dropna(),
+    values = selector_values(scores)
+    rho = report['length_rho']
+    if len(values) < 3: return {}
+    drawn = dict(ln_ches=figure_png(histogram, values.ln_ches.dropna(), 'ln-CHES', 'ln-CHES', (.05, .5, .95), False))
+    if 'head_ches' in values: drawn['head_ches'] = figure_png(histogram, values.head_ches.dropna(),
         f"{percent(report['head_positive'])} of the pairs foretell a fall", 'head CHES', (), True)
     for name, label in dict(ches='raw CHES', ln_ches='ln-CHES').items():
         title = f"{label}: Spearman {short_number(rho[name])}, its size {short_number(rho[name + '_size'])}"
-        drawn[f'length_{name}'] = figure_png(length_scatter, v.length, v[name], title)
+        drawn[f'length_{name}'] = figure_png(length_scatter, values.length, values[name], title)
     return drawn
 
 # %% ../../nbs/audit/160_report.ipynb #aa440e96
+def _clip(text: str) -> str:
+    "The beginning of a long text"
+    return text if len(text) <= 300 else f'{text[:300]}…'
+
 def _render(report: dict, pictures: dict[str, str]) -> tuple[str, str]:
     "HTML and Markdown; the HTML is one file that loads nothing and runs nothing"
     options = dict(loader=PackageLoader('ches_align'), trim_blocks=True, lstrip_blocks=True)
     pages = []
     kinds = dict(html=Environment(autoescape=True, **options), md=Environment(finalize=md_escape, **options))
     for name, env in kinds.items():
-        env.filters |= dict(num=short_number, pct=percent, marked=mark_differences,
-                            clip=lambda t: t if len(t) <= 300 else f'{t[:300]}…')
+        env.filters |= dict(num=short_number, pct=percent, marked=mark_differences, clip=_clip)
         pages.append(env.get_template(f'report.{name}.j2').render(r=report, figures=pictures, method=ADVICE['method']))
     return tuple(pages)
 
@@ -276,13 +293,15 @@ def write_report(
     output_dir: str | Path,   # folder for report.html, report.md and report.json
 ) -> dict:                    # what report.json holds: every number, no texts
     "Write a report as pages for people and numbers for programs, all or none. Raises `AuditError`."
-    folder, numbers = Path(output_dir).expanduser(), _numbers(report)
+    folder = Path(output_dir).expanduser()
+    numbers = _numbers(report)
     page, text = _render(report, _figures(scores, report))
     whose = json.dumps(numbers, indent=1, allow_nan=False)  # first: it says that the pages are ours
     pages = dict(json=whose, html=page, md=text)
     write_files({folder/f'report.{name}': page.encode('utf-8', 'replace') for name, page in pages.items()})
     return numbers
 
+# %% ../../nbs/audit/160_report.ipynb #63e8d53e
 def _numbers(report: dict) -> dict:
     "A report without the texts of strangers"
     ends = {side: [{k: v for k, v in row.items() if k != 'texts'} for row in report[side]]

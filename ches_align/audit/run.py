@@ -54,11 +54,11 @@ def refuse_other(
 ) -> None:
     "Refuse to continue something else. Raises `AuditError` that names the first differences."
     keys = [k for k in now if k != 'token_hash' or then.get('data_hash') == now.get('data_hash')]
-    found = differences({k: then.get(k) for k in keys}, {k: now[k] for k in keys})
-    if not found: return
-    more = f'; and {len(found) - 3} more' if len(found) > 3 else ''
+    changes = differences({k: then.get(k) for k in keys}, {k: now[k] for k in keys})
+    if not changes: return
+    more = f'; and {len(changes) - 3} more' if len(changes) > 3 else ''
     kind = 'file' if Path(place).is_file() else 'folder'
-    raise AuditError(f'{place} holds another {what} ({"; ".join(found[:3])}{more}): '
+    raise AuditError(f'{place} holds another {what} ({"; ".join(changes[:3])}{more}): '
                      f'name another --output_dir, or remove that {kind}')
 
 # %% ../../nbs/audit/135_run.ipynb #run-proc
@@ -144,7 +144,7 @@ def _journals(folder: Path, name: str) -> list[Path]:
     "The files of all processes, in the order of their ranks"
     ranks = {}
     for path in folder.glob(f'{name}*.jsonl'):
-        if found := re.fullmatch(rf'{re.escape(name)}(?:-(\d+))?\.jsonl', path.name): ranks[int(found[1] or 0)] = path
+        if match := re.fullmatch(rf'{re.escape(name)}(?:-(\d+))?\.jsonl', path.name): ranks[int(match[1] or 0)] = path
     return [ranks[rank] for rank in sorted(ranks)]
 
 def _whole_rows(path: Path, cut: bool = False) -> list[dict]:
@@ -211,8 +211,9 @@ def shard(self: Run, number: int, name: str = 'scores') -> Path | None:
 def update(self: Run, **facts: Any) -> None:
     "Put facts into the manifest, which the main process writes; all call this together. Raises `AuditError`."
     self.manifest |= plain(facts)
-    if self.folder is None: return
-    on_main(lambda: write_files({self.folder/'manifest.json': json_bytes(self.manifest)}))
+    folder = self.folder
+    if folder is None: return
+    on_main(lambda: write_files({folder/'manifest.json': json_bytes(self.manifest)}))
 
 @patch
 def finish(self: Run, **facts: Any) -> None:

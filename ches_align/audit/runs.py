@@ -26,7 +26,8 @@ def writing(
     where: Path, # named in the error
 ) -> Iterator[None]:
     "Turn the system's refusal to write (no space, no permission ...) into an `AuditError`."
-    try: yield
+    try:
+        yield
     except OSError as error:
         raise AuditError(f'{where} cannot be written: {error.strerror or error}; what was finished is kept: '
                          'make room or name another place, and run the same command again') from None
@@ -76,9 +77,12 @@ def read_object(
     path: Path, # a JSON file: a manifest, a summary ...
 ) -> dict:
     "Read what a run wrote beside its lines. Raises `AuditError` when it is not there, or was damaged since."
-    try: content = json.loads(path.read_text('utf-8'))
-    except OSError as error: raise AuditError(f'{path}: cannot be read ({error.strerror or error})') from None
-    except (ValueError, RecursionError) as error: content = error
+    try:
+        content = json.loads(path.read_text('utf-8'))
+    except OSError as error:
+        raise AuditError(f'{path}: cannot be read ({error.strerror or error})') from None
+    except (ValueError, RecursionError) as error:
+        content = error
     if not isinstance(content, dict):
         raise AuditError(f'{path}: not a JSON object ({str(content)[:80]}); '
                          'put the file back that was there, or name another folder')
@@ -92,21 +96,27 @@ def _read_by(source: Any) -> tuple[list[Path], list[Path]]:
         path = Path(source).expanduser()
         if not path.is_dir(): return [path], []
         return [file for file in path.rglob('*') if _is_data(file)], [path]
-    except (OSError, RuntimeError, ValueError): return [], []  # who reads it says what is wrong with it
+    except (OSError, RuntimeError, ValueError):
+        return [], []  # who reads it says what is wrong with it
 
 def _is_data(path: Path) -> bool:
     "By its name, packed or not"
     return any(suffix.lower() in READERS for suffix in path.suffixes[-2:])
 
-def _same(a: Path, b: Path) -> bool:
+def _same(one: Path, other: Path) -> bool:
     "One file, or one folder, under whatever names"
-    try: return a.resolve() == b.resolve() or (a.exists() and b.exists() and os.path.samefile(a, b))
-    except (OSError, RuntimeError): return False
+    try:
+        return one.resolve() == other.resolve() or (one.exists() and other.exists() and os.path.samefile(one, other))
+    except (OSError, RuntimeError):
+        return False
 
+# %% ../../nbs/audit/101_runs.ipynb #559a56f8
 def _is_below(path: Path, folder: Path) -> bool:
     "In the folder or in one within it, under whatever names"
-    try: return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError): return False
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):
+        return False
 
 def refuse_sources(
     targets: Iterable[str | Path], # files that are to be written
@@ -139,8 +149,10 @@ def refuse_strangers(
                          'name another --output_dir, or move it away')
 
 def _has_keys(sign: Path, keys: Iterable[str]) -> bool:
-    try: return set(keys) <= set(read_object(sign))
-    except AuditError: return False
+    try:
+        return set(keys) <= set(read_object(sign))
+    except AuditError:
+        return False
 
 def refuse_unwritable(
     folder: str | Path, # where files will be written; made when there is none
@@ -165,8 +177,11 @@ def only_writer(
     lock = FileLock(folder/'.lock', timeout=0)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        try: lock.acquire()
+        try:
+            lock.acquire()
         except Timeout:
             raise AuditError(f'{folder}: another run is writing there; choose another --output_dir') from None
-    try: yield folder
-    finally: lock.release()
+    try:
+        yield folder
+    finally:
+        lock.release()

@@ -78,12 +78,14 @@ def load_scores(
     if not files or not files[0].exists():
         raise AuditError(f'{path}: no scores there; make them with ches score DATA --model MODEL '
                          f'--output_dir {path}')
-    try: frame = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+    try:
+        frame = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
     except (OSError, ValueError) as error:
         raise AuditError(f'{path}: unreadable scores ({str(error)[:200]})') from None
     if lost := sorted(set(COLUMNS) - set(frame)):
         raise AuditError(f"{path}: not a table of scores, it lacks {', '.join(lost)}")
-    try: frame = _typed(frame)
+    try:
+        frame = _typed(frame)
     except (TypeError, ValueError, OverflowError) as error:
         raise AuditError(f'{path}: not a table of scores, a column has another type ({str(error)[:200]})') from None
     if (twice := frame.row_id.duplicated()).any():
@@ -144,7 +146,8 @@ def _score_shards(lm, store: TokenStore, plan, run: Run, settings, progress) -> 
             bar.refresh()
             continue
         encoded = store.rows(plan[k])
-        try: scored = score_block(lm, encoded, **settings) if k else [blank_row(row) for row in encoded]
+        try:
+            scored = score_block(lm, encoded, **settings) if k else [blank_row(row) for row in encoded]
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error): raise
             longest = max(row.length for row in encoded)

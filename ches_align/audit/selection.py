@@ -109,7 +109,8 @@ def take(
     seed: int = 0,                      # of the order among equal values
 ) -> Bool[np.ndarray, "rows"]:          # True at the rows taken
     "Take the lowest rows of each stratum; the same rows in whatever order they stand."
-    rows, chance = np.flatnonzero(~np.isnan(values)), _chance(row_id, [seed, TIES])
+    rows = np.flatnonzero(~np.isnan(values))
+    chance = _chance(row_id, [seed, TIES])
     rows = rows[np.lexsort((chance[rows], values[rows], codes[rows]))]
     place = np.arange(len(rows)) - np.searchsorted(codes[rows], codes[rows])  # within the stratum
     taken = np.zeros(len(values), bool)
@@ -123,7 +124,9 @@ def stratum_names(
     values: Iterable[Any], # cells of a column: anything
 ) -> list[str]:            # the same as text
     "Name the stratum of each cell; None, NaN and NaT are one stratum."
-    def name(v): return MISSING if v is None or (pd.api.types.is_scalar(v) and pd.isna(v)) else str(v)
+    def name(value: Any) -> str:
+        missing = value is None or (pd.api.types.is_scalar(value) and pd.isna(value))
+        return MISSING if missing else str(value)
     return [name(v) for v in values]
 
 def strata_codes(
@@ -156,14 +159,15 @@ def merge_extra(
     column: str,           # a column of the data's rows
 ) -> pd.DataFrame:         # a copy of the scores with that column
     "Bring a column in, as `data:NAME` where the scores have that name. Raises `AuditError` when no row has it."
-    found, names = {}, set()
-    for p in pairs:
-        names |= p.extra.keys()
-        if column in p.extra: found[p.row_id] = p.extra[column]
-    if not found:
+    held = {}
+    names = set()
+    for pair in pairs:
+        names |= pair.extra.keys()
+        if column in pair.extra: held[pair.row_id] = pair.extra[column]
+    if not held:
         others = ', '.join(sorted(map(str, names))) or 'no further ones'
         raise AuditError(f'the data have no column {column!r}; they have {others}')
-    cells = pd.Series([found.get(i) for i in scores.row_id], index=scores.index, dtype=object)
+    cells = pd.Series([held.get(i) for i in scores.row_id], index=scores.index, dtype=object)
     return scores.assign(**{f'data:{column}' if column in OWN else column: cells})
 
 def with_strata(
@@ -175,8 +179,8 @@ def with_strata(
     if stratify is None or stratify.startswith('score:'): return scores, stratify
     name = stratify.removeprefix('data:')
     if name != stratify or name not in OWN:
-        made = merge_extra(scores, pairs, name)
-        return made, f'data:{name}' if name in OWN else name
+        table = merge_extra(scores, pairs, name)
+        return table, f'data:{name}' if name in OWN else name
     if any(name in p.extra for p in pairs):
         raise AuditError(f'--stratify {name}: the data and the scores both have it: '
                          f'say data:{name} or score:{name}')
@@ -204,9 +208,11 @@ def select_pairs(
     "Mark the pairs to train on; the rule stays in `attrs['selection']`. Raises `AuditError` for an impossible rule."
     rule = dict(by=by, keep=keep, count=count, threshold=threshold, highest=highest, stratify=stratify, seed=seed)
     check_rule(rule)
-    values, ids = order_values(scores, by, seed) * (-1 if highest else 1), scores.row_id.to_numpy()
+    values = order_values(scores, by, seed) * (-1 if highest else 1)
+    ids = scores.row_id.to_numpy()
     scored = ~np.isnan(values)
-    size, codes = rows_to_keep(rule, scored.sum()), strata_codes(scores, stratify, scored)
+    size = rows_to_keep(rule, scored.sum())
+    codes = strata_codes(scores, stratify, scored)
     if size is None:
         assert threshold is not None  # else `rows_to_keep` names a size
         size = int((values[scored] <= (-threshold if highest else threshold)).sum())
@@ -225,11 +231,12 @@ def soft_weights(
 ) -> pd.Series:              # weights in [0, 2], mean 1 over scored rows; 0 for the others
     "Weights that fall with the score (@eq-soft); equal scores get equal weights. Raises `AuditError`."
     real('temperature', temperature, 0, above=True)
-    values, weights = order_values(scores, by), np.zeros(len(scores))
+    values = order_values(scores, by)
+    weights = np.zeros(len(scores))
     rows = np.flatnonzero(~np.isnan(values))
     rows = rows[np.argsort(values[rows])]
-    u = (np.arange(len(rows)) + .5) / len(rows)
-    weights[rows] = pd.Series(1 + np.tanh((1 - 2 * u) / temperature)).groupby(values[rows]).transform('mean')
+    place = (np.arange(len(rows)) + .5) / len(rows)
+    weights[rows] = pd.Series(1 + np.tanh((1 - 2 * place) / temperature)).groupby(values[rows]).transform('mean')
     return pd.Series(weights, index=scores.index, name='weight')
 
 # %% ../../nbs/audit/150_selection.ipynb #7776ccbe
@@ -251,7 +258,7 @@ def _control(selection: pd.DataFrame, seed: int, cell: int | None) -> pd.DataFra
         lengths = np.log1p(selection[['chosen_tokens', 'rejected_tokens']].to_numpy(float))
         rows = np.argsort(chance)[:scored.sum()]   # NaN last
         cells = [c for s in range(codes.max() + 1) for c in _split(lengths, rows[codes[rows] == s], cell)]
-        for i, c in enumerate(cells): codes[c] = i
+        for i, members in enumerate(cells): codes[members] = i
     quota = np.bincount(codes[selection.selected], minlength=codes.max() + 1)
     drawn = take(chance, selection.row_id.to_numpy(), codes, quota)
     reason = np.select([drawn, scored], ['kept', 'not_drawn'], selection.reason)

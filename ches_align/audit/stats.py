@@ -38,23 +38,24 @@ def wilson(
 ) -> tuple[float, float]:
     "Compute Wilson's interval of a share (eq-share-wilson); (0, 1) without trials."
     if not trials: return 0., 1.
-    z = float(norm.ppf((1 + level)/2))
-    middle = (successes + z*z/2)/(trials + z*z)
-    half = z/(trials + z*z)*(successes*(trials - successes)/trials + z*z/4)**.5
+    deviate = float(norm.ppf((1 + level)/2))
+    square = deviate*deviate
+    middle = (successes + square/2)/(trials + square)
+    half = deviate/(trials + square)*(successes*(trials - successes)/trials + square/4)**.5
     return max(0., middle - half), min(1., middle + half)
 
 # %% ../../nbs/audit/104_stats.ipynb #b02fc773
 def partial_spearman(
-    a: Sequence[float],                   # a score
-    b: Sequence[float],                   # what it is to predict
-    held: Sequence[Sequence[float]] = (), # columns held constant, each as long as `a`; none: plain Spearman
+    score: Sequence[float],               # a score
+    outcome: Sequence[float],             # what it is to predict
+    held: Sequence[Sequence[float]] = (), # columns held constant, each as long as `score`; none: plain Spearman
 ) -> float:                               # in [-1, 1]; NaN when nothing is left to correlate
     "Correlate ranks with others held constant. Raises `ValueError` for lengths that differ."
-    if any(len(column) != len(a) for column in (b, *held)): raise ValueError('columns of different lengths')
-    ranks = np.array([rankdata(column) for column in (a, b, *held)], float)
-    design = np.vstack([np.ones(len(a)), *ranks[2:]]).T
+    if any(len(column) != len(score) for column in (outcome, *held)): raise ValueError('columns of different lengths')
+    ranks = np.array([rankdata(column) for column in (score, outcome, *held)], float)
+    design = np.vstack([np.ones(len(score)), *ranks[2:]]).T
     explained = design @ np.linalg.lstsq(design, ranks[:2].T, rcond=None)[0]
     left = ranks[:2].T - explained
     scale = np.linalg.norm(left, axis=0)
-    if scale.min() <= 1e-9*len(a): return float('nan')
+    if scale.min() <= 1e-9*len(score): return float('nan')
     return float(left[:, 0] @ left[:, 1]/scale.prod())

@@ -38,10 +38,10 @@ def kind_of(
     "Tell the kind of a cell; 'mixed' and 'deep' are what a table has no type for."
     if depth > DEEP: return 'deep'
     if isinstance(value, dict):
-        return 'struct', {str(k): kind_of(v, depth + 1) for k, v in value.items()}
+        return 'struct', {str(k): kind_of(element, depth + 1) for k, element in value.items()}
     if isinstance(value, (list, tuple)) or getattr(value, 'ndim', 0):
         kind = 'null'
-        for v in value: kind = merge_kinds(kind, kind_of(v, depth + 1))
+        for element in value: kind = merge_kinds(kind, kind_of(element, depth + 1))
         return 'list', kind
     if isinstance(value, bytes): return 'bytes'
     value = plain(value)
@@ -51,18 +51,18 @@ def kind_of(
     return 'stamp' if _STAMP.fullmatch(value) else 'text'
 
 def merge_kinds(
-    a: Any, # from `kind_of`
-    b: Any,
+    one: Any, # from `kind_of`
+    other: Any,
 ) -> Any:
     "The kind of a column that holds both."
-    if a == b or b == 'null': return a
-    if a == 'null': return b
-    if isinstance(a, tuple) and isinstance(b, tuple) and a[0] == b[0]:
-        if a[0] == 'list': return 'list', merge_kinds(a[1], b[1])
-        return 'struct', {k: merge_kinds(a[1].get(k, 'null'), b[1].get(k, 'null')) for k in a[1] | b[1]}
+    if one == other or other == 'null': return one
+    if one == 'null': return other
+    if isinstance(one, tuple) and isinstance(other, tuple) and one[0] == other[0]:
+        if one[0] == 'list': return 'list', merge_kinds(one[1], other[1])
+        return 'struct', {k: merge_kinds(one[1].get(k, 'null'), other[1].get(k, 'null')) for k in one[1] | other[1]}
     for wide, narrow in (('float', 'int'), ('long', 'int'), ('text', 'stamp')):
-        if (a, b) in ((wide, narrow), (narrow, wide)): return wide
-    return 'deep' if 'deep' in (a, b) else 'mixed'
+        if (one, other) in ((wide, narrow), (narrow, wide)): return wide
+    return 'deep' if 'deep' in (one, other) else 'mixed'
 
 # %% ../../nbs/audit/165_training_file.ipynb #9c6bb073
 REWRITTEN = dict(float='numbers with a point', text='missing texts as empty ones', json='JSON as text',
@@ -85,11 +85,15 @@ def how_to_write(
     if kind == 'float' and early == 'int': return 'float'
     return 'text' if kind == 'text' and early == 'null' else 'json'
 
+# %% ../../nbs/audit/165_training_file.ipynb #6829bbb8
 def _json_text(value: Any) -> str:
     "A cell as JSON; nested deeper than `plain` goes, what JSON has no value for becomes text"
-    try: return json.dumps(plain(_with_base64(value)), ensure_ascii=False, allow_nan=False)
-    except RecursionError: pass
-    try: return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+    try:
+        return json.dumps(plain(_with_base64(value)), ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        pass
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
     except (RecursionError, ValueError):
         raise AuditError('a cell is nested too deep or holds NaN within nested lists') from None
 
@@ -135,29 +139,36 @@ def _note(survey: Survey, row_id: int, cells: dict[str, Any], size: int) -> int:
         if size <= EARLY: survey.early[k] = merge_kinds(survey.early.get(k, 'null'), kind)
     return size + len(_json_text(cells)) if size <= EARLY else size
 
-def _check_rows(known: dict[int, str], found: dict[int, str], count: int) -> None:
+def _check_rows(known: dict[int, str], hashes: dict[int, str], count: int) -> None:
     "Every row that was scored must be there, and be the same. Raises `AuditError`"
     for row_id, row_hash in known.items():
-        if row_id not in found: raise AuditError(
+        if row_id not in hashes: raise AuditError(
             f'row {row_id} was scored but is not in these data ({count} rows): give all the data that were scored')
-        if found[row_id] != row_hash: raise AuditError(
-            f'row {row_id}: these are not the data that were scored (hash {found[row_id]}, scored {row_hash}): '
+        if hashes[row_id] != row_hash: raise AuditError(
+            f'row {row_id}: these are not the data that were scored (hash {hashes[row_id]}, scored {row_hash}): '
             'give the same data, columns and options, or score these')
 
+# %% ../../nbs/audit/165_training_file.ipynb #fe0bd7ba
 def survey_data(
     selection: pd.DataFrame, # rows with `row_id`, `row_hash` and `selected`
     pairs: Iterable[Pair],   # the data; a `PairSource` is read once more
     keep: Callable[[int, dict], None] | None = None, # called with id and cells of each kept row, in order
 ) -> Survey:
     "One pass over the data. Raises `AuditError` naming the first scored row that is missing or another one."
-    known, kept = dict(zip(selection.row_id.tolist(), selection.row_hash)), set(selection.row_id[selection.selected])
-    every, own, found, others, count, size = {}, {}, {}, set(), 0, 0
+    known = dict(zip(selection.row_id.tolist(), selection.row_hash))
+    kept = set(selection.row_id[selection.selected])
+    every = {}
+    own = {}
+    hashes = {}
+    others = set()
+    count = 0
+    size = 0
     survey = Survey([], [], 0, {}, {}, {}, {}, scored_as_text(selection))
     if isinstance(pairs, list): pairs = sorted(pairs, key=lambda p: p.row_id)  # a source is read in that order
     for count, pair in enumerate(pairs, 1):
         every |= dict.fromkeys(pair.extra)
         if 'kind' in pair.extra: survey.groups[pair.row_id] = pair.extra['kind']
-        if pair.row_id in known: found[pair.row_id] = pair.row_hash
+        if pair.row_id in known: hashes[pair.row_id] = pair.row_hash
         else: others.add(pair.row_id)
         if pair.row_id not in kept or known[pair.row_id] != pair.row_hash: continue
         own |= dict.fromkeys(pair.extra)
@@ -165,7 +176,7 @@ def survey_data(
         cells |= dict(zip(SIDES, _sides(pair, survey.as_text)))
         size = _note(survey, pair.row_id, cells, size)
         if keep: keep(pair.row_id, cells)
-    _check_rows(known, found, count)
+    _check_rows(known, hashes, count)
     return survey._replace(columns=list(every), kept=list(own), unscored=len(others))
 
 # %% ../../nbs/audit/165_training_file.ipynb #bb4a2474
@@ -173,8 +184,8 @@ def scored_as_text(
     scores: pd.DataFrame, # with the run's manifest in `attrs`
 ) -> bool:
     "Whether the model had no chat template, so that messages were scored as text."
-    made = scores.attrs.get('manifest') or {}
-    return 'template_hash' in made and made['template_hash'] is None
+    manifest = scores.attrs.get('manifest') or {}
+    return 'template_hash' in manifest and manifest['template_hash'] is None
 
 def _sides(pair: Pair, as_text: bool) -> tuple[Any, Any, Any]:
     "Prompt and responses as they are written"
@@ -192,6 +203,7 @@ def cell_of(
     if column == 'tools' and isinstance(value, (list, dict)): return _json_text(value)
     return {} if column == 'chat_template_kwargs' and value is None else value
 
+# %% ../../nbs/audit/165_training_file.ipynb #aabc9862
 def forms(
     pair: Pair,     # without a problem
     as_text: bool,  # messages are written as text
@@ -203,21 +215,22 @@ def _form(sides: Iterable[Any]) -> str:
     kinds = {'text' if isinstance(side, str) else 'messages' for side in sides}
     return kinds.pop() if len(kinds) == 1 else 'both'
 
-def _refuse_forms(found: dict[str, int]) -> None:
+def _refuse_forms(first_rows: dict[str, int]) -> None:
     "TRL takes one form. Raises `AuditError`"
-    if len(found) < 2 and 'both' not in found: return
-    row, at = max(found.values()), min(found.values())
-    before = f' (row {at}: {next(k for k, v in found.items() if v == at)})' if row > at else ''
+    if len(first_rows) < 2 and 'both' not in first_rows: return
+    row = max(first_rows.values())
+    at = min(first_rows.values())
+    before = f' (row {at}: {next(k for k, v in first_rows.items() if v == at)})' if row > at else ''
     raise AuditError(f'row {row}: text beside messages{before}; TRL takes one form: '
                      'give apply_chat_template yes when loading, or split the data')
 
 class OneForm(PairSource):
     "A `PairSource` that refuses data of text and messages, of which TRL takes one form, while they are read."
     def __iter__(self) -> Iterator[Pair]:
-        found: dict[str, int] = {}
+        first_rows: dict[str, int] = {}
         for pair in super().__iter__():
-            if not pair.problem: found.setdefault(forms(pair, False), pair.row_id)
-            _refuse_forms(found)
+            if not pair.problem: first_rows.setdefault(forms(pair, False), pair.row_id)
+            _refuse_forms(first_rows)
             yield pair
 
 # %% ../../nbs/audit/165_training_file.ipynb #cc2882f5
@@ -227,7 +240,8 @@ class KeptRows:
         native: bool = False,       # for Parquet, which has types of its own
         folder: Path | None = None, # where the rows of JSON wait
     ):
-        self.native, self.rows = native, []
+        self.native = native
+        self.rows = []
         self.path = None if native or folder is None else folder/'kept.jsonl'
         self.file = None if self.path is None else open(self.path, 'w', encoding='utf-8')
 
@@ -253,15 +267,20 @@ class KeptRows:
                 row_id, cells = json.loads(line)
                 yield row_id, {k: _Text(v) if form == 'text' else v for k, (form, v) in cells.items()}
 
+# %% ../../nbs/audit/165_training_file.ipynb #03094716
 class _Text(str):
     "A cell that is JSON as text already: it was nested too deep for anything else"
 
 def _waiting(row_id: int, column: str, value: Any) -> list:
     "A cell in JSON: its value, or its text where it is nested too deep for a column of values"
-    try: return ['value', plain(_with_base64(value))]
-    except RecursionError: pass
-    try: return ['text', _json_text(value)]
-    except AuditError as error: raise AuditError(f'row {row_id}, column {column!r}: {error}; delete it') from None
+    try:
+        return ['value', plain(_with_base64(value))]
+    except RecursionError:
+        pass
+    try:
+        return ['text', _json_text(value)]
+    except AuditError as error:
+        raise AuditError(f'row {row_id}, column {column!r}: {error}; delete it') from None
 
 @contextmanager
 def kept_rows(
@@ -270,7 +289,8 @@ def kept_rows(
     "Kept rows that go with the context."
     with tempfile.TemporaryDirectory(prefix='ches_align_', ignore_cleanup_errors=True) as folder:
         rows = KeptRows(native, Path(folder))
-        try: yield rows
+        try:
+            yield rows
         finally:
             if rows.file is not None:
                 with suppress(OSError): rows.file.close()
@@ -304,6 +324,7 @@ def file_rows(
         more = {str(k): (cells.get(str(k), cell_of(k, None)), hows[k]) for k in own_columns(survey, own)}
         yield own | {k: _cell(row_id, k, value, how, rows.native) for k, (value, how) in more.items()}
 
+# %% ../../nbs/audit/165_training_file.ipynb #7c09b1d4
 def column_forms(
     survey: Survey,
     native: bool = False, # for Parquet, which has its own types
@@ -330,8 +351,10 @@ def own_columns(
 def _cell(row_id: int, column: str, value: Any, how: str, native: bool) -> Any:
     if column in SIDES: return plain(value)
     if how == 'json' and isinstance(value, _Text): return str(value)
-    try: return native_value(value) if native and not how else rewrite(value, how)
-    except AuditError as error: raise AuditError(f'row {row_id}, column {column!r}: {error}; delete it') from None
+    try:
+        return native_value(value) if native and not how else rewrite(value, how)
+    except AuditError as error:
+        raise AuditError(f'row {row_id}, column {column!r}: {error}; delete it') from None
 
 # %% ../../nbs/audit/165_training_file.ipynb #46012544
 _TYPED = (bytes, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta)  # a datetime is a date
@@ -360,30 +383,34 @@ def encode_rows(
     for number, line in enumerate(lines): yield (b',\n' if number else b'[\n') + line
     yield b'\n]\n'
 
+# %% ../../nbs/audit/165_training_file.ipynb #a51571b1
 def parquet_bytes(
     rows: list[dict[str, Any]],       # the same keys in each
 ) -> tuple[bytes, dict[str, str]]:    # a file's content; column -> how it was rewritten
     "Rows as Parquet; a column that has no type becomes JSON as text. Raises `AuditError` for what TRL reads."
     import pyarrow as pa, pyarrow.parquet as pq
-    columns, told = {}, {}
+    columns = {}
+    rewritten = {}
     for name in rows[0] if rows else ():
         values = [r[name] for r in rows]
         try:
             columns[name] = _array(values)
             pq.write_table(pa.table({name: columns[name][:0]}), pa.BufferOutputStream())  # a struct without fields
-        except (pa.ArrowException, OverflowError, TypeError, ValueError, RecursionError) as e:
+        except (pa.ArrowException, OverflowError, TypeError, ValueError, RecursionError) as error:
             if name in SIDES:
-                raise AuditError(f'{name}: Parquet has no type for these messages ({str(e)[:200]}): '
+                raise AuditError(f'{name}: Parquet has no type for these messages ({str(error)[:200]}): '
                                  'name a .jsonl file') from None
-            columns[name], told[name] = pa.array(map(_json_text, values)), REWRITTEN['json']
+            columns[name] = pa.array(map(_json_text, values))
+            rewritten[name] = REWRITTEN['json']
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
-    return sink.getvalue().to_pybytes(), told
+    return sink.getvalue().to_pybytes(), rewritten
 
 def _array(values: list[Any]) -> Any:
     "A column of Arrow; whole numbers that need 64 bits without a sign get them"
     import pyarrow as pa
-    try: return pa.array(values)
+    try:
+        return pa.array(values)
     except (pa.ArrowException, OverflowError):
         if not all(v is None or (type(v) is int and 0 <= v < 2**64) for v in values): raise
         return pa.array(values, pa.uint64())

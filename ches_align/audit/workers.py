@@ -53,8 +53,11 @@ def shared_counter(
 ) -> Iterator[int]: # the numbers of those that this process is to do
     "Deal out 0 to total - 1: each number goes to one process, the next to whoever asks first."
     here = processes()
-    if here.num_processes == 1: yield from range(total); return
-    host, port = os.environ.get('MASTER_ADDR', '127.0.0.1'), [None]
+    if here.num_processes == 1:
+        yield from range(total)
+        return
+    host = os.environ.get('MASTER_ADDR', '127.0.0.1')
+    port = [None]
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if here.is_main_process else None
     if store: port = [store.port]
     broadcast_object_list(port)
@@ -67,9 +70,10 @@ def shared_counter(
 
 def together() -> None:
     "Wait for the other processes. Raises `AuditError` when one has gone."
-    try: processes().wait_for_everyone()
-    except RuntimeError as e:
-        raise AuditError(f"another process has gone ({' '.join(str(e).split())[:120]}); "
+    try:
+        processes().wait_for_everyone()
+    except RuntimeError as error:
+        raise AuditError(f"another process has gone ({' '.join(str(error).split())[:120]}); "
                          'what was finished is kept, the same command continues') from None
 
 def leave() -> None:
@@ -83,16 +87,20 @@ def on_main(
     work: Callable[[], Any], # done by the main process
 ) -> Any:                    # what it returned, on all; must pickle between these processes
     "Do something once, on the main process. All call this together, and its error is raised on all."
-    here, outcome, caught = processes(), [None, ''], None
+    here = processes()
+    outcome = [None, '']
+    caught = None
     if here.is_main_process:
-        try: outcome[0] = work()
+        try:
+            outcome[0] = work()
         except Exception as error:
             caught = error
             outcome[1] = str(error) if isinstance(error, AuditError) else f'{type(error).__name__}: {error}'
     if here.num_processes > 1: broadcast_object_list(outcome)
     try:
         if caught is not None: raise caught
-    finally: del caught  # or the error would hold on to this frame, and this frame to the error
+    finally:
+        del caught  # or the error would hold on to this frame, and this frame to the error
     if outcome[1]: raise AuditError(outcome[1])
     return outcome[0]
 
@@ -117,7 +125,9 @@ def same_everywhere(
 def errors_of_all() -> Iterator[None]:
     "At the end all processes raise the `AuditError` of any of them."
     problem = ''
-    try: yield
-    except AuditError as error: problem = str(error)
+    try:
+        yield
+    except AuditError as error:
+        problem = str(error)
     problem = next((text for text in gather_from_all(problem) if text), '')
     if problem: raise AuditError(problem)

@@ -18,7 +18,8 @@ from .main import DataOptions, ModelOptions, quiet_libraries
 # %% ../../nbs/cli/610_audit.ipynb #56dcebc4
 def _summary(scores) -> str:
     "What was scored, in a line; another when an instruct model read plain text"
-    manifest, counts = scores.attrs['manifest'], scores.status.value_counts().to_dict()
+    manifest = scores.attrs['manifest']
+    counts = scores.status.value_counts().to_dict()
     lost = scores[scores.status != 'ok'].drop_duplicates('status').set_index('status')
     flagged = ', '.join(f'{n} {status} (row {lost.row_id[status]}: {lost.detail[status]})'.replace(': )', ')')
                         for status, n in counts.items() if status != 'ok') or 'none'
@@ -88,11 +89,13 @@ def _pairs_behind(scores: Any, data: str | None, split: str | None, columns: str
     class OfManifest(PairSource):
         "Data that the manifest names; when they are gone, the error says so"
         def __iter__(self) -> Iterator[Pair]:
-            try: yield from super().__iter__()
+            try:
+                yield from super().__iter__()
             except AuditError as error:
                 raise AuditError(f'{error} (so the manifest names the data; give --data)') from None
     return PairSource(data, **loading) if data else OfManifest(manifest['data'], **loading)
 
+# %% ../../nbs/cli/610_audit.ipynb #2dec14ea
 def _choose(table: Any, pairs: Any, choice: Any) -> Any:
     "Apply a rule, or draw its control, or weigh all scored rows"
     from ches_align.audit.selection import (
@@ -108,7 +111,8 @@ def _choose(table: Any, pairs: Any, choice: Any) -> Any:
 
 def _kept(card: dict, output: str | Path) -> str:
     from ches_align.audit.card import length_text
-    counts, rewritten = card['counts'], card['columns_rewritten']
+    counts = card['counts']
+    rewritten = card['columns_rewritten']
     lines = [f"kept {counts['kept']} of {counts['rows']} rows: {output} (what went and why: {output}.card.md)",
              length_text(card)]
     if rewritten:
@@ -228,12 +232,12 @@ def audit(
     check_audit(output_dir, data, by, keep)
     quiet_libraries()
     try:
-        found = audit_dataset(data, name, output_dir, by=by, keep=keep, **vars(rows), **scoring.arguments(),
-                              dtype=model.dtype, device=model.device, model_options=model.extras())
+        audited = audit_dataset(data, name, output_dir, by=by, keep=keep, **vars(rows), **scoring.arguments(),
+                                dtype=model.dtype, device=model.device, model_options=model.extras())
     except NothingKept as nothing:
         if processes().is_main_process and nothing.audit: _found(nothing.audit)
         raise
     if processes().is_main_process:
-        _found(found)
-        say(_kept(found.card, f'{output_dir}/kept.jsonl'))
+        _found(audited)
+        say(_kept(audited.card, f'{output_dir}/kept.jsonl'))
     leave()

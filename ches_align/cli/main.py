@@ -189,18 +189,21 @@ def _source(cls: type) -> list[str]:
 
 def _comments(cls: type) -> dict[str, str]:
     "The comment beside each field of a dataclass, those of its bases first"
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         for line in _source(base):
-            if match := re.match(r'\s+(\w+): [^#]*# (.*)', line): found[match[1]] = match[2]
-    return {field.name: found.get(field.name, '') for field in dataclasses.fields(cls)}
+            if match := re.match(r'\s+(\w+): [^#]*# (.*)', line): comments[match[1]] = match[2]
+    return {field.name: comments.get(field.name, '') for field in dataclasses.fields(cls)}
 
 def _texts(function: Callable) -> dict[str, str]:
     "The comment beside each parameter; none where the source is not there"
-    try: texts = docments(function)
-    except OSError: texts = {}
+    try:
+        texts = docments(function)
+    except OSError:
+        texts = {}
     return {name: texts.get(name) or '' for name in inspect.signature(function).parameters}
 
+# %% ../../nbs/cli/600_main.ipynb #87fbfde5
 def _plain_type(annotation: Any) -> Any:
     "`str` of `str | None`"
     parts = [part for part in get_args(annotation) if part is not type(None)]
@@ -220,8 +223,8 @@ def _reads(name: str, kind: Any) -> dict[str, Any]:
 
 def _help(text: str, default: Any) -> str:
     "The docment, with the default where the docment does not say it"
-    said = default is None or default is False or default == [] or 'default:' in text
-    shown = '' if said else f' (default: {default})'
+    known = default is None or default is False or default == [] or 'default:' in text
+    shown = '' if known else f' (default: {default})'
     return (text + shown).replace('%', '%%')
 
 # %% ../../nbs/cli/600_main.ipynb #119c3499
@@ -242,13 +245,15 @@ def command_parser(
 ) -> Parser:
     "Build the parser of a command from its signature."
     summary, _, more = inspect.cleandoc(function.__doc__ or '').partition('\n\n')
-    parameters, texts = inspect.signature(function).parameters.values(), _texts(function)
+    parameters = inspect.signature(function).parameters.values()
+    texts = _texts(function)
     arguments = [parameter for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
     words = ' '.join(parameter.name.upper() for parameter in arguments)
     parser = Parser(usage=f'ches {name} {words} [--option value ...]', description=summary, epilog=more or None)
     groups = {title: parser.add_argument_group(title) for title in ('Arguments', 'Output', 'Options')}
     for parameter in parameters:
-        kind, default = _plain_type(parameter.annotation), parameter.default
+        kind = _plain_type(parameter.annotation)
+        default = parameter.default
         if dataclasses.is_dataclass(kind): _add_group(parser, kind, default)
         elif parameter in arguments:
             many = {} if default is parameter.empty else dict(nargs='?', default=default)
@@ -262,7 +267,8 @@ def command_parser(
 
 def _add_group(parser: Parser, cls: type, defaults: Any) -> None:
     "The fields of a dataclass as a group of options"
-    group, texts = parser.add_argument_group(cls.__doc__), _comments(cls)
+    group = parser.add_argument_group(cls.__doc__)
+    texts = _comments(cls)
     for field in dataclasses.fields(cls):
         default = getattr(defaults, field.name)
         group.add_argument(f'--{field.name}', default=default, **_reads(field.name, _plain_type(field.type)),
@@ -276,9 +282,10 @@ def read_options(
 ) -> dict[str, Any]:       # keyword arguments of the function
     "Parse a command line into arguments, the groups checked. Raises `UsageError` and `AuditError`."
     parser = command_parser(function, name)
-    found, rest = parser.parse_known_args(words)
+    parsed, rest = parser.parse_known_args(words)
     if rest: raise UsageError(_unknown(parser, rest[0]))
-    values, arguments = vars(found), {}
+    values = vars(parsed)
+    arguments = {}
     for parameter in inspect.signature(function).parameters.values():
         kind = _plain_type(parameter.annotation)
         if dataclasses.is_dataclass(kind):
@@ -299,8 +306,10 @@ def _unknown(parser: Parser, word: str) -> str:
 # %% ../../nbs/cli/600_main.ipynb #382aa487
 def keep_freed_memory() -> bool: # was it set? Elsewhere than under glibc nothing happens
     "Let the C library of this process keep freed blocks, for the rest of its life: forward passes on a CPU are faster."
-    try: mallopt = ctypes.CDLL('libc.so.6').mallopt
-    except (OSError, AttributeError): return False
+    try:
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+    except (OSError, AttributeError):
+        return False
     settings = {-3: 1 << 30, -1: (1 << 31) - 1}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     return all(mallopt(option, value) for option, value in settings.items())
 
@@ -308,6 +317,7 @@ def _end(command: str, message: str, code: int) -> NoReturn:
     print(f"{command}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
+# %% ../../nbs/cli/600_main.ipynb #5006d504
 @contextmanager
 def one_line(
     command: str, # its name, put before the message
@@ -318,10 +328,14 @@ def one_line(
     # a batch system's SIGTERM ends a command like Ctrl-C; under a launcher it kills at once: others may be waited for
     alone = 'WORLD_SIZE' not in os.environ and threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if alone else None
-    try: yield
-    except UsageError as error: _end(command, f'{error} (see {command} --help)', 2)
-    except AuditError as error: _end(command, str(error), 1)
-    except KeyboardInterrupt: _end(command, 'stopped; the same command continues', 130)
+    try:
+        yield
+    except UsageError as error:
+        _end(command, f'{error} (see {command} --help)', 2)
+    except AuditError as error:
+        _end(command, str(error), 1)
+    except KeyboardInterrupt:
+        _end(command, 'stopped; the same command continues', 130)
     finally:
         if alone: signal.signal(signal.SIGTERM, before)
 

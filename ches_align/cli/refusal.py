@@ -44,7 +44,8 @@ def _folder(output_dir: str | Path, names: str, sources: list, sign: str, keys: 
 
 def _read_whole(source: str, needs: tuple, before: str) -> list[dict]:
     "The rows that the command before left in its folder, or those of a file"
-    path, given = Path(source).expanduser(), source
+    path = Path(source).expanduser()
+    given = source
     if (path/'rows.jsonl').exists(): given = path/'rows.jsonl'
     elif (path/'manifest.json').exists():
         raise AuditError(f'{source}: a run there has not finished (no rows.jsonl): run its command again, it continues')
@@ -71,7 +72,8 @@ def _generate(prompts: str, model: str, folder: Path, read: PromptOptions, loade
 
 def _generated(rows: list[dict], model: str, output_dir: str, longest: int) -> str:
     cut = sum(not row['finished'] for row in rows)
-    prompts, tokens = len({row['prompt_index'] for row in rows}), sum(row['tokens'] for row in rows)
+    prompts = len({row['prompt_index'] for row in rows})
+    tokens = sum(row['tokens'] for row in rows)
     return (f'{len(rows)} responses to {prompts} prompts by {model}, {tokens} tokens; {cut} cut at {longest} tokens\n'
             f'rows: {output_dir}/rows.jsonl')
 
@@ -118,12 +120,14 @@ def _question(options: JudgeOptions) -> str | None:
     template = options.template
     if options.judge == 'sorry' and template is None: sorry_judge()  # says where to find it
     if template is None: return None
-    try: text = Path(template).expanduser().read_text('utf-8')
+    try:
+        text = Path(template).expanduser().read_text('utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise AuditError(f'judge template {template}: cannot be read ({error})') from None
     if not text.strip(): raise AuditError(f'judge template {template}: the file is empty')
     return text
 
+# %% ../../nbs/cli/620_refusal.ipynb #5b88591a
 def _make_judge(options: JudgeOptions, load: dict) -> Any:
     "rule, sorry, or a model by name"
     from ches_align.audit.model_files import LoadError
@@ -131,7 +135,8 @@ def _make_judge(options: JudgeOptions, load: dict) -> Any:
     text, load = _question(options), load | dict(quantize=options.quantize)
     if options.judge == 'rule': return RuleJudge()
     if options.judge == 'sorry': return sorry_judge(options.template, options.judge_path or SORRY_JUDGE, **load)
-    try: return ChatJudge(options.judge, text or JUDGE_PROMPT, **load)
+    try:
+        return ChatJudge(options.judge, text or JUDGE_PROMPT, **load)
     except LoadError as error:
         raise AuditError(f'unknown judge {options.judge!r}: rule, sorry, or a model ({error})') from None
 
@@ -143,8 +148,10 @@ def _judge_is_there(options: JudgeOptions, load: dict) -> None:
     _question(options)
     if options.judge == 'rule': return
     name = options.judge_path or SORRY_JUDGE if options.judge == 'sorry' else options.judge
-    try: AutoConfig.from_pretrained(model_parts(name).base)
-    except Exception: _make_judge(options, load)  # says why, or is there though it has no config
+    try:
+        AutoConfig.from_pretrained(model_parts(name).base)
+    except Exception:
+        _make_judge(options, load)  # says why, or is there though it has no config
 
 # %% ../../nbs/cli/620_refusal.ipynb #9a9179ce
 def _judge(rows: list[dict], judge: Any, folder: Path, about: dict) -> dict:
@@ -211,7 +218,8 @@ def _write_pairs(pairs: list[dict], folder: Path, test: float, seed: int, about:
 def _composition(pairs: list[dict], counts: dict[str, int], many: int) -> str:
     "How many pairs of which kind, and where they went"
     def listed(values): return ', '.join(f'{n} {v}' for v, n in Counter(values).most_common()) or 'none'
-    usable, lost = [p for p in pairs if p['use']], [p for p in pairs if not p['use']]
+    usable = [p for p in pairs if p['use']]
+    lost = [p for p in pairs if not p['use']]
     lines = [f"{len(pairs)} prompts: {listed(p['kind'] for p in pairs)}",
             f"{len(usable)} pairs, ordered by: {listed(p['ordered_by'] for p in usable)}",
             ', '.join(f"{name.replace('_', ' ')} {counts[name]}" for name in counts)]
@@ -220,6 +228,7 @@ def _composition(pairs: list[dict], counts: dict[str, int], many: int) -> str:
     if many: lines.append(f'{many} prompts have more than two responses: the first two were taken')
     return '\n'.join(lines)
 
+# %% ../../nbs/cli/620_refusal.ipynb #4bfedd87
 def pairs(
     judged: str, # folder of ches judge, or a file with prompt, response, refused (and id, k)
     *,
@@ -246,9 +255,9 @@ def pairs(
     split_prompts([], test)  # a share that cannot be is refused before a model is loaded
     good = _gold(gold, seed)
     about = dict(judged=value_hash(rows), reward_model=reward_model, gold=good and value_hash(good))
-    made = make_preferences(rows, _scorer(reward_model, device), seed, good)
-    counts = _write_pairs(made, folder, test, seed, about)
-    say(_composition(made, counts, sum(size > 2 for size in sizes)), f'train: {output_dir}/train.jsonl')
+    preferences = make_preferences(rows, _scorer(reward_model, device), seed, good)
+    counts = _write_pairs(preferences, folder, test, seed, about)
+    say(_composition(preferences, counts, sum(size > 2 for size in sizes)), f'train: {output_dir}/train.jsonl')
 
 # %% ../../nbs/cli/620_refusal.ipynb #eef9e06b
 def _check_rate(prompts: str | None, output_dir: str, against: list, given: dict) -> None:
@@ -286,7 +295,8 @@ def refusal_rate(
     name = model.name_for(prompts) if prompts else ''
     if against: compare_summaries(against)  # cannot be read: said before anything is generated
     if prompts:
-        load, folder = dict(dtype=model.dtype, device=model.device), Path(output_dir).expanduser()
+        load = dict(dtype=model.dtype, device=model.device)
+        folder = Path(output_dir).expanduser()
         _judge_is_there(asked, load)
         rows = _generate(prompts, name, folder/'generated', read, model, drawn, responses)
         summary = _judge(rows, _make_judge(asked, load), folder/'judged', _origin(folder/'generated'))

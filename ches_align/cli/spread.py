@@ -19,9 +19,9 @@ from ..audit.runs import refuse_sources, refuse_strangers
 from .main import GeneratorOptions, SamplingOptions, quiet_libraries
 
 # %% ../../nbs/cli/630_spread.ipynb #bcf5ef04
-def _interval(x: list) -> str:
-    if x[1] is None: return f'{x[0]:.1%}'
-    return f'{x[0]:.1%} ({x[1]:.1%} to {x[2]:.1%})'
+def _interval(numbers: list) -> str:
+    if numbers[1] is None: return f'{numbers[0]:.1%}'
+    return f'{numbers[0]:.1%} ({numbers[1]:.1%} to {numbers[2]:.1%})'
 
 def _said(summary: dict) -> str:
     "summary.json for people"
@@ -44,7 +44,9 @@ def _compared(folder: Path, against: str) -> str:
     def read(folder):
         table = pd.read_csv(Path(folder).expanduser()/'table.csv').fillna({'cause': ''})
         return table.replace({'verdict': {'flat': 'no spread seen'}})  # its name in earlier tables
-    try: before, after = read(against), read(folder)
+    try:
+        before = read(against)
+        after = read(folder)
     except (OSError, ValueError) as error:
         raise AuditError(f'{against}: no table of ches spread ({error})') from None
     change = compare_spread(before, after)
@@ -116,7 +118,10 @@ def _audited(prompts: str, model: str, folder: Path, read: dict, asked: SpreadOp
     from ches_align.rl.rewards import load_reward, reward_identity, try_reward
     from ches_align.rl.sampling import Sampling, load_generator
     from ches_align.rl.spread_audit import audit_spread, load_tasks
-    judge, sampling, here, load = load_reward(asked.reward), Sampling(**drawn.drawing()), processes(), loaded.loading()
+    judge = load_reward(asked.reward)
+    sampling = Sampling(**drawn.drawing())
+    here = processes()
+    load = loaded.loading()
     if here.num_processes > 1: load |= dict(device=load['device'] or str(here.device))
     known = reward_identity(judge, asked.reward)  # before it is called: an object may count its calls
     tasks = load_tasks(prompts, **read)
@@ -128,13 +133,15 @@ def _audited(prompts: str, model: str, folder: Path, read: dict, asked: SpreadOp
     return audit_spread(load_generator(model, **load), tasks, judge, sampling, output_dir=folder, name=asked.reward,
                         try_first=False, known=known, **asked.auditing(), **drawn.running())
 
+# %% ../../nbs/cli/630_spread.ipynb #bacc7392
 def _dumped(prompts: str, split: str | None, limit: int | None, names: dict[str, str]) -> list[dict]:
     "Rewards that are there, all of them of the first so many prompts"
     from ches_align.rl.rollouts import rollout_rows
     from ches_align.rl.sampling import prompt_hash
     read, remarks = rollout_rows(prompts, split, names)
     print('\n'.join(remarks))
-    rows, seen = [], set()
+    rows = []
+    seen = set()
     for row in read:  # a trainer's dump mixes the prompts
         name = row.get('prompt_hash') or prompt_hash(row['prompt'])
         if limit and name not in seen and len(seen) >= limit: continue
@@ -195,6 +202,7 @@ def spread(
         if processes().is_main_process: _written(table, rows, folder, prompts, against, asked.reward is not None)
         leave()
 
+# %% ../../nbs/cli/630_spread.ipynb #22a9cb54
 def _written(table: Any, rows: list, folder: Path, prompts: str, against: str | None, drawn: bool) -> None:
     "Write table and page, and say what they hold"
     from ches_align.rl.spread_audit import write_spread

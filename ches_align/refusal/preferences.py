@@ -82,7 +82,8 @@ def load_prompts(
     if not any(asked.values()):
         raise AuditError(f'{where}: no prompts; needs turns (of style {style}), prompt, or dialogues')
     if lost := [i for i, prompt in asked.items() if not prompt]:
-        raise AuditError(f'{where}, row {lost[0] + 1}: no prompt, as in {len(lost)} of {len(asked)} rows; take them out')
+        raise AuditError(f'{where}, row {lost[0] + 1}: no prompt, as in {len(lost)} of {len(asked)} rows; '
+                         'take them out')
     return _unique((prompt for prompt in asked.values() if prompt), limit, limit_seed)
 
 # %% ../../nbs/refusal/360_preferences.ipynb #1ee1041f

@@ -101,7 +101,8 @@ class _Draws(NamedTuple):
 
 def _draw_batch(engine: Engine, draws: _Draws, batch: Sequence[int]) -> list[list[int]]:
     "Token ids of a batch's responses; lack of memory becomes an error that says what to do"
-    try: return engine([draws.prompts[j] for j in batch], [draws.seeds[j] for j in batch])
+    try:
+        return engine([draws.prompts[j] for j in batch], [draws.seeds[j] for j in batch])
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error): raise
     raise AuditError(f'{len(batch)} rows are too many for the memory: lower --batch_tokens; the same folder then '

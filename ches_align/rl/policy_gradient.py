@@ -85,7 +85,8 @@ def advantages(
     normalise: bool,                 # divide by the standard deviation of the batch
 ) -> Float[Tensor, "batch"]:
     "What a reward exceeds its baseline by; rewards that are equal in fp32 give zeros when normalised."
-    excess = rewards.double()  # in fp32 the mean of equal numbers may be off by an ulp, which dividing would blow up to 1
+    # in fp32 the mean of equal numbers may be off by an ulp, which dividing would blow up to 1
+    excess = rewards.double()
     if baseline == 'batch': excess = excess - excess.mean()
     if baseline == 'group':
         for prompt in set(prompts):

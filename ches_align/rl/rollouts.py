@@ -242,7 +242,7 @@ def _fits_advantages(steps: list[list[dict]], size: int) -> bool:
     return True
 
 def _factors(rewards: np.ndarray, advantages: np.ndarray) -> list[float] | None:
-    "What a group's excess over its mean is multiplied by, and the same times its deviation; []: not told; None: nothing"
+    "What a group's excess over its mean is multiplied by, and that times its deviation; []: not told; None: nothing"
     known = np.isfinite(rewards)
     if not np.isfinite(advantages).all(): return []
     if np.abs(advantages[~known]).max(initial=0.) > 1e-6: return None

@@ -258,7 +258,8 @@ def spread_advice(
         advice.append(f'Groups with a gradient: {shares}.')
     if chance := summary.get('gradient'):
         advice.append(f"Whatever has not been seen, a group of {chance['group']} has a gradient with probability "
-                      f"{chance['low']:.0%} to {chance['high']:.0%}: means over prompts of the ends of their intervals.")
+                      f"{chance['low']:.0%} to {chance['high']:.0%}: "
+                      'means over prompts of the ends of their intervals.')
     if (share := summary['between_share']) is not None:
         advice.append(f'{share:.0%} of the variance of rewards is between prompts: '
                       'a whole-batch standard deviation counts it as spread.')

@@ -181,8 +181,8 @@ def _model_chances(hits: np.ndarray, draws: np.ndarray, groups: Sequence[int]) -
     one, two = fit_beta(hits, draws)
     one = one + hits
     two = two + draws - hits
-    return {size: np.exp(betaln(one + size, two) - betaln(one, two)) + np.exp(betaln(one, two + size) - betaln(one, two))
-            for size in groups}
+    whole = betaln(one, two)
+    return {size: np.exp(betaln(one + size, two) - whole) + np.exp(betaln(one, two + size) - whole) for size in groups}
 
 def _sample_chances(known: pd.DataFrame, groups: Sequence[int]) -> dict[int, np.ndarray]:
     "P_G of each prompt from its samples"

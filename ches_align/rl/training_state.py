@@ -32,28 +32,9 @@ class TrainingState:
         identity: dict[str, Any],        # what must be the same for the training to go on
     ):
         self.path = path and Path(path)
-        self.optimiser, self.identity = optimiser, plain(identity)
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-    def save(
-        self,
-        told: dict[str, Any],            # JSON-able: the step, what was logged ...
-    ) -> None:
-        "Write the file, whole or not at all. Raises `AuditError` when it cannot be written."
-        if self.path is None: return
-        kept = {f'weight {name}': p.detach().contiguous() for name, p in self.trained.items()}
-        for name, p in self.trained.items():
-            moments = self.optimiser.state.get(p, {})
-            kept |= {f'{what} {name}': value for what, value in moments.items() if torch.is_tensor(value)}
-        header = dict(identity=json.dumps(self.identity, sort_keys=True), told=json.dumps(plain(told)))
-        part = self.path.with_name(f'.{self.path.name}.{os.getpid()}.partial')
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file(kept, part, header)
-                os.replace(part, self.path)
-            except SafetensorError as error: raise OSError(str(error)) from None
-            finally: part.unlink(missing_ok=True)  # half a file of a full disk
+        self.optimiser = optimiser
+        self.identity = plain(identity)
+        self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def load(self) -> dict[str, Any] | None: # what was told; None: there is no file
         "Put weights and moments back. Raises `AuditError` for a file of another training, or one that holds no state."
@@ -65,18 +46,43 @@ class TrainingState:
                 refuse_other(self.path, then, dict.fromkeys(then) | self.identity, 'training')
                 self._put_back(file)
                 return json.loads(header['told'])
-        except AuditError: raise
+        except AuditError:
+            raise
         except (SafetensorError, KeyError, ValueError) as error:
             raise AuditError(f'{self.path}: no state of a training ({error}): delete it') from None
+
+# %% ../../nbs/rl/334_training_state.ipynb #553990c3
+@patch
+def save(
+    self: TrainingState,
+    facts: dict[str, Any], # JSON-able: the step, what was logged ...
+) -> None:
+    "Write the file, whole or not at all. Raises `AuditError` when it cannot be written."
+    if self.path is None: return
+    kept = {f'weight {name}': parameter.detach().contiguous() for name, parameter in self.trained.items()}
+    for name, parameter in self.trained.items():
+        moments = self.optimiser.state.get(parameter, {})
+        kept |= {f'{what} {name}': value for what, value in moments.items() if torch.is_tensor(value)}
+    header = dict(identity=json.dumps(self.identity, sort_keys=True), told=json.dumps(plain(facts)))
+    part = self.path.with_name(f'.{self.path.name}.{os.getpid()}.partial')
+    with writing(self.path):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(kept, part, header)
+            os.replace(part, self.path)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+        finally:
+            part.unlink(missing_ok=True)  # half a file of a full disk
 
 # %% ../../nbs/rl/334_training_state.ipynb #a0cb7657
 @patch
 def _put_back(self: TrainingState, file: Any) -> None:
     "Weights and moments of an open file"
-    for name, p in self.trained.items(): p.data.copy_(file.get_tensor(f'weight {name}'))
+    for name, parameter in self.trained.items(): parameter.data.copy_(file.get_tensor(f'weight {name}'))
     for key in file.keys():
         what, _, name = key.partition(' ')
         if what == 'weight': continue
-        p = self.trained[name]
+        parameter = self.trained[name]
         value = file.get_tensor(key)
-        self.optimiser.state[p][what] = value if value.ndim == 0 else value.to(p.device)
+        self.optimiser.state[parameter][what] = value if value.ndim == 0 else value.to(parameter.device)
