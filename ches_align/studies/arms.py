@@ -101,8 +101,8 @@ def run_arm(
 # %% ../../nbs/studies/380_arms.ipynb #19103a2a
 def arm_row(
     arm: Arm,
-    found: dict,    # from `run_arm`, or whatever else was found
+    result: dict,   # from `run_arm`, or whatever else was measured
     **about: Any,   # more columns
 ) -> dict:          # with the arm's `key`
     "Make the row of an arm."
-    return dict(key=arm.key, arm=arm.name, seed=arm.seed, rows=arm.rows, changes=arm.changes) | about | found
+    return dict(key=arm.key, arm=arm.name, seed=arm.seed, rows=arm.rows, changes=arm.changes) | about | result

@@ -87,15 +87,15 @@ def describe_start(
     "Describe the start: geometry of the two rows, and the rates of theory/040."
     with torch.no_grad():
         row = torch.tensor([list(ids)], device=lm.device)
-        h = lm.backbone(input_ids=row, use_cache=False).last_hidden_state[0, -1]
-    W = lm.model.get_output_embeddings().weight
-    geometry = pair_geometry(W, chosen, rejected, top=10)._asdict()
+        hidden = lm.backbone(input_ids=row, use_cache=False).last_hidden_state[0, -1]
+    weights = lm.model.get_output_embeddings().weight
+    geometry = pair_geometry(weights, chosen, rejected, top=10)._asdict()
     geometry['top'] = lm.tokenizer.convert_ids_to_tokens(geometry['top'])
-    both = logp_rates(W, h, chosen, rejected, moves='both')
-    head = logp_rates(W, h, chosen, rejected, moves='head')
+    both = logp_rates(weights, hidden, chosen, rejected, moves='both')
+    head = logp_rates(weights, hidden, chosen, rejected, moves='head')
     features = (both - head).cpu()
     rates = dict(both=both[chosen].item(), features=features[chosen].item(), head=head[chosen].item())
-    return dict(geometry=geometry, rates=rates, hidden_norm=h.norm().item()), features
+    return dict(geometry=geometry, rates=rates, hidden_norm=hidden.norm().item()), features
 
 # %% ../../nbs/studies/378_grid.ipynb #8f87b48c
 def one_run(
@@ -251,5 +251,7 @@ def run_grid(
     with open_run(plan.output_dir, _identity(plan, lm), about, what='grid') as run:
         held = _Held(snapshot(lm.model))
         cells = [_cell(plan, lm, start, pair, held) for start in plan.starts for pair in plan.pairs]
-        try: return run_groups(run, cells, progress, 'run')
-        finally: restore(lm.model, held.base)  # an interrupted grid leaves the model as it came, too
+        try:
+            return run_groups(run, cells, progress, 'run')
+        finally:
+            restore(lm.model, held.base)  # an interrupted grid leaves the model as it came, too

@@ -70,15 +70,16 @@ def run_numbers(
     row: dict, # of one run
 ) -> dict:     # flat, one row of the table of runs
     "Take the numbers of one run."
-    p = np.exp(row['chosen'])
-    low = int(p.argmin())
+    probability = np.exp(row['chosen'])
+    low = int(probability.argmin())
     last = last_mark(row)
     mark = row['marks'][last] if last else dict(spearman=math.nan, overlap=math.nan)
     verdict = row['verdict']
     return dict(
         start=row['start'], chosen=row['pair_chosen'], rejected=row['pair_rejected'], relation=row['pair_relation'],
-        recipe=row['recipe'], seed=row['seed'], p_start=p[0], p_end=p[-1], p_lowest=p[low], lowest_at=low,
-        drawdown=drawdown(p), change=row['chosen'][-1] - row['chosen'][0],
+        recipe=row['recipe'], seed=row['seed'], p_start=probability[0], p_end=probability[-1],
+        p_lowest=probability[low], lowest_at=low, drawdown=drawdown(probability),
+        change=row['chosen'][-1] - row['chosen'][0],
         change_rejected=row['rejected'][-1] - row['rejected'][0],
         verdict=verdict['kind'], to_same=verdict['to_same'], to_opposite=verdict['to_opposite'],
         to_other=verdict['to_other'], cosine=row['geometry']['cosine'], inner=row['geometry']['inner'],

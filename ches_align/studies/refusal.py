@@ -82,7 +82,8 @@ def taught_start(
     return str(run/'model')
 
 # %% ../../nbs/studies/402_refusal.ipynb #b99a29f0
-HELD, GOLD = 1_000_000, 2_000_000 # first row ids of held-out and gold pairs
+HELD = 1_000_000 # first row id of held-out pairs
+GOLD = 2_000_000 # first row id of gold pairs
 
 @dataclass
 class RefusalBench:

@@ -41,17 +41,17 @@ def refusal_counts(
     return np.stack([(signs == '1').sum(0), np.isin(signs, ['0', '1']).sum(0)], 1).astype(float)
 
 def contrast(
-    a: Float[np.ndarray, "prompts 2"], # from `refusal_counts`
-    b: Float[np.ndarray, "prompts 2"], # of the same prompts
+    counts: Float[np.ndarray, "prompts 2"],  # from `refusal_counts`
+    against: Float[np.ndarray, "prompts 2"], # of the same prompts
     draws: int = 2000,        # bootstrap samples
     seed: int = 0,            # of the draws
-) -> tuple[float, float, float]: # rate of a minus rate of b, low and high end of its 95% interval
+) -> tuple[float, float, float]: # rate of `counts` minus that of `against`, low and high end of its 95% interval
     "Compute the difference of two rates on the same prompts (@eq-contrast)."
-    both = np.concatenate([a, b], 1)
+    both = np.concatenate([counts, against], 1)
     def difference(times: np.ndarray) -> float:
-        refused_a, verdicts_a, refused_b, verdicts_b = times @ both
+        refused, verdicts, refused_against, verdicts_against = times @ both
         with np.errstate(invalid='ignore', divide='ignore'):
-            return float(refused_a/verdicts_a - refused_b/verdicts_b)
+            return float(refused/verdicts - refused_against/verdicts_against)
     low, high = bootstrap(difference, len(both), draws, seed, counted=True)
     return difference(np.ones(len(both))), low, high
 
@@ -70,7 +70,9 @@ def _rates(runs: Sequence[dict], arm: str, against: str) -> dict:
 
 def _changes(runs: Sequence[dict]) -> dict:
     "Mean changes of ln pi of the runs of one arm: own pairs, held-out ones, own rejected responses"
-    own, held, rejected = [], [], []
+    own = []
+    held = []
+    rejected = []
     for row in runs:
         count = len(row['own'])
         chosen = np.array(row['d_chosen'], float)

@@ -53,11 +53,11 @@ def stage_means(
     return np.array(means)
 
 # %% ../../nbs/studies/406_rl_report.ipynb #84f15c0b
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    varied = len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0
-    return float(np.corrcoef(x, y)[0, 1]) if varied else float('nan')
+def _pearson(one: np.ndarray, other: np.ndarray) -> float:
+    varied = len(one) > 2 and np.ptp(one) > 0 and np.ptp(other) > 0
+    return float(np.corrcoef(one, other)[0, 1]) if varied else float('nan')
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> float: return _pearson(rankdata(x), rankdata(y))
+def _spearman(one: np.ndarray, other: np.ndarray) -> float: return _pearson(rankdata(one), rankdata(other))
 
 def spread_correlations(
     runs: Sequence[dict],   # of `run_rl`
@@ -76,15 +76,17 @@ def spread_correlations(
     whole = np.concatenate([first[:count], second[:count]], 1)
     ok = np.isfinite(std) & np.isfinite(before) & np.isfinite(mean)
     def size(change): return np.abs(change) if absolute else change
-    x = std[ok]
-    y = size(mean - before)[ok]
+    spread = std[ok]
+    changes = size(mean - before)[ok]
     same = _pearson(np.nanstd(whole, 1, ddof=1)[ok], size(mean - np.nanmean(whole, 1))[ok])
-    low, high = bootstrap(lambda drawn: _pearson(x[drawn], y[drawn]), len(x), draws, seed)
-    rank_x = rankdata(x)
-    rank_y = rankdata(y)
-    rank_low, rank_high = bootstrap(lambda drawn: _spearman(rank_x[drawn], rank_y[drawn]), len(x), draws, seed)
-    return dict(prompts=len(x), seeds=len(after), same_samples=same, pearson=_pearson(x, y), low=low, high=high,
-                spearman=_pearson(rank_x, rank_y), spearman_low=rank_low, spearman_high=rank_high)
+    low, high = bootstrap(lambda drawn: _pearson(spread[drawn], changes[drawn]), len(spread), draws, seed)
+    spread_ranks = rankdata(spread)
+    change_ranks = rankdata(changes)
+    rank_low, rank_high = bootstrap(
+        lambda drawn: _spearman(spread_ranks[drawn], change_ranks[drawn]), len(spread), draws, seed)
+    return dict(prompts=len(spread), seeds=len(after), same_samples=same, pearson=_pearson(spread, changes),
+                low=low, high=high, spearman=_pearson(spread_ranks, change_ranks), spearman_low=rank_low,
+                spearman_high=rank_high)
 
 # %% ../../nbs/studies/406_rl_report.ipynb #a290fe6a
 def _spread_row(

@@ -123,8 +123,10 @@ def _groups(study: RLStudy, bench: Bench, start: list[ScoringModel], progress: b
     def row(key: str) -> dict:
         work = _work(study, key)
         if key == 'start':
-            try: try_reward(bench.reward, bench.train, study.reward)
-            except AuditError as error: warnings.warn(str(error).partition(', or skip')[0])
+            try:
+                try_reward(bench.reward, bench.train, study.reward)
+            except AuditError as error:
+                warnings.warn(str(error).partition(', or skip')[0])
             return _start_row(start[0], study, bench, work)
         arm, seed = runs[key]
         settings = dict(arm=arm, seed=seed, settings=study.arms[arm].given)

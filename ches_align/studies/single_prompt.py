@@ -138,8 +138,8 @@ def next_logps(
 ) -> Float[Tensor, "vocab"]: # ln p of the next token, fp32 or better; carries gradient
     "Log-probabilities of the next token."
     row = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    z = model(input_ids=row, use_cache=False, logits_to_keep=1).logits[0, -1]
-    return z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1)
+    logits = model(input_ids=row, use_cache=False, logits_to_keep=1).logits[0, -1]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 # %% ../../nbs/studies/376_single_prompt.ipynb #f9691d1f
 def preference_run(
@@ -199,8 +199,10 @@ def untied(model: nn.Module) -> Iterator[None]:
     if head.weight is not embeddings.weight:
         raise AuditError('untie: the embeddings of this model are not tied; leave `untie` out')
     head.weight = nn.Parameter(embeddings.weight.detach().clone())
-    try: yield
-    finally: head.weight = embeddings.weight
+    try:
+        yield
+    finally:
+        head.weight = embeddings.weight
 
 # %% ../../nbs/studies/376_single_prompt.ipynb #a4556dfd
 FAMILIES = dict(Yes=('No', 'Never', 'Maybe', 'Perhaps'), No=('Yes', 'Yeah', 'Sure', 'Certainly', 'Absolutely'))

@@ -97,12 +97,12 @@ def interval_dots(
     start: float = 0.,        # a line to compare with
 ) -> None:
     "Draw dots with intervals, a line each."
-    x = np.asarray(values, float)
-    y = np.arange(len(labels))[::-1]
-    reach = np.nan_to_num(np.stack([x - np.asarray(low, float), np.asarray(high, float) - x]))
-    ax.errorbar(x, y, xerr=reach, fmt='o', color=COLORS['blue'], capsize=3)
+    centers = np.asarray(values, float)
+    heights = np.arange(len(labels))[::-1]
+    reach = np.nan_to_num(np.stack([centers - np.asarray(low, float), np.asarray(high, float) - centers]))
+    ax.errorbar(centers, heights, xerr=reach, fmt='o', color=COLORS['blue'], capsize=3)
     ax.axvline(start, color='k', lw=.6)
-    ax.set_yticks(y, labels)
+    ax.set_yticks(heights, labels)
     ax.grid(axis='x', alpha=.3)
 
 def run_record(

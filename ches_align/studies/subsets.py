@@ -128,8 +128,8 @@ def check_scores(
     "Refuse scores of another model or other pairs. Raises `AuditError`."
     manifest = scores.attrs.get('manifest', {})
     keys = 'weights_hash', 'config', 'adapters', 'tokenizer_hash', 'template_hash'
-    found = differences({key: manifest.get(key) for key in keys}, {key: provenance[key] for key in keys})
-    if found: raise AuditError(f'the scores are of another model ({found[0]} at the start): score it again')
+    changed = differences({key: manifest.get(key) for key in keys}, {key: provenance[key] for key in keys})
+    if changed: raise AuditError(f'the scores are of another model ({changed[0]} at the start): score it again')
     mine = scores[scores.row_id.isin(encoded)]
     hashes = dict(zip(mine.row_id, mine.row_hash))
     other = [row_id for row_id, pair in encoded.items() if hashes.get(row_id) != pair.row_hash]

@@ -42,32 +42,40 @@ class DisplacementCallback(TrainerCallback):
         self.tracker = probes if isinstance(probes, DisplacementTracker) else None
         self.every = self.tracker.every if self.tracker else every
         if self.tracker is None: probes = _check_options(probes, every, options)
-        self.probes, self.tokenizer, self.options = probes, tokenizer, options
+        self.probes = probes
+        self.tokenizer = tokenizer
+        self.options = options
         self.output_dir = output_dir
         self.reporters: list | None = None
         self.run: Any = None  # the trainer's state while it trains
         self.mute = ''        # why nothing is measured
         self.prefix = 'displacement'
 
-    def on_train_begin(self, args, state, control, model=None, processing_class=None, train_dataloader=None, **kwargs):
-        others = [c for c in _RUNNING if c is not self and c.run is state]
-        self.run, self.mute, self.reporters = state, '', None
-        self.prefix = 'displacement' + (f'_{len(others) + 1}' if others else '')
-        _RUNNING.add(self)
-        self.mute = self._everywhere(lambda: self._prepare(args, state, model, processing_class, others)).why
-        began = time.time()
-        twice = [] if self.mute else self._twice(model)
-        def open_history():
-            self._open(model, state.global_step, twice)
-            if self.tracker.train_data is None: _tell_overlap(self.tracker, train_dataloader)
-            self.tracker.start_seconds = self.tracker.clock - began
-            return self.tracker.kept
-        if not self.mute:
-            opened = _try(lambda: on_main(open_history))
-            self.mute, self.tracker.kept = opened.why, opened.value or self.tracker.kept
-        if not self.mute: return
-        if PartialState().is_main_process: say(f'displacement is not measured: {self.mute}; training goes on')
-        _try(lambda: on_main(lambda: self._report(args, state, control, model, dict(error=1.))))
+# %% ../../nbs/training/240_callback.ipynb #callback-train-begin
+@patch
+def on_train_begin(self: DisplacementCallback, args, state, control, model=None, processing_class=None,
+                   train_dataloader=None, **kwargs):
+    others = [c for c in _RUNNING if c is not self and c.run is state]
+    self.run = state
+    self.mute = ''
+    self.reporters = None
+    self.prefix = 'displacement' + (f'_{len(others) + 1}' if others else '')
+    _RUNNING.add(self)
+    self.mute = self._everywhere(lambda: self._prepare(args, state, model, processing_class, others)).why
+    began = time.time()
+    twice = [] if self.mute else self._twice(model)
+    def open_history():
+        self._open(model, state.global_step, twice)
+        if self.tracker.train_data is None: _tell_overlap(self.tracker, train_dataloader)
+        self.tracker.start_seconds = self.tracker.clock - began
+        return self.tracker.kept
+    if not self.mute:
+        opened = _try(lambda: on_main(open_history))
+        self.mute = opened.why
+        self.tracker.kept = opened.value or self.tracker.kept
+    if not self.mute: return
+    if PartialState().is_main_process: say(f'displacement is not measured: {self.mute}; training goes on')
+    _try(lambda: on_main(lambda: self._report(args, state, control, model, dict(error=1.))))
 
 # %% ../../nbs/training/240_callback.ipynb #ec503377
 @patch
@@ -80,8 +88,9 @@ def on_train_end(self: DisplacementCallback, args, state, control, model=None, l
     if self.run is None: return
     if not self.mute and state.global_step % self.every and not args.load_best_model_at_end:
         if not self.tracker.stopped: self._measure(args, state, control, model, lr_scheduler)
-    close = self.tracker.close if not self.mute else lambda: f'displacement: not measured; {self.mute}'
-    closed = _try(lambda: on_main(lambda: print(close())))
+    def close():
+        print(f'displacement: not measured; {self.mute}' if self.mute else self.tracker.close())
+    closed = _try(lambda: on_main(close))
     if closed.why and PartialState().is_main_process: say(f'displacement: {closed.why}')
     for reporter in self.reporters or []:
         with suppress(Exception): reporter.tb_writer.close()
@@ -96,8 +105,10 @@ class Tried(NamedTuple):
 
 def _try(work: Callable) -> Tried:
     "Do it here; an error becomes text, so that it holds on to no memory"
-    try: return Tried(work())
-    except Exception as error: return Tried(None, reason(error), not isinstance(error, AuditError))
+    try:
+        return Tried(work())
+    except Exception as error:
+        return Tried(None, reason(error), not isinstance(error, AuditError))
 
 def _check_options(probes: Any, every: int, options: dict[str, Any]) -> list:
     "Read the probes; `AuditError` for what can be seen to be wrong before a trainer is there"
@@ -126,11 +137,12 @@ def _prepare(self: DisplacementCallback, args, state, model, processing_class, o
     free = (folder for folder in _folders(self.tracker.output_dir) if folder not in taken)
     self.tracker.output_dir = next(free)
     if not PartialState().is_main_process: return
-    ours, count = self.tracker.max_length, -(-state.max_steps // self.every)
+    ours = self.tracker.max_length
+    measurements = -(-state.max_steps // self.every)
     if theirs is not None and ours != theirs:
         self.tracker.tell(f'probes are cut at {ours} tokens, training at {theirs}: give max_length={theirs} to compare')
-    if 0 <= count < self.tracker.patience:
-        self.tracker.tell(f'{count} measurements in {state.max_steps} steps, and a rule waits for '
+    if 0 <= measurements < self.tracker.patience:
+        self.tracker.tell(f'{measurements} measurements in {state.max_steps} steps, and a rule waits for '
                           f'{self.tracker.patience} in a row: no alert can come; lower every or patience')
 
 # %% ../../nbs/training/240_callback.ipynb #022d3443
@@ -164,13 +176,16 @@ def _everywhere(self: DisplacementCallback, work: Callable) -> Tried:
 @patch
 def _gathered(self: DisplacementCallback, model: nn.Module, budget: int | None = None) -> Tried:
     "The probes' state, measured by all processes together"
-    here, count = PartialState(), len(self.tracker.kept)
+    here = PartialState()
+    probes = len(self.tracker.kept)
     if here.num_processes == 1 or self.split: return self._everywhere(lambda: self.tracker.measure(model, budget))
     mine = slice(here.process_index, None, here.num_processes)
-    part = _try(lambda: self.tracker.measure(model, budget, mine) if self.tracker.kept[mine] else None)
+    def measure_mine():
+        return self.tracker.measure(model, budget, mine) if self.tracker.kept[mine] else None
+    part = _try(measure_mine)
     parts = [Tried(*each) for each in gather_object([tuple(part)])]
     if failed := [p for p in parts if p.why]: return failed[0]
-    order = [i for rank, p in enumerate(parts) if p.value for i in range(rank, count, here.num_processes)]
+    order = [i for rank, p in enumerate(parts) if p.value for i in range(rank, probes, here.num_processes)]
     return _try(lambda: join_states([p.value for p in parts if p.value], order))
 
 # %% ../../nbs/training/240_callback.ipynb #8f4dfd70
@@ -210,7 +225,8 @@ def _open(self: DisplacementCallback, model: nn.Module, step: int, twice: list[P
     for folder in _folders(asked):
         if folder in taken: continue
         self.tracker.output_dir = folder
-        try: self.tracker.begin(model, step, twice, whole=not self.split)
+        try:
+            self.tracker.begin(model, step, twice, whole=not self.split)
         except OtherRun as error:
             problem = str(error)
             continue
@@ -220,7 +236,8 @@ def _open(self: DisplacementCallback, model: nn.Module, step: int, twice: list[P
 @patch
 def _measure(self: DisplacementCallback, args, state, control, model, lr_scheduler):
     began = time.time()
-    step, lr = state.global_step, None
+    step = state.global_step
+    lr = None
     with suppress(Exception): lr = float(lr_scheduler.get_last_lr()[0])
     probes = self._gathered(model)
     if probes.again and self._leave_out(model): probes = self._gathered(model)
@@ -246,20 +263,23 @@ def _report(self: DisplacementCallback, args, state, control, model, logs: dict[
         self.reporters = []
         for kind in get_reporting_integration_callbacks(args.report_to):
             if kind.on_log is TrainerCallback.on_log: continue
-            try: self.reporters.append(_joined(kind(), args, state, control, model))
-            except Exception as e: tell(f'{kind.__name__}: not reached ({str(e)[:150]})')
+            try:
+                self.reporters.append(_joined(kind(), args, state, control, model))
+            except Exception as error:
+                tell(f'{kind.__name__}: not reached ({str(error)[:150]})')
     for reporter in list(self.reporters):
-        try: reporter.on_log(args, state, control, model=model, logs=dict(logs))
-        except Exception as e:
+        try:
+            reporter.on_log(args, state, control, model=model, logs=dict(logs))
+        except Exception as error:
             self.reporters.remove(reporter)
-            tell(f'{type(reporter).__name__}: not reached ({str(e)[:150]})')
+            tell(f'{type(reporter).__name__}: not reached ({str(error)[:150]})')
 
 def _joined(reporter: TrainerCallback, args, state, control, model) -> TrainerCallback:
     "An integration that joins the run which the trainer's own has opened"
     trackio = getattr(reporter, '_trackio', None)
     if getattr(reporter, 'logging_dir', '') is None:  # TensorBoard: the folder that the trainer's own has made
-        made = sorted(Path(args.output_dir, 'runs').glob('*'), key=lambda d: d.stat().st_mtime)
-        reporter.logging_dir = str(made[-1]) if made else None
+        folders = sorted(Path(args.output_dir, 'runs').glob('*'), key=lambda folder: folder.stat().st_mtime)
+        reporter.logging_dir = str(folders[-1]) if folders else None
     if trackio is not None and trackio.context_vars.current_run.get() is not None: reporter._initialized = True
     else: reporter.on_train_begin(args, state, control, model=model)
     return reporter

@@ -42,7 +42,8 @@ class _Evidence(NamedTuple):
             chosen = after.fork_tokens[k][0]
             return token_verdict(before.fork[k], after.fork[k], chosen, given, self.at_fork, self.share)[:2]
         if self.texts is not None and before.answers and after.answers:
-            own = [self.tokenizer.decode(state.answers[k], skip_special_tokens=True) for state in (before, after)]
+            answers = [before.answers[k], after.answers[k]]
+            own = [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
             return text_verdict(*own, self.texts[k], fell, tolerance)[:2]
         if not fell > tolerance: return 'none', f'ln pi(y+) changed by {-fell:+.2f} nats'
         return 'unclear', f'ln pi(y+) fell by {fell:.2f} nats; neither token classes nor own answers to judge by'

@@ -129,7 +129,8 @@ def _say(where: _Place, text: str) -> NoReturn:
 
 def _read_yaml(text: str, where: _Place) -> Any:
     "Parse, with errors in one line"
-    try: return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = None if mark is None or where.file.startswith('--set') else mark.line + 1
@@ -239,8 +240,10 @@ def _fit_union(value: Any, hint: Any, where: _Place) -> Any:
     inner = [option for option in options if dataclasses.is_dataclass(option)]
     if inner and isinstance(value, dict): return _fit(value, inner[0], where)
     for option in options:
-        try: return _fit(value, option, where)
-        except ConfigError: pass
+        try:
+            return _fit(value, option, where)
+        except ConfigError:
+            pass
     return _misfit(value, hint, where)
 
 def _fit_annotated(value: Any, hint: Any, where: _Place) -> Any:
@@ -310,7 +313,8 @@ def _build(mapping: dict, cls: type, where: _Place) -> Any:
             dotted = f'{where.key}.{field.name}' if where.key else field.name
             _say(where._replace(key=''), f'key {dotted} is missing')
     values = _fit_keys(mapping, cls, where)
-    try: return cls(**values)
+    try:
+        return cls(**values)
     except ConfigError as error:
         if error.where: raise
         _say(where.down(mapping, error.key), error.text)
@@ -354,7 +358,8 @@ def naming(
     key: str, # dotted, as in arms.rft
 ) -> Iterator[None]:
     "Put a key before what a `ConfigError` of the block says."
-    try: yield
+    try:
+        yield
     except ConfigError as error:
         dotted = f'{key}.{error.key}' if error.key else key
         raise ConfigError(error.text, error.where, dotted) from None
@@ -392,9 +397,12 @@ def _override(mapping: _Mapping, text: str) -> None:
 
 def _read_file(path: Path) -> _Mapping:
     where = _Place(str(path))
-    try: text = path.read_text('utf-8-sig')
-    except UnicodeDecodeError: _say(where, 'not UTF-8; convert the file')
-    except OSError as error: _say(where, f'cannot be read ({error.strerror or error})')
+    try:
+        text = path.read_text('utf-8-sig')
+    except UnicodeDecodeError:
+        _say(where, 'not UTF-8; convert the file')
+    except OSError as error:
+        _say(where, f'cannot be read ({error.strerror or error})')
     mapping = _read_yaml(text, where)
     if not isinstance(mapping, _Mapping): _say(where, 'must be a mapping, lines of `key: value`')
     return mapping

@@ -43,8 +43,10 @@ def say(
     text: str, # one line
 ) -> None:
     "Warn; where warnings are errors, print instead: an observer raises none."
-    try: warnings.warn(text, stacklevel=3)
-    except Warning: print(text, file=sys.stderr)
+    try:
+        warnings.warn(text, stacklevel=3)
+    except Warning:
+        print(text, file=sys.stderr)
 
 def check_watch(
     every: int,               # steps between measurements
@@ -60,8 +62,32 @@ def check_watch(
     alert = check_rule(alert, 'alert', verdicts)
     return default_alert(verdicts) if alert is None else alert, check_rule(stop, 'stop', verdicts)
 
+# %% ../../nbs/training/230_tracker.ipynb #tracker-forget
+class _Measured:
+    "What a tracker has measured so far"
+    def __init__(self,
+        probes: int,       # how many there are
+        tolerance: float): # nats per token
+        self.history = pd.DataFrame(columns=HISTORY)
+        self.baseline: ProbeState | None = None
+        self.metrics: list[dict] = []  # of every measurement
+        self.notes: list[str] = []     # alerts and warnings, in words
+        self.missed: list[int] = []    # steps whose measurement failed
+        self.kept = [*range(probes)]   # positions of what is measured
+        self.floor = tolerance         # nats per token; a fall below it counts as none
+        self.half = False              # are weights float16
+        self.stopped = ''              # why training was ended
+        self.state = ''                # of the alarm
+        self.spent = 0.                # seconds of measuring
+        self.start_seconds = 0.
+
+def _check_classes(classes: Any, probes: int) -> None:
+    "Refuse a list of token classes that is not one a probe"
+    if isinstance(classes, list) and len(classes) != probes:
+        raise AuditError(f'{len(classes)} classes for {probes} probes: give one a probe that is measured')
+
 # %% ../../nbs/training/230_tracker.ipynb #c36b6fae
-class DisplacementTracker:
+class DisplacementTracker(_Measured):
     "Measures fixed pairs again and again, keeps the history, and says when to worry. All log-probabilities in nats."
     def __init__(self,
         tokenizer: Any,              # a tokenizer, or a `ScoringModel`
@@ -87,30 +113,19 @@ class DisplacementTracker:
         self.tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ScoringModel) else tokenizer
         self.pairs, self.encoded = load_probes(probes, self.tokenizer, limit, seed, max_length)
         self.output_dir = Path(output_dir).expanduser()
-        self.every, self.patience, self.max_length = every, patience, max_length
-        self.classes, self.answers = classes, answers
-        self.tolerance, self.floor, self.budget = tolerance, tolerance, budget
-        if isinstance(classes, list) and len(classes) != len(self.pairs):
-            raise AuditError(f'{len(classes)} classes for {len(self.pairs)} probes: give one a probe that is measured')
-        self.reference, self.scores, self.train_data = reference, scores, train_data
+        _check_classes(classes, len(self.pairs))
+        super().__init__(len(self.pairs), tolerance)
+        self.every = every
+        self.patience = patience
+        self.max_length = max_length
+        self.classes = classes
+        self.answers = answers
+        self.tolerance = tolerance
+        self.budget = budget
+        self.reference = reference
+        self.scores = scores
+        self.train_data = train_data
         self.stop_destroyed = stop_destroyed
-        self._forget()
-
-# %% ../../nbs/training/230_tracker.ipynb #tracker-forget
-@patch
-def _forget(self: DisplacementTracker) -> None:
-    "As nothing was measured yet"
-    self.history = pd.DataFrame(columns=HISTORY)
-    self.baseline: ProbeState | None = None
-    self.metrics: list[dict] = []  # of every measurement
-    self.notes: list[str] = []     # alerts and warnings, in words
-    self.missed: list[int] = []    # steps whose measurement failed
-    self.kept = [*range(len(self.encoded))]  # positions of what is measured
-    self.half = False              # are weights float16
-    self.stopped = ''              # why training was ended
-    self.state = ''                # of the alarm
-    self.spent = 0.                # seconds of measuring
-    self.start_seconds = 0.
 
 # %% ../../nbs/training/230_tracker.ipynb #8d0557e3
 HALF = ('the weights that are trained are float16: in Adam and RMSProp their 1e-8, and squares of small gradients, are '
@@ -165,8 +180,10 @@ class OtherRun(AuditError):
 
 def _read_run(tracker: DisplacementTracker, identity: dict, step: int) -> dict:
     "The manifest of an earlier part of this run, or {}; refuses another run's folder"
-    try: manifest = earlier_manifest(tracker.output_dir, identity, files=['history.parquet'])
-    except AuditError as error: raise OtherRun(str(error)) from None
+    try:
+        manifest = earlier_manifest(tracker.output_dir, identity, files=['history.parquet'])
+    except AuditError as error:
+        raise OtherRun(str(error)) from None
     return manifest if step else {}
 
 def _set_aside(tracker: DisplacementTracker) -> None:
@@ -183,15 +200,20 @@ def _read_history(tracker: DisplacementTracker, manifest: dict, step: int) -> tu
     "First step, rounding per token, baseline and rows of an earlier part of this run"
     path = tracker.output_dir/'history.parquet'
     try:
-        baseline, history = ProbeState.load(tracker.output_dir/'baseline.safetensors'), pd.read_parquet(path)
+        baseline = ProbeState.load(tracker.output_dir/'baseline.safetensors')
+        history = pd.read_parquet(path)
         rows = history[history.step <= step].reset_index(drop=True).reindex(columns=HISTORY)
-        begun, noise = manifest['begun'], manifest['noise_per_token']
-    except AuditError as error: raise OtherRun(str(error)) from None
-    except KeyError as error: raise OtherRun(f'{path}: of an older version (no {error})') from None
+        begun = manifest['begun']
+        noise = manifest['noise_per_token']
+    except AuditError as error:
+        raise OtherRun(str(error)) from None
+    except KeyError as error:
+        raise OtherRun(f'{path}: of an older version (no {error})') from None
     except (OSError, ValueError, AttributeError) as error:
         raise OtherRun(f'{path}: unreadable ({str(error)[:200]})') from None
     return begun, noise, baseline, rows
 
+# %% ../../nbs/training/230_tracker.ipynb #tracker-open
 def _open(tracker: DisplacementTracker, model: nn.Module, step: int, twice: Sequence[ProbeState]) -> None:
     "Baseline, noise floor and what an earlier part of the run left"
     if not all(t.isfinite().all() for t in (twice[0].sums, twice[1].sums)):
@@ -199,7 +221,8 @@ def _open(tracker: DisplacementTracker, model: nn.Module, step: int, twice: Sequ
     identity = plain(probe_identity(tracker, model))
     manifest = _read_run(tracker, identity, step)
     noise = ((twice[0].sums - twice[1].sums) / twice[0].tokens).abs().max().item()  # nats per token
-    tracker.baseline, begun = tracker.reference or twice[0], step
+    tracker.baseline = tracker.reference or twice[0]
+    begun = step
     if manifest:
         begun, noise, tracker.baseline, tracker.history = _read_history(tracker, manifest, step)
         known = {*tracker.baseline.row_hashes}  # a probe that could not be measured then has nothing to compare with
@@ -207,7 +230,8 @@ def _open(tracker: DisplacementTracker, model: nn.Module, step: int, twice: Sequ
     elif step:
         tracker.tell(f'no history in {tracker.output_dir}: changes are counted from step {step}, not from step 0')
     else: _set_aside(tracker)
-    tracker.floor, tracker.vocab = max(tracker.tolerance, 2 * noise), twice[0].fork.shape[1]
+    tracker.floor = max(tracker.tolerance, 2 * noise)
+    tracker.vocab = twice[0].fork.shape[1]
     about = dict(begun=begun, noise_per_token=noise, floor=tracker.floor, tolerance=tracker.tolerance,
                  every=tracker.every, model=getattr(core_model(model).config, '_name_or_path', ''),
                  rows=[pair.row_id for pair in tracker.pairs])
@@ -246,7 +270,8 @@ def ruined(
 ) -> tuple[str, bool]:    # why the model may be past saving, or ''; whether that is certain
     """Look for ruin in both responses of all probes: not finite; nearly uniform where it was not; or so far below
     guessing, on both sides, that no sound softmax is. A displaced response is none of these."""
-    bad, guess = rows.verdict == 'destroyed', math.log(vocab)
+    bad = rows.verdict == 'destroyed'
+    guess = math.log(vocab)
     if bad.any():
         most = bool(2 * bad.sum() >= len(rows))
         return f'log-probabilities of {bad.sum()} of {len(rows)} probes are not finite', most
@@ -270,7 +295,8 @@ def _judge_step(tracker: DisplacementTracker, metrics: dict, rows: pd.DataFrame,
     why, certain = ruined(rows, tracker.baseline.tokens.numpy(), tracker.vocab)
     if why: fired = dict(alert=True, stop=certain and tracker.stop_destroyed)
     state = 'ruin' if why else 'stop' if fired['stop'] else 'alert' if fired['alert'] else ''
-    began, tracker.state = state and state != tracker.state, state  # a lasting alarm is told once
+    began = state and state != tracker.state  # a lasting alarm is told once
+    tracker.state = state
     if why and began:
         remedy = 'Lower the learning rate (or raise beta), clip gradients'
         if tracker.half: remedy = 'The weights are float16: take float32 with bf16=True, or bfloat16'
@@ -297,7 +323,9 @@ def _tell_last(tracker: DisplacementTracker) -> None:
 def begin(self: DisplacementTracker, model: nn.Module, step: int, twice: Sequence[ProbeState],
           whole: bool = True) -> dict[str, float]:
     "Take the two first measurements; above step 0, go on with the history there; CHES needs a `whole` model"
-    self.history, self.metrics, self.missed = pd.DataFrame(columns=HISTORY), [], []
+    self.history = pd.DataFrame(columns=HISTORY)
+    self.metrics = []
+    self.missed = []
     self.stopped = self.state = ''
     self.half = any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters())
     _open(self, model, step, twice)
@@ -307,10 +335,12 @@ def begin(self: DisplacementTracker, model: nn.Module, step: int, twice: Sequenc
     if self.train_data is not None: self.check_overlap(self.train_data)
     for k, rows in self.history.groupby('step', sort=True):
         self.metrics.append(dict(step=int(k)) | step_metrics(rows, self.floor))
-    self.clock, self.spent = time.time(), 0.
+    self.clock = time.time()
+    self.spent = 0.
     measured = {self.encoded[k].row_hash for k in self.kept}
     if not len(self.history): self.record(_cut(twice[0], measured), step, self.clock)
-    self.clock, self.spent = time.time(), 0.
+    self.clock = time.time()
+    self.spent = 0.
     return self.metrics[-1]
 
 # %% ../../nbs/training/230_tracker.ipynb #5054b1db
@@ -329,12 +359,14 @@ def halve(self: DisplacementTracker) -> None:
 @patch
 def miss(self: DisplacementTracker, step: int, why: str) -> dict[str, float]:
     "Leave a measurement out, told once for each kind of error; `why` begins with the kind"
-    told = [note for note in self.notes if note.startswith('not measured') and why.partition(':')[0] in note]
-    if not told: self.tell(f'not measured at step {step}: {why}; training goes on, and the next measurement is tried '
-                           'in smaller batches')
+    kind = why.partition(':')[0]
+    if not any(note.startswith('not measured') and kind in note for note in self.notes):
+        self.tell(f'not measured at step {step}: {why}; training goes on, and the next measurement is tried '
+                  'in smaller batches')
     if step not in self.missed: self.missed.append(step)
     return dict(step=step, error=1.)
 
+# %% ../../nbs/training/230_tracker.ipynb #tracker-record
 @patch
 def record(self: DisplacementTracker, state: ProbeState, step: int, began: float,
            lr: float | None = None) -> dict[str, float]:
@@ -346,8 +378,10 @@ def record(self: DisplacementTracker, state: ProbeState, step: int, began: float
     metrics = dict(step=step) | step_metrics(rows, self.floor)
     self.metrics.append(metrics)
     _judge_step(self, metrics, rows, step, lr)
-    try: write_files({self.output_dir/'history.parquet': self.history.to_parquet(index=False)})
-    except Exception as error: self.tell(f'{reason(error)} (training goes on; the history is kept in memory)')
+    try:
+        write_files({self.output_dir/'history.parquet': self.history.to_parquet(index=False)})
+    except Exception as error:
+        self.tell(f'{reason(error)} (training goes on; the history is kept in memory)')
     now = time.time()
     self.spent += now - max(began, self.clock)
     rest = now - self.clock - self.spent  # of the time since the start
@@ -367,19 +401,21 @@ def failure(
     work: Callable, # what may fail
 ) -> str:           # one line, or ''
     "Do it and say what went wrong; as text, an error holds on to no memory."
-    try: work()
-    except Exception as error: return reason(error)
+    try:
+        work()
+    except Exception as error:
+        return reason(error)
     return ''
 
 @patch
 def failing(self: DisplacementTracker, model: nn.Module, some: slice = slice(None),
             attempt: Callable = failure) -> list[tuple[int, str]]:
     "Measure some of the probes each alone; positions and reasons of those that fail"
-    found = []
+    failed = []
     for place in range(len(self.kept))[some]:
         why = attempt(lambda one=slice(place, place + 1): self.measure(model, 1, one))
-        if why: found.append((self.kept[place], why))
-    return found
+        if why: failed.append((self.kept[place], why))
+    return failed
 
 # %% ../../nbs/training/230_tracker.ipynb #91684d11
 @patch
@@ -387,9 +423,12 @@ def start(self: DisplacementTracker, model: nn.Module, step: int = 0) -> dict[st
     "Measure the probes twice, in batches of different shape. Raises `AuditError`."
     began = time.time()
     def both(): return [self.measure(model, budget) for budget in (None, 1)]
-    try: twice = both()
-    except AuditError: raise
-    except Exception: twice = []
+    try:
+        twice = both()
+    except AuditError:
+        raise
+    except Exception:
+        twice = []
     if not twice:
         self.leave_out(dict(self.failing(model)))
         twice = both()
@@ -402,8 +441,11 @@ def update(self: DisplacementTracker, model: nn.Module, step: int, lr: float | N
     "Measure, compare, record; where that fails, tell, and leave the step out with `error` = 1."
     began = time.time()
     for tries in range(2):
-        try: return self.record(self.measure(model), step, began, lr)
-        except Exception as error: why, again = reason(error), not isinstance(error, AuditError)
+        try:
+            return self.record(self.measure(model), step, began, lr)
+        except Exception as error:
+            why = reason(error)
+            again = not isinstance(error, AuditError)
         if tries or not again or not self.leave_out(dict(self.failing(model))): break
     self.halve()
     return self.miss(step, why)
@@ -414,8 +456,9 @@ def _similarity(self: DisplacementTracker, model: nn.Module | None) -> pd.DataFr
     "CHES and length-normalised CHES of the probes; empty columns where they cannot be had"
     blank = pd.DataFrame(dict(row_hash=[p.row_hash for p in self.pairs], ches=math.nan, ln_ches=math.nan))
     if self.scores is not None:
-        found = load_scores(self.scores) if isinstance(self.scores, (str, Path)) else self.scores
-        table = blank[['row_hash']].merge(found[['row_hash', 'ches', 'ln_ches']].drop_duplicates('row_hash'), 'left')
+        scores = load_scores(self.scores) if isinstance(self.scores, (str, Path)) else self.scores
+        first = scores[['row_hash', 'ches', 'ln_ches']].drop_duplicates('row_hash')
+        table = blank[['row_hash']].merge(first, 'left')
         if table.ches.isna().all(): raise AuditError(f'scores {str(self.scores)[:80]}: none of the probes is in there')
         return table
     if model is None: return blank
@@ -431,12 +474,12 @@ def _similarity(self: DisplacementTracker, model: nn.Module | None) -> pd.DataFr
 @patch
 def check_overlap(self: DisplacementTracker, train: Any) -> dict[str, list[int]]:
     "Tell which probes are in the training data; see `probe_overlap`"
-    found = probe_overlap(self.pairs, self.encoded, train)
-    said = [f'{len(ids)} as {what} (rows {", ".join(map(str, ids[:8]))}{" ..." if len(ids) > 8 else ""})'
-            for ids, what in ((found['pair'], 'whole pairs'), (found['prompt'], 'prompts')) if ids]
-    if said: self.tell(f'probes are in the training data, {" and ".join(said)}: on these, learning is measured; '
-                       'hold pairs out')
-    return found
+    overlap = probe_overlap(self.pairs, self.encoded, train)
+    parts = [f'{len(ids)} as {what} (rows {", ".join(map(str, ids[:8]))}{" ..." if len(ids) > 8 else ""})'
+             for ids, what in ((overlap['pair'], 'whole pairs'), (overlap['prompt'], 'prompts')) if ids]
+    if parts: self.tell(f'probes are in the training data, {" and ".join(parts)}: on these, learning is measured; '
+                        'hold pairs out')
+    return overlap
 
 # %% ../../nbs/training/230_tracker.ipynb #9a8aa2e3
 @patch
@@ -478,19 +521,22 @@ def summary(self: DisplacementTracker) -> dict[str, Any]:
 def close(self: DisplacementTracker) -> str:
     "Write plot, worst pairs and summary; return one line for people"
     _tell_last(self)
-    made, picture = self.summary(), io.BytesIO()
-    files = {self.output_dir/'summary.json': json_bytes(made)}
+    summary = self.summary()
+    picture = io.BytesIO()
+    files = {self.output_dir/'summary.json': json_bytes(summary)}
     with suppress(Exception):  # no picture is no reason to lose the rest
         self.plot().savefig(picture, format='png', dpi=110)
         files[self.output_dir/'displacement.png'] = picture.getvalue()
     files[self.output_dir/'worst_pairs.csv'] = self.worst_pairs(len(self.pairs)).to_csv(index=False).encode()
-    try: write_files(files)
-    except AuditError as e: self.tell(str(e))
-    last = made['last']
-    if not last: return f'displacement: no finite measurement; {made["stopped"]}'
+    try:
+        write_files(files)
+    except AuditError as error:
+        self.tell(str(error))
+    last = summary['last']
+    if not last: return f'displacement: no finite measurement; {summary["stopped"]}'
     return (f'displacement, step {last["step"]}: ln pi(y+) {last["chosen_change"]:+.2f} nats '
-            f'(mean of {made["probes"]} probes), ln pi(y-) {last["rejected_change"]:+.2f}, '
+            f'(mean of {summary["probes"]} probes), ln pi(y-) {last["rejected_change"]:+.2f}, '
             f'{last["share_falling"]:.0%} fell, worst {last["worst_change"]:+.1f}; measuring took {self.spent:.1f} s, '
-            f'{made["overhead"] or 0:.1%} of training, and {self.start_seconds:.1f} s at the start'
+            f'{summary["overhead"] or 0:.1%} of training, and {self.start_seconds:.1f} s at the start'
             + (f'; {len(self.missed)} measurements FAILED' if self.missed else '')
             + (f'; STOPPED: {self.stopped}' if self.stopped else '') + f'; see {self.output_dir}')

@@ -68,11 +68,13 @@ def read_data(
     lm: ScoringModel,    # its tokenizer and length
 ) -> RunData:
     "Read, encode and split the pairs. Flagged rows are told; raises `AuditError` when none is left to train on."
-    watch, limit = config.displacement, config.max_length or lm.max_length
+    watch = config.displacement
+    limit = config.max_length or lm.max_length
     reading = dict(split=config.split, columns=config.columns, apply_chat_template=config.apply_chat_template)
     pairs = load_pairs(config.data, limit=config.limit, limit_seed=config.limit_seed, **reading)
     train, counts = usable(pairs, lm.tokenizer, limit, config.data)
-    held, probes = [], []
+    held = []
+    probes = []
     if config.eval_share: train, held = hold_out(train, max(1, round(config.eval_share * len(train))), config.seed)
     if config.eval_data:
         held, _ = usable(load_pairs(config.eval_data, **reading), lm.tokenizer, limit, config.eval_data)
@@ -121,12 +123,14 @@ def last_checkpoint(
     out: Path, # of the run
 ) -> tuple[Path | None, int]: # the last whole checkpoint and its step; None and 0 where there is none
     "A checkpoint is whole when its state, written last, can be read; one cut off by a kill is passed over."
-    found = {}
+    folders = {}
     for folder in (out/'checkpoints').glob('checkpoint-*'):
-        try: step = json.loads((folder/'trainer_state.json').read_text())['global_step']
-        except (OSError, ValueError, KeyError): continue
-        if folder.name == f'checkpoint-{step}': found[step] = folder
-    return (found[max(found)], max(found)) if found else (None, 0)
+        try:
+            step = json.loads((folder/'trainer_state.json').read_text())['global_step']
+        except (OSError, ValueError, KeyError):
+            continue
+        if folder.name == f'checkpoint-{step}': folders[step] = folder
+    return (folders[max(folders)], max(folders)) if folders else (None, 0)
 
 # %% ../../nbs/training/260_train.ipynb #686d948d
 class _Lines(TrainerCallback):
@@ -176,7 +180,8 @@ def make_trainer(
             train_dataset=as_dataset(data.train, out/'data'),
             eval_dataset=as_dataset(data.held, out/'data') if data.held else None,
             peft_config=lora_adapters(config), callbacks=[*callbacks, _Lines()])
-    except (AuditError, torch.OutOfMemoryError): raise
+    except (AuditError, torch.OutOfMemoryError):
+        raise
     except (ValueError, RuntimeError, ImportError) as error:
         raise AuditError(f"the trainer cannot be set up: {' '.join(str(error).split())[:300]}") from error
     for printer in (PrinterCallback, ProgressCallback): trainer.remove_callback(printer)
@@ -186,11 +191,13 @@ def make_trainer(
 def _finish(trainer: PairLossTrainer, run: Run, start: int, seconds: float, stopped: str) -> None:
     "Save model and log, then the manifest, which says that they are whole"
     state = trainer.state
-    for name, p in trainer.model.named_parameters():
-        if not getattr(p, 'to_local', lambda: p)().isfinite().all():
+    folder = run.folder
+    assert folder is not None  # a training always has one
+    for name, parameter in trainer.model.named_parameters():
+        if not getattr(parameter, 'to_local', lambda: parameter)().isfinite().all():
             raise AuditError(f'the last step made {name} not finite; no model is saved: lower learning_rate')
-    trainer.save_model(str(run.folder/'model'))
-    on_main(lambda: write_lines(run.folder/'log.jsonl', state.log_history))
+    trainer.save_model(str(folder/'model'))
+    on_main(lambda: write_lines(folder/'log.jsonl', state.log_history))
     session = dict(from_step=start, to_step=state.global_step, seconds=round(seconds, 2))
     run.finish(sessions=[*run.manifest.get('sessions', []), session], steps=state.global_step,
                planned_steps=state.max_steps, tokens=trainer._total_train_tokens, stopped=stopped)

@@ -47,15 +47,19 @@ def check_loss(
         if key in known: continue
         reason = unknown_name('argument', key, known) if known else f'it has no arguments, so no {key!r}'
         raise ConfigError(f'loss {name}: {reason}')
-    try: LOSSES[name](trial_pairs(), **args)
-    except ValueError as error: raise ConfigError(f'loss {name}: {error}') from None
+    try:
+        LOSSES[name](trial_pairs(), **args)
+    except ValueError as error:
+        raise ConfigError(f'loss {name}: {error}') from None
 
 def needs_reference(
     name: str, # a key of `LOSSES`
 ) -> bool:     # whether the loss reads the reference model's log-probabilities
     "Ask the loss, by leaving them out."
-    try: LOSSES[name](trial_pairs(reference=False))
-    except ValueError: return True
+    try:
+        LOSSES[name](trial_pairs(reference=False))
+    except ValueError:
+        return True
     return False
 
 # %% ../../nbs/training/250_train_config.ipynb #024a55ef
@@ -80,8 +84,10 @@ class Displacement(Settings):
 
     def check(self):
         for name in ('alert', 'stop'):
-            try: check_rule(getattr(self, name), name, self.answers > 0)
-            except AuditError as error: raise ConfigError(str(error).removeprefix(f'{name}: '), key=name) from None
+            try:
+                check_rule(getattr(self, name), name, self.answers > 0)
+            except AuditError as error:
+                raise ConfigError(str(error).removeprefix(f'{name}: '), key=name) from None
 
 # %% ../../nbs/training/250_train_config.ipynb #dd9c5ffd
 Steps = Annotated[int | None, Bounds(ge=1)]
@@ -190,8 +196,10 @@ def trl_arguments(
     output_dir: Path,    # the run's folder
 ) -> Any:                # a `DPOConfig`
     "Pass a configuration on to TRL. Raises `AuditError` where TRL is not installed."
-    try: from trl import DPOConfig
-    except (ImportError, RuntimeError): raise AuditError(NO_TRL) from None
+    try:
+        from trl import DPOConfig
+    except (ImportError, RuntimeError):
+        raise AuditError(NO_TRL) from None
     known = {f.name for f in dataclasses.fields(DPOConfig)}
     same = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in known}
     given = {name: value for name, value in same.items() if value is not None}
@@ -212,8 +220,10 @@ def lora_adapters(
 ) -> Any:              # a `LoraConfig`, or None
     "Adapters in PEFT's words; their dropout is zero."
     if config.lora is None: return None
-    try: from peft import LoraConfig
-    except ImportError: raise AuditError("lora: PEFT is not installed: pip install 'ches_align[train]'") from None
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise AuditError("lora: PEFT is not installed: pip install 'ches_align[train]'") from None
     lora = config.lora
     alpha = 2*lora.r if lora.alpha is None else lora.alpha
     return LoraConfig(r=lora.r, lora_alpha=alpha, target_modules=lora.target_modules, use_rslora=lora.use_rslora,
@@ -230,8 +240,10 @@ def steps_an_epoch(
 # %% ../../nbs/training/250_train_config.ipynb #9502d9a4
 def _data_line(config: TrainConfig) -> str:
     reading = dict(limit=config.limit, limit_seed=config.limit_seed, apply_chat_template=config.apply_chat_template)
-    try: pairs = load_pairs(config.data, config.split, config.columns, **reading)
-    except AuditError as error: return f'data: not read ({error})'
+    try:
+        pairs = load_pairs(config.data, config.split, config.columns, **reading)
+    except AuditError as error:
+        return f'data: not read ({error})'
     usable = sum(not pair.problem for pair in pairs)
     watch = config.displacement
     held = max(1, round(config.eval_share*usable)) if config.eval_share else 0
@@ -251,8 +263,10 @@ def check(
     batch = config.per_device_train_batch_size
     rows = 2*batch
     length = min(config.max_length or longest, longest)
-    try: sizes = measure_architecture(architecture, rows, length, lora_adapters(config))
-    except ValueError as error: raise AuditError(f"lora: {' '.join(str(error).split())[:300]}") from None
+    try:
+        sizes = measure_architecture(architecture, rows, length, lora_adapters(config))
+    except ValueError as error:
+        raise AuditError(f"lora: {' '.join(str(error).split())[:300]}") from None
     table = memory_table(sizes, rows, length, config.optim, config.gradient_checkpointing)
     counts = f'{sizes.parameters/1e6:,.1f}M parameters, {sizes.trained/1e6:,.1f}M trained'
     return '\n'.join([
