@@ -29,7 +29,8 @@ def run(path: Path) -> str:
     from execnb.nbio import read_nb
     from execnb.shell import CaptureShell
     os.chdir(path.parent)
-    shell, module = CaptureShell(), None
+    shell = CaptureShell()
+    module = None
     try:
         for cell in read_nb(path).cells:
             if cell.cell_type != 'code': continue
@@ -38,7 +39,9 @@ def run(path: Path) -> str:
             if off or FLAGS & marks or 'nbdev_export(' in cell.source: continue
             shell.run(GIVE.format(module) if marks & {'export', 'exporti'} else cell.source)
             if shell.exc: return f'{path.relative_to(ROOT)}: {shell.exc!r}'
-    finally: cov.stop(); cov.save()
+    finally:
+        cov.stop()
+        cov.save()
     return ''
 
 def record(out: Path, notebooks_only: bool, failed: list[str]) -> None:

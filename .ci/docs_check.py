@@ -22,7 +22,11 @@ class Page(HTMLParser):
     "What the prose of a notebook defines and uses, read from the HTML that pandoc makes of it."
     def __init__(self):
         super().__init__()
-        self.ids, self.links, self.images, self.refs, self.raw = [], [], [], [], []  # lists of At
+        self.ids = []  # lists of At
+        self.links = []
+        self.images = []
+        self.refs = []
+        self.raw = []
         self.cell = self.quiet = 0  # where we are; inside how many elements whose text is no prose
         self.warnings = ''
 
@@ -49,7 +53,8 @@ class Page(HTMLParser):
 
 def read_page(path: Path) -> Page:
     "One run of pandoc over all prose; a comment before each cell says where we are."
-    page, parts = Page(), []
+    page = Page()
+    parts = []
     for i, c in enumerate(cells(path)):
         if c.cell_type == 'markdown': parts.append(f'<!-- cell {i} -->\n\n{c.source}')
         elif (label := c.marks.get('label')) and not hidden(c): page.ids.append((i, label))
@@ -62,7 +67,9 @@ def read_page(path: Path) -> Page:
 class Site:
     "All pages of a project, and what a link may lead to."
     def __init__(self, root: Path):
-        self.root, self.nbs, cfg = root, (root/'nbs').resolve(), settings(root)
+        self.root = root
+        self.nbs = (root/'nbs').resolve()
+        cfg = settings(root)
         self.pages = {p: read_page(p) for p in notebooks(root)}
         self.docs = (cfg['doc_host'] + cfg.get('doc_baseurl', '')).rstrip('/') + '/'
         self.repo = cfg['git_url'].rstrip('/') + '/'
@@ -121,13 +128,16 @@ def title(source: str) -> str:
 
 def runs_in_build(source: str) -> bool:
     "nbdev runs every cell with an import when it makes the pages, and knows no flags then."
-    try: kinds = {type(node) for node in ast.parse(source).body}
-    except SyntaxError: return False
+    try:
+        kinds = {type(node) for node in ast.parse(source).body}
+    except SyntaxError:
+        return False
     return bool(kinds & {ast.Import, ast.ImportFrom}) and bool(kinds - {ast.Import, ast.ImportFrom})
 
 def code(path: Path, flags: set[str]) -> list[At]:
     "Title cell, code cells and their stored outputs"
-    found, titled = [], False
+    found = []
+    titled = False
     for i, c in enumerate(cells(path)):
         marks = c.marks
         if c.cell_type == 'markdown':
@@ -152,7 +162,8 @@ def sidebar(site: Site) -> list[str]:
         if isinstance(item, dict): item = [item.get(k) for k in ('href', 'file', 'contents')]
         return [target for part in item or [] for target in walk(part)]
     bar = yaml.safe_load((site.nbs/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']
-    listed, have = Counter(walk(bar['contents'])), {p.relative_to(site.root/'nbs').as_posix() for p in site.pages}
+    listed = Counter(walk(bar['contents']))
+    have = {p.relative_to(site.root/'nbs').as_posix() for p in site.pages}
     faults = [f'{t} does not exist' for t in listed if '://' not in t and not (site.nbs/t).is_file()]
     faults += [f'{t} is not listed' for t in sorted(have - set(listed))]
     return [f'nbs/sidebar.yml: {f}' for f in faults + [f'{t} is listed {n} times' for t, n in listed.items() if n > 1]]
@@ -164,7 +175,8 @@ def build(root: Path) -> list[str]:
                      'from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)', tmp)
         if run.returncode:
             return [f'nbdev cannot make the pages: {run.stderr[run.stderr.rfind("Exception: "):].strip()[:1000]}']
-        quarto, made = yaml.safe_load((tmp/'_quarto.yml').read_text(encoding='utf-8')), tmp/'_proc'
+        quarto = yaml.safe_load((tmp/'_quarto.yml').read_text(encoding='utf-8'))
+        made = tmp/'_proc'
         html = quarto['format']['html']
         layers = [name for theme in html.get('theme', {}).values() for name in theme if name.endswith('.scss')]
         beside = [*quarto.get('metadata-files', []), html.get('css'), *layers]
@@ -175,7 +187,8 @@ def build(root: Path) -> list[str]:
 
 def check_cells(root: Path) -> list[str]:
     "What can be seen without making the pages, as `file: cell N: what is wrong`; cells are counted from 0."
-    site, flags = Site(root), set(settings(root).get('tst_flags', '').split())
+    site = Site(root)
+    flags = set(settings(root).get('tst_flags', '').split())
     faults = sidebar(site)
     for path in site.pages:
         found = sorted({*prose(site, path), *code(path, flags)})

@@ -105,7 +105,8 @@ def long_cells(path: Path) -> Iterator[Fault]:
 
 def duplicates(paths: list[Path]) -> int:
     "Pairs of places that share `WINDOW` equal lines of code or more, each pair once however long"
-    places, runs = defaultdict(list), set()
+    places = defaultdict(list)
+    runs = set()
     for path in paths:
         lines = [line.strip() for line in path.read_text('utf-8').splitlines()]
         lines = [line for line in lines if line and not line.startswith(('#', 'import ', 'from ', ')', '@'))]

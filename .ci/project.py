@@ -49,7 +49,8 @@ def has_image(cell) -> bool: return any(kind.startswith('image/') for data in ce
 @contextmanager
 def scratch(root: Path) -> Iterator[Path]:
     "A copy of what nbdev reads and writes, so that a check leaves the working tree as it is"
-    lib, ignore = settings(root)['lib_path'], shutil.ignore_patterns('__pycache__', '.*')
+    lib = settings(root)['lib_path']
+    ignore = shutil.ignore_patterns('__pycache__', '.*')
     with tempfile.TemporaryDirectory() as tmp:
         for name in ('settings.ini', '_quarto.yml'): shutil.copy(root/name, tmp)
         for name in ('nbs', lib): shutil.copytree(root/name, Path(tmp)/name, symlinks=True, ignore=ignore)

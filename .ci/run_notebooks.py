@@ -36,7 +36,8 @@ def visible(outputs):
     return [{k: v for k, v in o.items() if k in ('data', 'text', 'output_type', 'name')} for o in outputs]
 
 def run(path, flags, check):
-    nb, shell = read_nb(path), install(CaptureShell)(path, mpl_format='png')
+    nb = read_nb(path)
+    shell = install(CaptureShell)(path, mpl_format='png')
     stale = []
     with working_directory(path.parent):
         for i, cell in enumerate(nb.cells):

@@ -39,7 +39,10 @@ def imported(tree: ast.AST, modules: set[str], lib: str) -> list[str]:
 
 def numbering(root: Path) -> list[str]:
     "Names, numbers and imports of the notebooks"
-    faults, homes, numbers, lib = [], defaultdict(list), defaultdict(list), settings(root)['lib_name']
+    faults = []
+    homes = defaultdict(list)
+    numbers = defaultdict(list)
+    lib = settings(root)['lib_name']
     for path in notebooks(root):
         rel = path.relative_to(root)
         if (n := number(path)) is not None: numbers[n].append(rel)
@@ -63,8 +66,11 @@ def numbering(root: Path) -> list[str]:
                 faults.append(f'{path.relative_to(root)}: cell {i}: a line over 120 characters: {long[0].strip()[:60]}')
             if not EXPORT & set(cell.marks): continue
             where = f'{path.relative_to(root)}: cell {i}'
-            try: tree = ast.parse(cell.source)
-            except SyntaxError as e: faults.append(f'{where}: {e.msg}'); continue
+            try:
+                tree = ast.parse(cell.source)
+            except SyntaxError as e:
+                faults.append(f'{where}: {e.msg}')
+                continue
             for module in imported(tree, set(rank), lib):
                 if module == '*': faults.append(f'{where}: star import')
                 elif module not in rank: faults.append(f'{where}: imports {lib}.{module}, which no notebook exports')
@@ -78,7 +84,8 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def unchanged(root: Path) -> list[str]:
     "`nbdev_clean` and `nbdev_export` must leave everything as it is: tried in a copy without the generated modules."
-    before, faults = contents(root), []
+    before = contents(root)
+    faults = []
     with scratch(root) as tmp:
         run = python('from nbdev.clean import nbdev_clean; nbdev_clean()', tmp)
         if run.returncode: return [f'nbdev_clean fails: {run.stderr.strip()[-500:]}']
@@ -105,7 +112,8 @@ def lint(root: Path) -> list[str]:
     if run.returncode > 1 or not run.stdout: return [f'ruff fails: {run.stderr.strip()}']
     faults = []
     for found in json.loads(run.stdout):
-        path, at = Path(found['filename']), found['location']
+        path = Path(found['filename'])
+        at = found['location']
         lines = path.read_text(encoding='utf-8').splitlines()
         if found['code'] == 'F821' and SHAPE.search(lines[at['row']-1][:at['column']-1]): continue
         faults.append(f"{path.relative_to(root.resolve())}:{at['row']}: {found['code']} {found['message']}")
@@ -118,8 +126,10 @@ def blind(root: Path) -> list[str]:
     sources += [(str(path.relative_to(root)), path.read_text('utf-8')) for path in sorted((root/'tests').glob('*.py'))]
     faults = []
     for where, source in sources:
-        try: found = blind_checks(ast.parse(source))
-        except SyntaxError: continue  # `numbering` and the run of the notebook tell
+        try:
+            found = blind_checks(ast.parse(source))
+        except SyntaxError:
+            continue  # `numbering` and the run of the notebook tell
         faults += [f'{where}: line {line}: {why}' for line, why in found]
     return faults
 

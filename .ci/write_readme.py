@@ -34,7 +34,8 @@ def source(cell) -> str:
 
 def outputs(cell, images: dict[str, bytes]) -> list[str]:
     "Stored outputs as Markdown; pictures are added to `images`"
-    parts, plain = [], ''
+    parts = []
+    plain = ''
     for out in cell.get('outputs', []):
         data = {kind: ''.join(value) for kind, value in out.get('data', {}).items()}
         if out.output_type == 'stream':
@@ -53,7 +54,8 @@ def outputs(cell, images: dict[str, bytes]) -> list[str]:
 
 def readme(path: Path) -> tuple[str, dict[str, bytes]]:
     "The text of README.md and its pictures by name"
-    parts, images = [HEAD], {}
+    parts = [HEAD]
+    images = {}
     for cell in cells(path):
         if cell.cell_type == 'markdown':
             text = cell.source.strip('\n')

@@ -27,13 +27,17 @@ def slow(model, pairs, extra=0):
     `extra`: states more at the end, as the official script has"""
     scores = []
     for p in pairs:
-        sums, n = [], []
+        sums = []
+        n = []
         for ids in (p.chosen_ids, p.rejected_ids):
-            h, total = states(model, p.prompt_ids, ids).double(), 0
+            h = states(model, p.prompt_ids, ids).double()
+            total = 0
             for k in range(len(p.prompt_ids) - 1, len(p.prompt_ids) + len(ids) - 1 + extra): total = total + h[k]
             sums.append(total); n.append(len(ids) + extra)
-        (s, t), (a, b) = sums, n
-        cross, own = torch.stack([s @ t, s @ t / (a * b)]), torch.stack([s @ s, s @ s / a**2])
+        (s, t) = sums
+        (a, b) = n
+        cross = torch.stack([s @ t, s @ t / (a * b)])
+        own = torch.stack([s @ s, s @ s / a**2])
         scores.append(torch.cat([cross - own, cross.abs() + own]).tolist())
     return torch.tensor(scores, dtype=torch.float64)
 
@@ -46,7 +50,8 @@ def padded_left(lm, pairs):
         width = max(map(len, full))
         ids, mask, response = (torch.zeros(len(full), width, dtype=torch.long) for _ in range(3))
         for i, (f, p) in enumerate(zip(full, pairs)):
-            ids[i, width - len(f):], mask[i, width - len(f):] = torch.tensor(f), 1
+            ids[i, width - len(f):] = torch.tensor(f)
+            mask[i, width - len(f):] = 1
             response[i, width - len(f) + len(p.prompt_ids):] = 1
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = lm.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
@@ -78,12 +83,14 @@ if __name__ == '__main__':
     ap.add_argument('--name', default=None)
     ap.add_argument('--out', default='benchmarks/records/equality.json')
     args = ap.parse_args()
-    start, lm = time.time(), load_model('smollm2-135m', dtype='float32')
+    start = time.time()
+    lm = load_model('smollm2-135m', dtype='float32')
     rows = load_pairs(args.data)
     pairs = [e for e in encode_pairs(rows, lm.tokenizer) if e.status == 'ok'][:args.pairs]
     no_end = [e for e in encode_pairs(rows, lm.tokenizer, None, 'official_script') if e.status == 'ok'][:args.pairs]
     double = load_model('smollm2-135m', dtype='float32').model.double()
-    exact, script = slow(double, pairs), slow(double, no_end, extra=1)
+    exact = slow(double, pairs)
+    script = slow(double, no_end, extra=1)
     errors = {}
     for name, budget, order in (('rows of one', 1, 1), ('batches of 2048 tokens', 2048, 1),
                                 ('batches of 8192 tokens', 8192, 1), ('reverse order', 2048, -1)):

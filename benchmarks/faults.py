@@ -56,7 +56,8 @@ def count(xml):
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--out', default='benchmarks/records/faults.json')
-    args, start = ap.parse_args(), time.time()
+    args = ap.parse_args()
+    start = time.time()
     with tempfile.TemporaryDirectory() as tmp:  # one process; the older format has room for what tests tell
         options = ['-q', '-p', 'no:cacheprovider', '-o', 'junit_family=xunit1', f'--junitxml={tmp}/x.xml']
         command = [sys.executable, '-m', 'pytest', *options, *(f'tests/{f}.py' for f in FILES)]

@@ -87,7 +87,8 @@ def compare(data, name, n_pairs, repeats, batch_tokens, compiled):
         return [r['ches'] for r in score_block(lm, pairs, head=head, batch_tokens=batch_tokens, share_prompt=share)]
     arms = {'papers_fp32': papers} | {f'ours_{d}_unshared': partial(ours, lm, False, False) for d, lm in models.items()}
     sizes = sizes_of(pairs)
-    saved, shares = share_saved(sizes), {d: choose_sharing(lm, sizes) for d, lm in models.items()}
+    saved = share_saved(sizes)
+    shares = {d: choose_sharing(lm, sizes) for d, lm in models.items()}
     arms |= {f"ours_{d}{'_head' * head}": partial(ours, lm, head, shares[d][0])
              for d, lm in models.items() for head in (False, True)}
     compiling = {}
@@ -96,7 +97,8 @@ def compare(data, name, n_pairs, repeats, batch_tokens, compiled):
             lm = load_model(name, dtype=d)
             compiling[d] = timed(lambda: (lm.backbone.compile(dynamic=True), ours(lm, False, shares[d][0])))[0]
             arms[f'ours_{d}_compiled'] = partial(ours, lm, False, shares[d][0])
-    times, scores = {k: [] for k in arms}, {k: f() for k, f in arms.items()}  # the first round warms up
+    times = {k: [] for k in arms}  # the first round warms up
+    scores = {k: f() for k, f in arms.items()}
     products = {d: partial(backbone_products, lm, batch_tokens or default_budget(lm)) for d, lm in models.items()}
     rates = {d: [] for d in models}
     for _ in range(repeats):
@@ -166,7 +168,8 @@ def grow_child(data, rows, name):
     config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
                          vocab_size=len(tokenizer), max_position_embeddings=8192)
     torch.manual_seed(0)
-    lm, gen = wrap_model(LlamaForCausalLM(config), tokenizer, 'one layer'), random.Random(0)
+    lm = wrap_model(LlamaForCausalLM(config), tokenizer, 'one layer')
+    gen = random.Random(0)
     def stream():
         for i in range(rows):
             prompt, chosen, rejected = gen.choice(texts)
@@ -200,7 +203,9 @@ def loading(name):
 
 def by_length(name, dtype='bfloat16'):
     "Seconds that one pair takes, by its length"
-    lm, made, gen = load_model(name, dtype=dtype), [], random.Random(0)
+    lm = load_model(name, dtype=dtype)
+    made = []
+    gen = random.Random(0)
     for n in (64, 256, 1024, 4096):
         ids = [gen.randrange(10, 40_000) for _ in range(n)]
         pair = EncodedPair(0, '', 'ok', ids[:n//2], ids[n//2:3*n//4], ids[3*n//4:])

@@ -32,7 +32,8 @@ if __name__ == '__main__':
     ap.add_argument('--out', default='benchmarks/records/workers.json')
     args = ap.parse_args()
     arms = {'one': (1, args.processes), 'several': (args.processes, 1)}
-    seconds, tables = {k: [] for k in arms}, {}
+    seconds = {k: [] for k in arms}
+    tables = {}
     with tempfile.TemporaryDirectory() as folder:
         for i in range(args.repeats):
             for k, (processes, threads) in arms.items():
@@ -40,7 +41,8 @@ if __name__ == '__main__':
                 seconds[k].append(tables[k].attrs['manifest']['seconds'])
         alone = score(args, Path(folder)/'alone', 1, 1)
     pd.testing.assert_frame_equal(alone, tables['several'], check_exact=True)
-    medians, made = {k: statistics.median(v) for k, v in seconds.items()}, tables['several'].attrs['manifest']
+    medians = {k: statistics.median(v) for k, v in seconds.items()}
+    made = tables['several'].attrs['manifest']
     record = dict(
         config=dict(data=args.name or Path(args.data).name, pairs=args.pairs, processes=args.processes,
                     repeats=args.repeats, dtype=args.dtype, seed=0),

@@ -28,10 +28,14 @@ def flags(**options):
 def ches(*args, **options):
     "A command in this process: exit code, stdout, stderr"
     from ches_align.cli.main import main
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    out = io.StringIO()
+    err = io.StringIO()
+    code = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try: main([*map(str, args), *flags(**options)])
-        except SystemExit as stop: code = stop.code
+        try:
+            main([*map(str, args), *flags(**options)])
+        except SystemExit as stop:
+            code = stop.code
     return code, out.getvalue(), err.getvalue()
 
 def done(*args, **options):
@@ -54,7 +58,8 @@ def started(place, command, **kw):
 
 def killed(place, path, *args):
     "Start a command and kill it once `path` has a line"
-    process, end = started(place, command(*args)), time.time() + 120
+    process = started(place, command(*args))
+    end = time.time() + 120
     while not (path.exists() and path.stat().st_size) and process.poll() is None and time.time() < end: time.sleep(.02)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -74,7 +74,8 @@ class PretendCuda(TorchFunctionMode):
             put(args[0], said(args[1]))
             return None
         if name in ('to', 'cuda', 'cpu', 'type_as'): return self.move(func, name, args, kwargs)
-        given, asked = list(tensors((args, kwargs))), asked_for(args, kwargs)
+        given = list(tensors((args, kwargs)))
+        asked = asked_for(args, kwargs)
         on = {said(t) for t in given}
         plain = func(*without(args), **without(kwargs)) if asked or on <= {CPU} else None
         if on <= {CPU}: return put(plain, asked) if asked and (name in MAKERS or name.startswith('new_')) else plain
@@ -90,7 +91,8 @@ class PretendCuda(TorchFunctionMode):
         return dict(device=there, is_cuda=True, is_cpu=False)[name]
 
     def move(self, func, name, args, kwargs):
-        tensor, asked = args[0], asked_for(args[1:], kwargs)
+        tensor = args[0]
+        asked = asked_for(args[1:], kwargs)
         like = next(tensors((args[1:], kwargs)), None)
         goal = said(like) if like is not None else asked or said(tensor)
         if name == 'cuda': func, args, goal = torch.Tensor.to, (tensor, CPU), goal if asked else torch.device('cuda', 0)
@@ -123,7 +125,8 @@ def pretend(count=1):
                  memory_reserved=lambda device=None: 0, max_memory_allocated=lambda device=None: 0,
                  empty_cache=lambda: None, synchronize=lambda device=None: None, is_initialized=lambda: True,
                  is_bf16_supported=lambda *args, **kwargs: True, _lazy_init=lambda: None)
-    kept, make = {name: getattr(torch.cuda, name) for name in fakes}, torch._C.TensorBase._make_subclass
+    kept = {name: getattr(torch.cuda, name) for name in fakes}
+    make = torch._C.TensorBase._make_subclass
     def make_subclass(kind, data, requires_grad=False, **more): # nn.Parameter(tensor)
         return put(make(kind, data, requires_grad, **more), said(data))
     pinned = torch.Tensor.pin_memory

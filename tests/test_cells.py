@@ -51,9 +51,11 @@ def test_text_that_starts_with_a_bracket_stays_text(text):
 
 class NoTokenizer:
     "Nothing of a flagged row is tokenised"
-    all_special_ids, added_tokens_decoder = [], {}
+    all_special_ids = []
+    added_tokens_decoder = {}
 
-A, B = [assistant('a')], [assistant('b')]
+A = [assistant('a')]
+B = [assistant('b')]
 SHAPES = {
     'chosen is None': dict(prompt='p', chosen=None, rejected='b'),
     'prompt is of type int': dict(prompt=3, chosen='a', rejected='b'),

@@ -35,7 +35,8 @@ def rows(path):
 
 @pytest.mark.full
 def test_killed_and_run_again(place):
-    process, path = run(place, 'killed'), place/'killed'/'responses.jsonl'
+    process = run(place, 'killed')
+    path = place/'killed'/'responses.jsonl'
     deadline = time.time() + 120
     while not (path.exists() and path.stat().st_size) and process.poll() is None and time.time() < deadline:
         time.sleep(.02)
@@ -46,7 +47,8 @@ def test_killed_and_run_again(place):
     for out in ('killed', 'whole'):
         process = run(place, out)
         assert process.wait(180) == 0, process.stderr.read()
-    (again, lines), (whole, _) = rows(path), rows(place/'whole'/'responses.jsonl')
+    (again, lines) = rows(path)
+    (whole, _) = rows(place/'whole'/'responses.jsonl')
     assert again == whole and len(whole) == lines == 48 and have.items() <= whole.items()
 
 @pytest.mark.full

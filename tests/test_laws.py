@@ -35,13 +35,16 @@ def tell_how_many(request, record_property):
     record_property('survived', HELD[request.function.__name__])
     record_property('tried', HELD[request.function.__name__])
 
-seeds, lengths, scale = st.integers(0, 2**31), st.integers(1, 6), st.floats(-8, 8).filter(lambda x: abs(x) > .01)
+seeds = st.integers(0, 2**31)
+lengths = st.integers(1, 6)
+scale = st.floats(-8, 8).filter(lambda x: abs(x) > .01)
 
 def draw(seed, *shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 def side(seed, prompt, response, width, left):
     "States and mask of a row of `width` tokens, padded on one side"
-    hidden, mask = draw(seed, width, 5), torch.zeros(width, dtype=torch.bool)
+    hidden = draw(seed, width, 5)
+    mask = torch.zeros(width, dtype=torch.bool)
     start = width - prompt - response if left else 0
     mask[start + prompt:start + prompt + response] = True
     return hidden, mask
@@ -61,7 +64,8 @@ rows = st.lists(st.tuples(st.integers(0, 2**20), lengths, lengths, lengths), min
 @law(rows, scale)
 def test_ches_scales_with_the_square(made, c):
     h, m, h2, m2 = batch(made)
-    plain, scaled = pair_scores(h, m, h2, m2), pair_scores(c*h, m, c*h2, m2)
+    plain = pair_scores(h, m, h2, m2)
+    scaled = pair_scores(c*h, m, c*h2, m2)
     for a, b in zip(plain, scaled): assert close(c*c*a, b, c*c*size(torch.cat([h, h2], 1)))
 
 @law(rows)
@@ -87,7 +91,8 @@ def test_the_order_of_a_batch_does_not_matter(made, random):
 @law(rows, st.sampled_from([0., float('nan'), float('inf'), -1e30]), st.integers(0, 3), st.booleans())
 def test_padding_does_not_matter(made, junk, more, left):
     "On either side, of any width, whatever stands there"
-    parts, wide = batch(made), []
+    parts = batch(made)
+    wide = []
     for h, m in (parts[:2], parts[2:]):
         pad = torch.full((len(h), more, h.shape[2]), junk, dtype=h.dtype)
         wide += [torch.cat([pad, h] if left else [h, pad], 1),
@@ -111,14 +116,16 @@ def test_head_scores_do_not_depend_on_blocks_or_company(seed, n, m, vocab, block
         def ids(count): return torch.randint(vocab, (count,), generator=gen)
         return draw(k, n, 4), ids(n), draw(k + 1, m, 4), ids(m)
     pairs = [pair(seed + 10*k) for k in range(3)]
-    alone, together = [head_ches(head, *p) for p in pairs], head_ches_of(head, pairs, block)
+    alone = [head_ches(head, *p) for p in pairs]
+    together = head_ches_of(head, pairs, block)
     for a, b in zip(alone, together):
         for x, y in zip(a, b): assert close(x, y, 1e3)
         assert (b.chosen_logps <= 1e-12).all()
 
 @law(seeds, lengths, st.integers(2, 30))
 def test_head_ches_of_a_response_against_itself_is_zero(seed, n, vocab):
-    h, y = draw(seed, n, 4), torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(seed))
+    h = draw(seed, n, 4)
+    y = torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(seed))
     assert abs(head_ches(Head(draw(seed + 1, vocab, 4)), h, y, h, y).head_ches) < 1e-9*1e3
 
 @law(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), max_size=8))
@@ -129,7 +136,8 @@ def test_edit_distance(a, b):
 @law(st.lists(st.integers(-20, 20), min_size=1, max_size=12), st.integers(-50, 50), st.sampled_from([-2., .5, 4.]))
 def test_spread_ignores_the_mean_and_scales(rewards, shift, c):
     "Interval and verdict with it; quarters, moved and scaled by powers of two, are exact"
-    r, ends = np.array(rewards)/4, np.array([-5., 5.])
+    r = np.array(rewards)/4
+    ends = np.array([-5., 5.])
     found = prompt_spread(r, tuple(ends), .3)
     moved = prompt_spread(r + shift, tuple(ends + shift), .3)
     scaled = prompt_spread(c*r, tuple(sorted(c*ends)), .3*abs(c))
@@ -141,11 +149,13 @@ def test_spread_ignores_the_mean_and_scales(rewards, shift, c):
 @law(st.lists(st.integers(-20, 20), min_size=2, max_size=40), st.sampled_from([.05, .0125]))
 def test_the_interval_of_the_spread_leaves_room_for_what_has_not_come(rewards, alpha):
     "It holds the sample's own deviation, and a value at an end of the range that is as frequent as can be unseen"
-    r, n = np.array(rewards)/4, len(rewards)
+    r = np.array(rewards)/4
+    n = len(rewards)
     low, high = std_interval(r, (-5., 5.), alpha)
     unseen = 1 - (alpha/2)**(1/n)
     far = -5. if r.mean() > 0 else 5.
-    values, mass = np.append(r, far), np.append(np.full(n, (1 - unseen)/n), unseen)
+    values = np.append(r, far)
+    mass = np.append(np.full(n, (1 - unseen)/n), unseen)
     assert low - 1e-9 <= r.std() <= high + 1e-9
     assert (mass@values**2 - (mass@values)**2)**.5 <= high + 1e-9
     seen = std_interval(r, (float(r.min()), float(r.max())), alpha)
@@ -154,7 +164,8 @@ def test_the_interval_of_the_spread_leaves_room_for_what_has_not_come(rewards, a
 @law(st.lists(st.integers(-2, 2), min_size=2, max_size=8), st.integers(2, 3), st.integers(-9, 9))
 def test_the_chance_of_equal_groups_is_their_share(rewards, group, shift):
     "Of all groups that can be drawn; fp64 logarithms of factorials are good to 1e-12"
-    found, r = zero_group_chance(np.array(rewards, float), group), np.array(rewards)
+    found = zero_group_chance(np.array(rewards, float), group)
+    r = np.array(rewards)
     if len(r) < group: assert math.isnan(found)
     else:
         counted = np.mean([len(set(g)) == 1 for g in itertools.combinations(rewards, group)])
@@ -164,8 +175,10 @@ def test_the_chance_of_equal_groups_is_their_share(rewards, group, shift):
 @law(seeds, st.integers(1, 3), st.integers(2, 3), st.floats(-.5, .5), scale)
 def test_reward_std_ignores_the_mean_and_scales(seed, length, vocab, shift, c):
     "And so does every bound of the gradient; each stays above it"
-    policy, r = random_policy(vocab, length, seed=seed), draw(seed + 1, vocab**length).tanh()/2
-    found, moved = reward_std_bounds(policy, r), reward_std_bounds(policy, r + shift)
+    policy = random_policy(vocab, length, seed=seed)
+    r = draw(seed + 1, vocab**length).tanh()/2
+    found = reward_std_bounds(policy, r)
+    moved = reward_std_bounds(policy, r + shift)
     scaled = reward_std_bounds(policy, c*r, (-abs(c), abs(c)))
     assert np.allclose(moved.mean, found.mean + shift, atol=1e-9)
     assert np.allclose(scaled.mean, c*found.mean, atol=1e-9*(1 + abs(c)))

@@ -106,7 +106,8 @@ def test_the_order_of_rows_means_nothing(tmp_path):
 
 def test_rows_without_a_layout(tmp_path):
     "Flagged where others have one, however late; refused where none has"
-    good, bad = dict(prompt='q', chosen='a', rejected='b'), dict(prompt='q', text='x')
+    good = dict(prompt='q', chosen='a', rejected='b')
+    bad = dict(prompt='q', text='x')
     for count in (5, 150, 10_010):
         pairs = load_pairs(write(tmp_path/f'{count}.jsonl', [bad]*count + [good]))
         assert [p.problem for p in pairs] == ['missing_field']*count + ['']
@@ -138,9 +139,12 @@ def test_a_preference_in_its_own_column_is_never_guessed_at(name, row, column):
     good = dict(prompt='q', chosen='a', rejected='b')
     pair = load_pairs([good, row])[1]
     assert pair.problem == 'own_preference' and repr(column) in pair.detail and '--columns' not in pair.detail
-    try: pairs = load_pairs([row]*3)  # a column `chosen` or `winner` is there, but its cells are no responses
-    except AuditError as e: assert repr(column) in str(e) and '--columns' not in str(e) and '\n' not in str(e)
-    else: assert [p.problem for p in pairs] == ['own_preference']*3
+    try:
+        pairs = load_pairs([row]*3)  # a column `chosen` or `winner` is there, but its cells are no responses
+    except AuditError as e:
+        assert repr(column) in str(e) and '--columns' not in str(e) and '\n' not in str(e)
+    else:
+        assert [p.problem for p in pairs] == ['own_preference']*3
 
 def test_a_multiple_choice_is_a_pair():
     "Two texts are what TRL would train on, whatever they look like; no text beside a name is none"
@@ -178,7 +182,9 @@ SCRIPTS = ['Who are you? I am', 'Who are you? It is', 'Who are you?\nI', 'Who ar
 
 def test_text_is_cut_as_trl_cuts_it():
     from trl.data_utils import extract_prompt
-    gen, texts, compared = random.Random(0), list(SCRIPTS), 0
+    gen = random.Random(0)
+    texts = list(SCRIPTS)
+    compared = 0
     texts += [''.join(gen.choices('ab \n问', k=gen.randint(1, 8))) for _ in range(60)]
     for chosen in texts:
         for rejected in texts:
@@ -247,19 +253,23 @@ def test_what_is_packed_is_guarded(tmp_path):
 def test_a_packed_file_that_is_cut_short_or_damaged(tmp_path, suffix):
     "Refused by its name, or read as far as nothing is wrong; never rows that are not there"
     rows = [dict(prompt=f'question {i} {i*i}', chosen='a'*(i % 7 + 1), rejected='b') for i in range(3000)]
-    text, path = ''.join(json.dumps(r) + '\n' for r in rows).encode(), tmp_path/f'a.jsonl{suffix}'
+    text = ''.join(json.dumps(r) + '\n' for r in rows).encode()
+    path = tmp_path/f'a.jsonl{suffix}'
     if suffix == '.zst':
         with pa.CompressedOutputStream(str(path), 'zstd') as f: f.write(text)
     else: path.write_bytes({'.gz': gzip, '.bz2': bz2, '.xz': lzma}[suffix].compress(text))
     assert list(read_rows(path)) == rows
-    whole, gen = path.read_bytes(), random.Random(suffix)
+    whole = path.read_bytes()
+    gen = random.Random(suffix)
     for _ in range(20):
         path.write_bytes(whole[:gen.randrange(1, len(whole) - 1)])
         with pytest.raises(AuditError, match=f'a.jsonl{suffix}'): list(read_rows(path))
         at = gen.randrange(len(whole))
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << gen.randrange(8)]) + whole[at + 1:])
-        try: assert len(list(read_rows(path))) <= len(rows)
-        except AuditError as e: assert path.name in str(e)
+        try:
+            assert len(list(read_rows(path))) <= len(rows)
+        except AuditError as e:
+            assert path.name in str(e)
 
 def test_settings_of_the_process_stay(tmp_path):
     limit = csv.field_size_limit()

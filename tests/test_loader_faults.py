@@ -29,7 +29,8 @@ def as_parquet(rows):
     return out.getvalue().to_pybytes()
 
 def as_arrow(rows):
-    table, out = pa.Table.from_pylist(rows), pa.BufferOutputStream()
+    table = pa.Table.from_pylist(rows)
+    out = pa.BufferOutputStream()
     with pa.ipc.new_stream(out, table.schema) as w: w.write_table(table)
     return out.getvalue().to_pybytes()
 
@@ -38,7 +39,8 @@ WHOLE = {'.jsonl': ''.join(json.dumps(r) + '\n' for r in ROWS).encode(), '.json'
 
 def outcome(path):
     "'survived' with a pair a row, each usable or flagged, or 'refused' in a line that names the file"
-    try: pairs = load_pairs(str(path))
+    try:
+        pairs = load_pairs(str(path))
     except AuditError as e:
         assert path.name in str(e), e
         return 'refused'
@@ -71,7 +73,8 @@ PARTS = [pytest.param(range(20), id='first'), pytest.param(range(20, 200), id='r
 @pytest.mark.parametrize('suffix', WHOLE)
 @pytest.mark.parametrize('damage', [truncate, nudge, flip, insert, noise])
 def test_damaged_files(tmp_path, record_property, suffix, damage, part):
-    gen, outcomes = random.Random(f'{suffix}{damage.__name__}'), []
+    gen = random.Random(f'{suffix}{damage.__name__}')
+    outcomes = []
     for i in range(part.stop):
         damaged = damage(WHOLE[suffix], gen)
         if i not in part: continue
@@ -194,7 +197,8 @@ def saved(where):
 
 def test_a_saved_data_set_stays_in_its_folder(tmp_path, record_property):
     "The names of its shards and splits lead nowhere else"
-    state, set_up = saved(tmp_path/'set'), []
+    state = saved(tmp_path/'set')
+    set_up = []
     saved(tmp_path/'outside')
     file = state['_data_files'][0]['filename']
     for name in (f'../outside/{file}', str(tmp_path/'outside'/file)):
@@ -211,7 +215,9 @@ def test_a_saved_data_set_stays_in_its_folder(tmp_path, record_property):
 
 @pytest.mark.parametrize('damage', [truncate, nudge, flip, noise])
 def test_a_damaged_saved_data_set(tmp_path, record_property, damage):
-    gen, outcomes, where = random.Random(damage.__name__), [], tmp_path/'set'
+    gen = random.Random(damage.__name__)
+    outcomes = []
+    where = tmp_path/'set'
     shard = where/saved(where)['_data_files'][0]['filename']
     whole = shard.read_bytes()
     for _ in range(60):
@@ -224,7 +230,8 @@ def test_a_damaged_saved_data_set(tmp_path, record_property, damage):
 @pytest.mark.parametrize('suffix', ['.parquet', '.arrow'])
 def test_odd_tables(tmp_path, record_property, suffix):
     "Columns of types that no text has"
-    none, two = pa.array([], pa.string()), ['a', 'b']
+    none = pa.array([], pa.string())
+    two = ['a', 'b']
     columns = [dict(chosen=[1, 2], rejected=two), dict(chosen=[b'\xff', b'a'], rejected=two),
                dict(chosen=[None, None], rejected=two), dict(chosen=none, rejected=none),
                dict(chosen=[dict(a=1)], rejected=[[1]]), {}]
@@ -287,7 +294,8 @@ class Fires:
     'data.jsonl', 'data.parquet', 'data.pkl', 'data.pt', 'model/pytorch_model.bin', 'lora/adapter_model.bin',
     'run/scores/part-00000.parquet'])
 def test_a_pickle_is_not_read(tmp_path, record_property, name):
-    mark, path = tmp_path/'fired', tmp_path/name
+    mark = tmp_path/'fired'
+    path = tmp_path/name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(Fires(mark)))
     if name.startswith('model'): (path.parent/'config.json').write_text(json.dumps(dict(
@@ -309,17 +317,23 @@ def scored(where, **more):
 
 @pytest.mark.parametrize('damage', [truncate, nudge, flip, noise])
 def test_damaged_shards(tmp_path, record_property, damage):
-    gen, shard, outcomes = random.Random(damage.__name__), scored(tmp_path/'run'), []
+    gen = random.Random(damage.__name__)
+    shard = scored(tmp_path/'run')
+    outcomes = []
     whole = shard.read_bytes()
     for _ in range(60):
         shard.write_bytes(damage(whole, gen))
-        try: outcomes.append('survived' if len(load_scores(tmp_path/'run')) else 'refused')
-        except AuditError as e: outcomes.append('refused'); assert str(tmp_path/'run') in str(e)
+        try:
+            outcomes.append('survived' if len(load_scores(tmp_path/'run')) else 'refused')
+        except AuditError as e:
+            outcomes.append('refused')
+            assert str(tmp_path/'run') in str(e)
     tell(record_property, outcomes)
 
 def test_paths_in_a_table_open_nothing(tmp_path, record_property):
     "Only the folder's own files are read: the manifest's lists of others, and cells that are paths, are words"
-    shard, outside = scored(tmp_path/'run', file='str'), scored(tmp_path/'outside')
+    shard = scored(tmp_path/'run', file='str')
+    outside = scored(tmp_path/'outside')
     (tmp_path/'run'/'manifest.json').write_text(json.dumps(dict(
         format=FORMAT, shards=['../../outside/scores/part-00000.parquet'], out='../outside', file=str(outside))))
     before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}

@@ -53,8 +53,12 @@ def test_right_ones_pass(kind, dtype): assert check(build(*RIGHT[kind], dtype)) 
 
 class Words:
     "As much of a tokenizer as scoring asks for: a word is its number"
-    eos_token, eos_token_id, all_special_ids = ' 2', 2, [2]
-    added_tokens_decoder, chat_template, special_tokens_map = {}, None, {}
+    eos_token = ' 2'
+    eos_token_id = 2
+    all_special_ids = [2]
+    added_tokens_decoder = {}
+    chat_template = None
+    special_tokens_map = {}
     def __call__(self, texts, add_special_tokens=True):
         class Found: input_ids = [[int(w) for w in text.split()] for text in texts]
         return Found
@@ -86,7 +90,8 @@ LENGTHS = [(12, 3, 4), (20, 30, 9), (25, 6, 7), (25, 8, 7), (10, 60, 2), (40, 5,
 @pytest.mark.parametrize('kind', RIGHT)
 def test_a_row_scores_as_it_would_alone(kind, share):
     "Whatever stands beside it and in whatever order, in rows on both sides of windows and of the original context"
-    model, tokenizer = build(*RIGHT[kind]), Words()
+    model = build(*RIGHT[kind])
+    tokenizer = Words()
     with warnings.catch_warnings(): lm = wrap_model(model, tokenizer, kind)
     data = load_pairs(rows(LENGTHS) + rows(LENGTHS[3:5])[:1])
     expected = own_logps(model, encode_pairs(data, tokenizer))

@@ -26,7 +26,8 @@ def run(path, skip, force):
     from nbdev import test
     test.CaptureShell = install(test.CaptureShell)
     if not force and hasattr(signal, 'alarm'): signal.alarm(LIMIT)
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         passed, _ = test.test_nb(path, skip_flags=skip, force_flags=force, basepath=str(ROOT))
     return passed, out.getvalue()[-5000:] + err.getvalue()

@@ -29,7 +29,8 @@ def answers(place):
     "Two answers of a tiny model to six prompts, drawn by a run that was killed and one that went on"
     out = place/'answers'
     process = started(place, command('generate', *SMALL, '--output_dir', 'answers'))
-    journal, deadline = out/'responses.jsonl', time.monotonic() + 240
+    journal = out/'responses.jsonl'
+    deadline = time.monotonic() + 240
     while not (journal.exists() and journal.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(.001)
     process.send_signal(signal.SIGKILL)

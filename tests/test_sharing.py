@@ -24,7 +24,8 @@ def place(tmp_path_factory):
     return where
 
 def test_the_same_scores(place):
-    shared, apart = load_scores(place/'yes'), load_scores(place/'no')
+    shared = load_scores(place/'yes')
+    apart = load_scores(place/'no')
     made = [t.attrs['manifest'] for t in (shared, apart)]
     assert [m['share_prompt'] for m in made] == [True, False]
     assert 'prompts shared' in made[0]['sharing'] and 'as asked' in made[1]['sharing']

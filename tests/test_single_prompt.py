@@ -76,8 +76,10 @@ def test_held_against_a_record(place):
 def test_check_loads_no_weights(place):
     weights = place/'model'/'model.safetensors'
     weights.rename(place/'away')
-    try: done = train(place, 'grid.yaml', '--check')
-    finally: (place/'away').rename(weights)
+    try:
+        done = train(place, 'grid.yaml', '--check')
+    finally:
+        (place/'away').rename(weights)
     assert done.returncode == 0, done.stderr
     assert '6 runs, at most 240 updates' in done.stdout and 'Yes = ' in done.stdout, done.stdout
 

@@ -35,7 +35,8 @@ def test_killed_and_run_again(place):
     assert done.returncode == 0 and '3 arms; table: whole' in done.stdout, done.stderr
     process = subprocess.Popen(command('--set', 'output_dir=killed'), cwd=place, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env=ENV)
-    path, end = place/'killed'/'runs.jsonl', time.time() + 120
+    path = place/'killed'/'runs.jsonl'
+    end = time.time() + 120
     while not path.exists() and time.time() < end: time.sleep(.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -57,7 +58,8 @@ def test_two_processes(place):
     assert told.returncode != 0 and 'score first, in one process' in told.stderr
     done = subprocess.run([*both, 'scores=two/scores'], cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
     assert done.returncode == 0 and done.stdout.count('3 arms; table') == 1, done.stderr
-    one, two = lines(place/'two'), lines(place/'pair')
+    one = lines(place/'two')
+    two = lines(place/'pair')
     assert one.keys() == two.keys()
     for key in one:
         apart = max(abs(a - b) for a, b in zip(one[key]['d_chosen'], two[key]['d_chosen']))

@@ -76,7 +76,8 @@ def test_each_loss_trains(settings, tiny, loss):
     trainer.train()
     losses = [row['loss'] for row in trainer.state.log_history if 'loss' in row]
     assert trainer.state.global_step == len(losses) == 2 and all(map(math.isfinite, losses))
-    before, after = tiny.model.state_dict(), lm.model.state_dict()
+    before = tiny.model.state_dict()
+    after = lm.model.state_dict()
     assert any(not torch.equal(before[k], after[k]) for k in before)
 
 @pytest.mark.parametrize('ours, theirs', [
@@ -100,7 +101,8 @@ def test_a_run_is_plain_trls(settings, home, tmp_path, ours, theirs):
     for a, b in zip(log(config.output_dir)[:3], trainer.state.log_history):
         for key in ('loss', 'logps/chosen', 'logps/rejected', 'rewards/margins', 'learning_rate'):
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
-    mine, own = weights(config.output_dir), lm.model.state_dict()
+    mine = weights(config.output_dir)
+    own = lm.model.state_dict()
     for key in mine: torch.testing.assert_close(mine[key], own[key], rtol=0, atol=2e-5)  # 2% of one step of 1e-3
 
 def run(*args, wait=True, **env):
@@ -111,7 +113,8 @@ def run(*args, wait=True, **env):
 @pytest.mark.full
 def test_killed_and_continued(settings, home, tmp_path):
     "SIGKILL between two checkpoints; the continued run ends with the weights of an unbroken one, bit by bit on a CPU"
-    file, many = tmp_path/'run.yaml', ['max_steps=20', 'save_steps=2', 'limit=8',
+    file = tmp_path/'run.yaml'
+    many = ['max_steps=20', 'save_steps=2', 'limit=8',
                   'per_device_train_batch_size=1', 'gradient_accumulation_steps=1']
     file.write_text(f"kind: preference\nmodel: {home/'tiny'}\ndata: {home/'pairs.jsonl'}\nlearning_rate: 1e-4\n"
                     f'output_dir: {tmp_path/"killed"}\n')
@@ -129,7 +132,8 @@ def test_killed_and_continued(settings, home, tmp_path):
     made = train_preferences(config, resume=True)
     assert 2 <= made['sessions'][0]['from_step'] < 20 and made['steps'] == 20
     train_preferences(load_config(file, KINDS, [*many, f'output_dir={tmp_path}/whole']))
-    a, b = weights(tmp_path/'killed'), weights(tmp_path/'whole')
+    a = weights(tmp_path/'killed')
+    b = weights(tmp_path/'whole')
     assert all(torch.equal(a[k], b[k]) for k in a)
     unbroken = [row['loss'] for row in log(tmp_path/'whole') if 'loss' in row]
     assert [row['loss'] for row in log(tmp_path/'killed') if 'loss' in row] == unbroken
@@ -139,7 +143,8 @@ def test_lora(settings, home):
     train_preferences(config)
     made = log(config.output_dir)
     assert made[0]['loss'] == pytest.approx(torch.log(torch.tensor(2.)).item(), abs=1e-5)  # adapters off: the reference
-    tuned, base = load_model(f'{config.output_dir}/model'), load_model(config.model)
+    tuned = load_model(f'{config.output_dir}/model')
+    base = load_model(config.model)
     ids = torch.arange(5, 25)[None]
     with torch.no_grad(): change = (tuned.model(ids).logits - base.model(ids).logits).abs().max()
     assert 0 < change < 1 and not (Path(config.output_dir)/'model/model.safetensors').exists()
@@ -254,5 +259,6 @@ def test_two_processes(settings, home, tmp_path):
     assert made['processes'] == 2 and made['steps'] == 2 and done.stdout.count('step 1/2') == 1
     train_preferences(settings(per_device_train_batch_size=4, gradient_accumulation_steps=1,
                                output_dir=str(tmp_path/'one')))
-    a, b = weights(tmp_path/'two'), weights(tmp_path/'one')
+    a = weights(tmp_path/'two')
+    b = weights(tmp_path/'one')
     for key in a: torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-5)  # 2% of one step of 1e-3

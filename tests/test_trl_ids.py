@@ -118,7 +118,8 @@ def outcome(name, layout, tokenizer):
     "What became of a layout by both, and the white space that ours leaves off; else what differs"
     ours = encoded(LAYOUTS[layout], tokenizer)
     row = in_parts(LAYOUTS[layout]) if name.startswith(SEES) else LAYOUTS[layout]
-    try: wanted = theirs(row, tokenizer)
+    try:
+        wanted = theirs(row, tokenizer)
     except Exception as e:  # a template raises what it likes
         said = ' '.join(str(e).split())[:60]
         agree = ours.status == 'template_error' and said in ours.detail
@@ -134,7 +135,8 @@ ALWAYS = ('explicit', 'turns', 'implicit', 'chinese', 'white_space', 'settings',
 BREAKS = ('diffusion_gemma', 'gemma', 'idefics3', 'lfm2', 'nemotron', 'qwen', 'smolvlm')  # end a turn with a line break
 
 def test_every_template_and_layout(tokenizers):
-    outcomes, tails = {}, {}
+    outcomes = {}
+    tails = {}
     for name, tokenizer in tokenizers.items():
         for layout in SOME if name.endswith('_training') else LAYOUTS:
             outcomes[name, layout], tails[name, layout] = outcome(name, layout, tokenizer)
@@ -208,8 +210,10 @@ READ = {  # rows that TRL refuses or takes for something else, and that are read
 def test_read_where_trl_does_not(base, name):
     tokenizer = tokenizer_of(base, SHIPPED['qwen2_5'])
     assert ids(encoded(READ[name], tokenizer)) == ids(encoded(ASK, tokenizer))
-    try: assert theirs(READ[name], tokenizer)[0] != theirs(ASK, tokenizer)[0]
-    except (TypeError, AttributeError, KeyError, ValueError): pass  # TRL's words for what it cannot read
+    try:
+        assert theirs(READ[name], tokenizer)[0] != theirs(ASK, tokenizer)[0]
+    except (TypeError, AttributeError, KeyError, ValueError):
+        pass  # TRL's words for what it cannot read
 
 FLAGGED = {  # rows that TRL trains on
     'the response is of the user': (ASK | dict(chosen=[user('a')]), 'prompts_differ', 'chosen has the turns user'),
@@ -221,7 +225,8 @@ FLAGGED = {  # rows that TRL trains on
 
 @pytest.mark.parametrize('name', FLAGGED)
 def test_flagged_where_trl_trains(base, name):
-    tokenizer, (row, status, words) = tokenizer_of(base, SHIPPED['qwen2_5']), FLAGGED[name]
+    tokenizer = tokenizer_of(base, SHIPPED['qwen2_5'])
+    (row, status, words) = FLAGGED[name]
     ours = encoded(row, tokenizer)
     assert ours.status == status and words in ours.detail and len(theirs(row, tokenizer)[1]) > 1
 

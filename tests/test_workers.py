@@ -22,7 +22,8 @@ def place(tmp_path_factory):
 def test_two_processes_one_table(place):
     done = run_two(place, 'score', 'pairs.jsonl', '--model', 'model', '--output_dir', 'two')
     assert done.returncode == 0 and done.stdout.count('pairs scored by model') == 1, done.stderr
-    one, two = load_scores(place/'one'), load_scores(place/'two')
+    one = load_scores(place/'one')
+    two = load_scores(place/'two')
     pd.testing.assert_frame_equal(one, two, check_exact=True)
     assert [s.attrs['manifest']['processes'] for s in (one, two)] == [1, 2] and two.attrs['manifest']['complete']
 
@@ -31,7 +32,8 @@ def test_a_killed_process_loses_its_open_shard(place):
     "The launcher ends the other; finished shards are not made again"
     out = place/'cut'
     process = started(place, command_two('score', 'pairs.jsonl', '--model', 'model', '--output_dir', 'cut'))
-    end, workers = time.time() + 200, []
+    end = time.time() + 200
+    workers = []
     while process.poll() is None and time.time() < end:
         children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout
         workers = [int(p) for p in children.split()]
