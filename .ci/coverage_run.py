@@ -45,14 +45,14 @@ def run(path: Path) -> str:
     return ''
 
 def record(out: Path, notebooks_only: bool, failed: list[str]) -> None:
-    made = subprocess.run([sys.executable, '-m', 'coverage', 'json', '-q', '-o', '-'], cwd=ROOT, capture_output=True)
-    told = json.loads(made.stdout)
+    process = subprocess.run([sys.executable, '-m', 'coverage', 'json', '-q', '-o', '-'], cwd=ROOT, capture_output=True)
+    report = json.loads(process.stdout)
     def numbers(summary): return {k: summary[k] for k in ('num_statements', 'missing_lines')}
-    modules = {name: numbers(f['summary']) for name, f in told['files'].items() if not name.endswith('_modidx.py')}
+    modules = {name: numbers(f['summary']) for name, f in report['files'].items() if not name.endswith('_modidx.py')}
     total = {k: sum(m[k] for m in modules.values()) for k in ('num_statements', 'missing_lines')}
     out.write_text(json.dumps(dict(
         config=dict(notebooks_only=notebooks_only, flags=[]), versions=dict(python=platform.python_version(),
-        coverage=told['meta']['version']), total=total, failed=failed, modules=modules), indent=1) + '\n')
+        coverage=report['meta']['version']), total=total, failed=failed, modules=modules), indent=1) + '\n')
 
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

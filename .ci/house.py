@@ -51,7 +51,9 @@ def packed(tree: ast.AST) -> Iterator[Fault]:
             lines = [part.lineno for part in getattr(node, name, None) or [] if isinstance(part, ast.stmt)] \
                 if isinstance(getattr(node, name, None), list) else []
             for line in lines[1:]:
-                if lines.count(line) > 1: yield line, 'several statements on a line'; break
+                if lines.count(line) > 1:
+                    yield line, 'several statements on a line'
+                    break
 
 def packed_try(node: ast.Try) -> Iterator[Fault]:
     "Parts of a `try` that stand on its keyword's line"

@@ -42,12 +42,12 @@ if __name__ == '__main__':
         alone = score(args, Path(folder)/'alone', 1, 1)
     pd.testing.assert_frame_equal(alone, tables['several'], check_exact=True)
     medians = {k: statistics.median(v) for k, v in seconds.items()}
-    made = tables['several'].attrs['manifest']
+    manifest = tables['several'].attrs['manifest']
     record = dict(
         config=dict(data=args.name or Path(args.data).name, pairs=args.pairs, processes=args.processes,
                     repeats=args.repeats, dtype=args.dtype, seed=0),
         seconds=seconds, ratio=medians['one']/medians['several'], same_to_the_bit=True,
-        data_hash=made['data_hash'], counts=made['counts'], share_prompt=made['share_prompt'],
+        data_hash=manifest['data_hash'], counts=manifest['counts'], share_prompt=manifest['share_prompt'],
         hardware=f'{platform.machine()}, {os.cpu_count()} CPUs',
         versions=dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version()))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

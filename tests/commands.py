@@ -46,9 +46,9 @@ def done(*args, **options):
 
 def refused(*args, code=1, **options):
     "A command in this process that must end in one line; the line"
-    found, _, err = ches(*args, **options)
+    ended, _, err = ches(*args, **options)
     lines = [line for line in err.splitlines() if line.startswith('ches')]
-    assert found == code and len(lines) == 1 and err.endswith(lines[0] + '\n') and 'Traceback' not in err, (found, err)
+    assert ended == code and len(lines) == 1 and err.endswith(lines[0] + '\n') and 'Traceback' not in err, (ended, err)
     return lines[0]
 
 def started(place, command, **kw):

@@ -18,9 +18,9 @@ NO = ['no', 'never']
 NAMES = ['<end>', '<ask>', '<unk>', *YES, *NO, *WORDS]
 
 def tokenizer():
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(NAMES)}, unk_token='<unk>'))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token='<end>', pad_token='<end>', unk_token='<unk>')
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(NAMES)}, unk_token='<unk>'))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token='<end>', pad_token='<end>', unk_token='<unk>')
 
 TOKENIZER = tokenizer()
 
@@ -28,11 +28,11 @@ def ids(text): return TOKENIZER(text).input_ids
 
 def sentence(draw, count=None, words=WORDS, order=.8):
     "A chain in which most words are followed by their neighbour"
-    made = [draw.choice(words)]
+    chain = [draw.choice(words)]
     for _ in range((count or draw.randint(4, 14)) - 1):
-        following = words[(words.index(made[-1]) + 1) % len(words)]
-        made.append(following if draw.random() < order else draw.choice(words))
-    return made
+        following = words[(words.index(chain[-1]) + 1) % len(words)]
+        chain.append(following if draw.random() < order else draw.choice(words))
+    return chain
 
 def answer(*words): return ' ' + ' '.join(words)
 

@@ -78,7 +78,8 @@ def test_training_is_bit_equal_with_and_without(tmp_path, kind):
     alone = dpo(tmp_path/'b', **settings)
     for trainer in (watched, alone): trainer.train()
     assert losses(watched) == losses(alone) and len(losses(alone)) == 4
-    for (name, p), q in zip(watched.model.named_parameters(), alone.model.parameters()): assert torch.equal(p, q), name
+    for (name, weight), same in zip(watched.model.named_parameters(), alone.model.parameters()):
+        assert torch.equal(weight, same), name
     table = history(tmp_path/'seen')
     assert table.groupby('step').size().to_dict() == dict.fromkeys((0, 2, 4), len(probes()))  # optimiser steps
     assert (table[table.step == 0].d_chosen == 0).all() and (table[table.step == 4].d_chosen != 0).all()
@@ -326,8 +327,8 @@ if __name__ == '__main__':
     if what == 'two':
         trainer = dpo(out/'run', [watcher(out/'seen', 1)], learning_rate=1e3, ddp_backend='gloo')
         trainer.train()
-        said = dict(step=trainer.state.global_step, weight=next(trainer.model.parameters()).double().sum().item())
-        (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(said))
+        state = dict(step=trainer.state.global_step, weight=next(trainer.model.parameters()).double().sum().item())
+        (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(state))
     if what == 'one':  # probe 1 from the start, probe 4 from the third measurement on
         from ches_align.training import tracker
         real = tracker.measure_probes
@@ -354,5 +355,5 @@ if __name__ == '__main__':
         watch = watcher(out/'seen', 1)
         trainer = dpo(out/'run', [watch], max_steps=3, learning_rate=1e-4, ddp_backend='gloo')
         trainer.train()
-        said = dict(step=trainer.state.global_step, budget=watch.tracker.budget)
-        (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(said))
+        state = dict(step=trainer.state.global_step, budget=watch.tracker.budget)
+        (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(state))

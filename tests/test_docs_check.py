@@ -80,10 +80,10 @@ TWO = [
     py('#| export', 'def two(): return 2*one()'),
 ]
 
-def write(path, made):
+def write(path, cells):
     path.parent.mkdir(parents=True, exist_ok=True)
     out = [dict(id=f'cell{i:02}', metadata={}) | c | (dict(execution_count=None) if c['cell_type'] == 'code' else {})
-           for i, c in enumerate(made)]
+           for i, c in enumerate(cells)]
     nb = dict(cells=[c | dict(source=c['source'].splitlines(True)) for c in out], nbformat=4, nbformat_minor=5,
               metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3')))
     path.write_text(json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')
@@ -99,8 +99,8 @@ def sound(tmp_path_factory):
         (root/name).parent.mkdir(parents=True, exist_ok=True)
         (root/name).write_text(text)
     (root/'nbs/_quarto.yml').symlink_to('../_quarto.yml')
-    for name, made in {'index': INDEX, 'part/01_one': ONE, 'part/02_two': TWO}.items():
-        write(root/f'nbs/{name}.ipynb', made)
+    for name, cells in {'index': INDEX, 'part/01_one': ONE, 'part/02_two': TWO}.items():
+        write(root/f'nbs/{name}.ipynb', cells)
     nbdev(root, 'from nbdev.doclinks import nbdev_export; nbdev_export()')
     return root
 
@@ -166,8 +166,8 @@ def test_docs_check_reads_title_cells(mini, lines, what):
 def test_docs_check_compares_sidebar_and_notebooks(mini):
     bar = mini.root/'nbs/sidebar.yml'
     bar.write_text(SIDEBAR.replace('part/02_two.ipynb', 'part/03_three.ipynb, part/01_one.ipynb'))
-    found = docs_check.sidebar(docs_check.Site(mini.root))
-    assert [f.removeprefix('nbs/sidebar.yml: ') for f in found] == [
+    faults = docs_check.sidebar(docs_check.Site(mini.root))
+    assert [f.removeprefix('nbs/sidebar.yml: ') for f in faults] == [
         'part/03_three.ipynb does not exist', 'part/02_two.ipynb is not listed', 'part/01_one.ipynb is listed 2 times']
 
 def test_docs_check_makes_the_pages(mini):

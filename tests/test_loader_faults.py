@@ -20,7 +20,8 @@ ROWS = [dict(prompt=f'Frage {i}, bitte?', chosen=f'Ja, "{i}"\nund mehr', rejecte
 def as_csv(rows, delimiter=','):
     out = io.StringIO()
     writer = csv.DictWriter(out, rows[0], delimiter=delimiter)
-    writer.writeheader(); writer.writerows(rows)
+    writer.writeheader()
+    writer.writerows(rows)
     return out.getvalue().encode()
 
 def as_parquet(rows):
@@ -31,7 +32,7 @@ def as_parquet(rows):
 def as_arrow(rows):
     table = pa.Table.from_pylist(rows)
     out = pa.BufferOutputStream()
-    with pa.ipc.new_stream(out, table.schema) as w: w.write_table(table)
+    with pa.ipc.new_stream(out, table.schema) as writer: writer.write_table(table)
     return out.getvalue().to_pybytes()
 
 WHOLE = {'.jsonl': ''.join(json.dumps(r) + '\n' for r in ROWS).encode(), '.json': json.dumps(ROWS).encode(),
@@ -41,8 +42,8 @@ def outcome(path):
     "'survived' with a pair a row, each usable or flagged, or 'refused' in a line that names the file"
     try:
         pairs = load_pairs(str(path))
-    except AuditError as e:
-        assert path.name in str(e), e
+    except AuditError as error:
+        assert path.name in str(error), error
         return 'refused'
     assert pairs and [p.row_id for p in pairs] == list(range(len(pairs)))
     assert all(p.problem or isinstance(p.chosen, str | list) and isinstance(p.rejected, str | list) for p in pairs)
@@ -54,9 +55,9 @@ def tell(record_property, outcomes):
 
 def truncate(data, gen): return data[:gen.randrange(len(data))]
 def flip(data, gen):
-    made = bytearray(data)
-    for _ in range(gen.randint(1, 20)): made[gen.randrange(len(made))] = gen.randrange(256)
-    return bytes(made)
+    damaged = bytearray(data)
+    for _ in range(gen.randint(1, 20)): damaged[gen.randrange(len(damaged))] = gen.randrange(256)
+    return bytes(damaged)
 def nudge(data, gen):
     at = gen.randrange(len(data))
     return data[:at] + bytes([gen.randrange(256)]) + data[at + 1:]
@@ -208,7 +209,8 @@ def test_a_saved_data_set_stays_in_its_folder(tmp_path, record_property):
     assert len(load_pairs(str(tmp_path/'set'))) == len(ROWS)
     for file, text in set_up:
         where = tmp_path/'set'
-        shutil.rmtree(where); saved(where)
+        shutil.rmtree(where)
+        saved(where)
         (where/file).write_text(text)
         with pytest.raises(AuditError, match='set'): load_pairs(str(where))
     tell(record_property, ['survived'] + ['refused']*len(set_up))
@@ -241,7 +243,7 @@ def test_odd_tables(tmp_path, record_property, suffix):
         path = tmp_path/f'odd{i}{suffix}'
         if suffix == '.parquet': pq.write_table(table, path)
         else:
-            with pa.ipc.new_stream(str(path), table.schema) as w: w.write_table(table)
+            with pa.ipc.new_stream(str(path), table.schema) as writer: writer.write_table(table)
         outcomes.append(outcome(path))
     tell(record_property, outcomes)
 
@@ -259,16 +261,16 @@ def repeated(path):
 def packed(path):
     table = pa.table(dict(chosen=['a'*(300 << 20)], rejected=['b'], prompt=['p']))
     options = pa.ipc.IpcWriteOptions(compression='zstd')
-    with pa.ipc.new_stream(str(path), table.schema, options=options) as w: w.write_table(table)
+    with pa.ipc.new_stream(str(path), table.schema, options=options) as writer: writer.write_table(table)
 
 @pytest.mark.parametrize('make, suffix', [(declared, '.parquet'), (repeated, '.parquet'), (packed, '.arrow')])
 def test_a_file_that_unpacks_to_much_more_is_refused(tmp_path, record_property, make, suffix):
     path = tmp_path/f'bomb{suffix}'
     make(path)
     assert path.stat().st_size < 1 << 20
-    made = subprocess.run([sys.executable, '-c', PEAK, str(path)], capture_output=True, text=True, timeout=60)
-    peak, said = made.stdout.split(' ', 1)
-    assert 'unpacks from' in said and path.name in said and 'write it again' in said, made
+    process = subprocess.run([sys.executable, '-c', PEAK, str(path)], capture_output=True, text=True, timeout=60)
+    peak, words = process.stdout.split(' ', 1)
+    assert 'unpacks from' in words and path.name in words and 'write it again' in words, process
     record_property('peak_kib', int(peak))
     assert int(peak) < 1400 << 10  # KiB: 256 MiB, where it is refused, in Arrow and in Python, and the libraries
     tell(record_property, ['refused'])
@@ -325,9 +327,9 @@ def test_damaged_shards(tmp_path, record_property, damage):
         shard.write_bytes(damage(whole, gen))
         try:
             outcomes.append('survived' if len(load_scores(tmp_path/'run')) else 'refused')
-        except AuditError as e:
+        except AuditError as error:
             outcomes.append('refused')
-            assert str(tmp_path/'run') in str(e)
+            assert str(tmp_path/'run') in str(error)
     tell(record_property, outcomes)
 
 def test_paths_in_a_table_open_nothing(tmp_path, record_property):

@@ -51,5 +51,5 @@ def asked():
 def test_notebook(path, flags, context, request):
     skip = settings(ROOT)['tst_flags'].split()
     force = request.config.getoption('flags').split() + flags.split()
-    with ProcessPoolExecutor(1, mp_context=context) as pool: passed, said = pool.submit(run, path, skip, force).result()
-    if not passed: pytest.fail(said, pytrace=False)
+    with ProcessPoolExecutor(1, mp_context=context) as pool: passed, why = pool.submit(run, path, skip, force).result()
+    if not passed: pytest.fail(why, pytrace=False)

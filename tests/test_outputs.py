@@ -56,8 +56,8 @@ def trl_ids(path, tokenizer, folder):
     rows = datasets.load_dataset(kind, data_files=str(path), split='train', cache_dir=str(folder/'cache'))
     class Trainer: _tokenizer = tokenizer
     args = trl.DPOConfig(output_dir=str(folder), max_length=None, report_to=[], use_cpu=True, bf16=False)
-    made = trl.DPOTrainer._prepare_dataset(Trainer(), rows, tokenizer, args, 'train')
-    return [(list(r['prompt_ids']), list(r['chosen_ids']), list(r['rejected_ids'])) for r in made]
+    prepared = trl.DPOTrainer._prepare_dataset(Trainer(), rows, tokenizer, args, 'train')
+    return [(list(r['prompt_ids']), list(r['chosen_ids']), list(r['rejected_ids'])) for r in prepared]
 
 @pytest.mark.parametrize('template', [True, False])
 @pytest.mark.parametrize('name', FORMS)
@@ -127,8 +127,8 @@ def test_said_before_scoring_and_reported_all_the_same(tmp_path, model, monkeypa
     assert 'text beside messages' in refused('audit', mixed, output_dir='none', **small)
     assert not any(Path('none').iterdir())  # it was read, and nothing of it was scored
     same = lines_of(tmp_path/'same.jsonl', [dict(prompt='Q:', chosen=' yes', rejected=' yes')] * 5)
-    said = refused('audit', same, output_dir='flagged', **small)
-    assert "{'identical': 5}" in said and 'flagged/report.html says what to do' in said
+    line = refused('audit', same, output_dir='flagged', **small)
+    assert "{'identical': 5}" in line and 'flagged/report.html says what to do' in line
     assert 'Nothing was scored' in Path('flagged/report.md').read_text() and not Path('flagged/kept.jsonl').exists()
 
 def test_strata_and_batches(tmp_path, model, monkeypatch):

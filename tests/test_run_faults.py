@@ -55,7 +55,10 @@ NASTY = [
 
 class Elements(HTMLParser):
     "What a browser would act on"
-    def __init__(self): super().__init__(); self.found = []
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
     def handle_starttag(self, tag, attrs): self.found.append((tag, dict(attrs)))
 
 def acting(page):
@@ -138,13 +141,13 @@ def test_a_full_disk_at_every_write(tmp_path, place, monkeypatch, record_propert
         try:
             whole()
             break
-        except AuditError as e:
-            assert 'No space left on device' in str(e) and 'what was finished is kept' in str(e)
+        except AuditError as error:
+            assert 'No space left on device' in str(error) and 'what was finished is kept' in str(error)
         outcomes.append('refused')
         assert not list(out.rglob('*.partial'))
-        now = {f: f.read_bytes() for f in out.rglob('*.parquet')}
+        now = {shard: shard.read_bytes() for shard in out.rglob('*.parquet')}
         assert before.items() <= now.items()
-        for f in now: pd.read_parquet(f)
+        for shard in now: pd.read_parquet(shard)
         before = now
     left[0] = 0
     whole()
@@ -204,7 +207,7 @@ def test_scores_on_a_disk_that_fills_up_within_a_file(tmp_path, place, record_pr
     for size in (0, 100, 3000):
         with no_file_beyond(size), pytest.raises(AuditError, match='File too large'): score()
         assert not list(out.rglob('*.partial'))
-        for f in out.rglob('*.parquet'): pd.read_parquet(f)
+        for shard in out.rglob('*.parquet'): pd.read_parquet(shard)
         outcomes.append('refused')
     assert score().status.eq('ok').sum() > 60
     tell(record_property, outcomes)
@@ -233,16 +236,17 @@ def test_a_name_that_cannot_change(tmp_path, place, monkeypatch, record_property
     def both(out, share):
         write_selection(select_pairs(scores, keep=share), source, out/'kept.jsonl')
         audit_report(scores, source, out, title=f'{share}')
-    both(tmp_path/'old', .5); both(tmp_path/'new', .3)
+    both(tmp_path/'old', .5)
+    both(tmp_path/'new', .3)
     def by_name(out): return {f.relative_to(out): content for f, content in contents(out).items()}
     old = by_name(tmp_path/'old')
     new = by_name(tmp_path/'new')
     change = os.replace
     left = [0]
-    def fails(a, b):
+    def fails(here, there):
         left[0] -= 1
         if left[0] == 0: raise OSError(errno.EIO, 'Input/output error')
-        change(a, b)
+        change(here, there)
     monkeypatch.setattr(os, 'replace', fails)
     for k in range(1, len(old) + 1):
         left[0] = k
@@ -260,27 +264,31 @@ def same(content): return content.replace(b'/new/', b'/old/')  # the card names 
 
 def test_a_second_run_on_a_folder_is_refused(place, record_property):
     "By a process of its own: the test of the signals"
-    with only_writer(place/'whole'): code, _, said = score_here(place, 'whole')
-    assert code == 1 and re.match('ches score: .*another run is writing there', said), said
+    with only_writer(place/'whole'): code, _, words = score_here(place, 'whole')
+    assert code == 1 and re.match('ches score: .*another run is writing there', words), words
     assert score_here(place, 'whole')[0] == 0
     tell(record_property, ['refused', 'survived'])
 
 def test_a_signal_is_heard_only_while_a_command_runs(record_property, capsys):
     "The handler that was there is there again, whatever ends the command; a thread may not set one"
-    mine = lambda *_: None
+    def mine(*_): return None
     heard = []
     before = signal.signal(signal.SIGTERM, mine)
     try:
         def refuse(): raise AuditError('x')
         for end in (lambda: None, lambda: os.kill(os.getpid(), signal.SIGTERM), refuse, lambda: 1/0):
             try:
-                with one_line('ches score'): end(); time.sleep(.01)
-            except (SystemExit, ZeroDivisionError) as e:
-                heard.append(str(e))
+                with one_line('ches score'):
+                    end()
+                    time.sleep(.01)
+            except (SystemExit, ZeroDivisionError) as stop:
+                heard.append(str(stop))
             assert signal.getsignal(signal.SIGTERM) is mine
         def apart():
             with one_line('ches score'): heard.append('thread')
-        thread = threading.Thread(target=apart); thread.start(); thread.join()
+        thread = threading.Thread(target=apart)
+        thread.start()
+        thread.join()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == ['130', '1', 'division by zero', 'thread']
@@ -310,13 +318,13 @@ def test_a_signal_ends_a_run_that_goes_on(place, which, record_property):
     assert 'another run is writing there' in score_here(place, out.name)[2]
     process.send_signal(signal.SIGCONT)
     process.send_signal(which)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and 'ches score: stopped; the same command continues' in said, said
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'ches score: stopped; the same command continues' in words, words
     assert not json.loads((out/'manifest.json').read_text())['complete'] and not list(out.rglob('*.partial'))
     with only_writer(out): pass  # nobody holds it
-    for f in out.glob('scores/*.parquet'): pd.read_parquet(f)
-    kept = {f: f.stat().st_mtime_ns for f in out.glob('scores/*.parquet')}
+    for shard in out.glob('scores/*.parquet'): pd.read_parquet(shard)
+    kept = {shard: shard.stat().st_mtime_ns for shard in out.glob('scores/*.parquet')}
     assert score_here(place, out.name)[0] == 0
-    assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
+    assert all(shard.stat().st_mtime_ns == t for shard, t in kept.items())
     pd.testing.assert_frame_equal(load_scores(out), load_scores(place/'whole'), check_exact=True)
     tell(record_property, ['refused', 'survived'])

@@ -63,14 +63,14 @@ def theirs(row, tokenizer):
     stub = SimpleNamespace(_tokenizer=tokenizer)
     settings = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode='keep_start')
     rows = stored(row).to_iterable_dataset()
-    made = next(iter(trl.DPOTrainer._prepare_dataset(stub, rows, tokenizer, settings, 'train')))
-    return [list(made[k]) for k in ('prompt_ids', 'chosen_ids', 'rejected_ids')]
+    prepared = next(iter(trl.DPOTrainer._prepare_dataset(stub, rows, tokenizer, settings, 'train')))
+    return [list(prepared[k]) for k in ('prompt_ids', 'chosen_ids', 'rejected_ids')]
 
 def encoded(row, tokenizer, **loading):
     "The row by ours, as `datasets` gives it"
     return encode_pairs(load_pairs(stored(row), **loading), tokenizer)[0]
 
-def ids(e): return [list(e.prompt_ids), list(e.chosen_ids), list(e.rejected_ids)]
+def ids(pair): return [list(pair.prompt_ids), list(pair.chosen_ids), list(pair.rejected_ids)]
 
 def without_white_space(wanted, ours, tokenizer):
     "The named difference of every chat template: white space that follows the end token is no part of a response"
@@ -120,10 +120,10 @@ def outcome(name, layout, tokenizer):
     row = in_parts(LAYOUTS[layout]) if name.startswith(SEES) else LAYOUTS[layout]
     try:
         wanted = theirs(row, tokenizer)
-    except Exception as e:  # a template raises what it likes
-        said = ' '.join(str(e).split())[:60]
-        agree = ours.status == 'template_error' and said in ours.detail
-        return ('refused' if agree else f'TRL: {said}; ours: {ours.status} {ours.detail}'), ''
+    except Exception as error:  # a template raises what it likes
+        words = ' '.join(str(error).split())[:60]
+        agree = ours.status == 'template_error' and words in ours.detail
+        return ('refused' if agree else f'TRL: {words}; ours: {ours.status} {ours.detail}'), ''
     if wanted[1] == wanted[2]: return ('no difference' if ours.status == 'identical' else f'ours: {ours.status}'), ''
     if ours.status != 'ok': return f'{ours.status}: {ours.detail}', ''
     wanted, tail = without_white_space(wanted, ids(ours), tokenizer)
@@ -192,7 +192,7 @@ def test_text(base, form):
     assert {'space_at_the_end', 'within_a_word'} <= cut and not {'explicit', 'its_own_end', 'tools'} & cut
 
 # -- where we differ on purpose, besides the white space
-def said(e): return dict(role={'user': 'human', 'assistant': 'gpt'}[e['role']]) | dict(content=e['content'])
+def said(turn): return dict(role={'user': 'human', 'assistant': 'gpt'}[turn['role']]) | dict(content=turn['content'])
 
 CELLS = [('prompt', ASK['prompt']), ('chosen', ASK['chosen']), ('rejected', ASK['rejected'])]
 READ = {  # rows that TRL refuses or takes for something else, and that are read as `ASK`
@@ -226,7 +226,7 @@ FLAGGED = {  # rows that TRL trains on
 @pytest.mark.parametrize('name', FLAGGED)
 def test_flagged_where_trl_trains(base, name):
     tokenizer = tokenizer_of(base, SHIPPED['qwen2_5'])
-    (row, status, words) = FLAGGED[name]
+    row, status, words = FLAGGED[name]
     ours = encoded(row, tokenizer)
     assert ours.status == status and words in ours.detail and len(theirs(row, tokenizer)[1]) > 1
 

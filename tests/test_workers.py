@@ -47,13 +47,13 @@ def test_a_killed_process_loses_its_open_shard(place):
     assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
     pd.testing.assert_frame_equal(load_scores(out), load_scores(place/'one'), check_exact=True)
 
-@pytest.mark.parametrize('args, said', [
+@pytest.mark.parametrize('args, words', [
     (['--limit', '5', '--output_dir', 'one'], 'holds another run'),
     (['--output_dir', '/proc/no'], 'cannot be written')], ids=['other', 'folder'])
-def test_what_cannot_work_ends_both(place, args, said):
+def test_what_cannot_work_ends_both(place, args, words):
     done = run_two(place, 'score', 'pairs.jsonl', '--model', 'model', *args)
     assert done.returncode != 0, done.stderr
-    assert done.stderr.count(f'ches score: {said}' if said.startswith('/') else said) == 2, done.stderr
+    assert done.stderr.count(f'ches score: {words}' if words.startswith('/') else words) == 2, done.stderr
 
 def test_two_processes_audit_rewards(place):
     "Each draws what it takes from the counter; texts, rewards and table are those of one process"
