@@ -5,13 +5,15 @@
 A notebook `nbs/PART/NNN_name.ipynb` exports to `PART/name.py`; its exported cells import only from smaller numbers,
 name by name. `nbdev_clean` and `nbdev_export` would change nothing, every module comes from a notebook, and ruff
 finds no undefined name: a function that reads a notebook's variable passes in the notebook and fails in its module.
-No check compares by `zip`, compares a thing with itself, or accepts any error (`evidence.py`).
+No check compares by `zip`, compares a thing with itself, or accepts any error (`evidence.py`). Modules, tests, checks
+and benchmarks hold no packed code, no names that are no words and no long cells (`house.py`).
 """
 import ast, json, re, subprocess, sys
 from collections import defaultdict
 from pathlib import Path
 
 from evidence import blind_checks
+from house import density
 from project import EXPORT, ROOT, cells, notebooks, python, scratch, settings, tell
 
 def default_exp(path: Path) -> str | None:
@@ -135,6 +137,7 @@ def blind(root: Path) -> list[str]:
         faults += [f'{where}: line {line}: {why}' for line, why in named]
     return faults
 
-def check(root: Path) -> list[str]: return numbering(root) + blind(root) + unchanged(root) + lint(root)
+def check(root: Path) -> list[str]:
+    return numbering(root) + blind(root) + density(root) + unchanged(root) + lint(root)
 
 if __name__ == '__main__': tell(check(ROOT), 'structure')

@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import docs_check
+import house
 import pytest
 import structure_check
 import write_readme
@@ -215,6 +216,46 @@ def test_structure_check_tells_a_notebook_variable_from_a_shape(mini):
         'from jaxtyping import Float\nfrom torch import Tensor\n'
         'def f(x: Float[Tensor, "batch"], y: Float[Tensor, "batch len"]): return x + y + gen\n')
     expect(structure_check.lint(mini.root), 'mini/part/two.py:3', 'F821 Undefined name `gen`')
+
+PACKED = {  # a file, its text, what it is refused for
+    'assignment': ('tests/test_x.py', 'one, two = [1], {}\n', '1: packed assignment: one, two = ([1], {})'),
+    'line': ('.ci/x.py', 'start(); stop()\n', '1: several statements on a line'),
+    'try': ('benchmarks/x.py', 'try: start()\nfinally:\n    stop()\n', '1: `try:` with its statement on the line'),
+    'lambda': ('tests/test_x.py', 'key = lambda row: 1 if row else 2\n', '1: conditional lambda'),
+    'letter': ('mini/part/x.py', 'def rows():\n    for r in open("x"): yield r\n', '2: one letter: r'),
+    'vague': ('mini/part/x.py', 'found = 1\n', '1: says nothing: found'),
+    'cell': ('mini/part/x.py', '# %% ../nbs/x.ipynb #one\n' + 'one = 1\n'*41, '1: a cell of 41 lines'),
+}
+
+@pytest.mark.parametrize('name', PACKED)
+def test_packed_code_is_named(mini, name):
+    path, text, fault = PACKED[name]
+    (mini.root/path).parent.mkdir(exist_ok=True)
+    (mini.root/path).write_text(text)
+    assert house.density(mini.root) == [f'{path}:{fault}']
+
+def test_structure_check_refuses_packed_code(mini):
+    for name in ('assignment', 'line'):
+        path, text, _ = PACKED[name]
+        (mini.root/path).parent.mkdir(exist_ok=True)
+        (mini.root/path).write_text(text)
+    faults = structure_check.check(mini.root)
+    assert faults == ['tests/test_x.py:1: packed assignment: one, two = ([1], {})',
+                      '.ci/x.py:1: several statements on a line']
+
+PLAIN = {
+    'index': ('tests/test_x.py', 'for i, row in enumerate("ab"): print(i, row)\n'),
+    'swap': ('tests/test_x.py', 'one = two = 1\none, two = two, one + two\n'),
+    'symbol of an equation': ('mini/theory/x.py', 'h = 1\n'),
+    'cell': ('mini/part/x.py', '# %% ../nbs/x.ipynb #one\n' + 'one = 1\n'*40),
+}
+
+@pytest.mark.parametrize('name', PLAIN)
+def test_plain_code_is_left_alone(mini, name):
+    path, text = PLAIN[name]
+    (mini.root/path).parent.mkdir(exist_ok=True)
+    (mini.root/path).write_text(text)
+    assert house.density(mini.root) == []
 
 def test_readme(mini):
     root = mini.root
