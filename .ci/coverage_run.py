@@ -29,7 +29,8 @@ def run(path: Path) -> str:
     from execnb.nbio import read_nb
     from execnb.shell import CaptureShell
     os.chdir(path.parent)
-    shell, module = CaptureShell(), None
+    shell = CaptureShell()
+    module = None
     try:
         for cell in read_nb(path).cells:
             if cell.cell_type != 'code': continue
@@ -38,18 +39,20 @@ def run(path: Path) -> str:
             if off or FLAGS & marks or 'nbdev_export(' in cell.source: continue
             shell.run(GIVE.format(module) if marks & {'export', 'exporti'} else cell.source)
             if shell.exc: return f'{path.relative_to(ROOT)}: {shell.exc!r}'
-    finally: cov.stop(); cov.save()
+    finally:
+        cov.stop()
+        cov.save()
     return ''
 
 def record(out: Path, notebooks_only: bool, failed: list[str]) -> None:
-    made = subprocess.run([sys.executable, '-m', 'coverage', 'json', '-q', '-o', '-'], cwd=ROOT, capture_output=True)
-    told = json.loads(made.stdout)
+    process = subprocess.run([sys.executable, '-m', 'coverage', 'json', '-q', '-o', '-'], cwd=ROOT, capture_output=True)
+    report = json.loads(process.stdout)
     def numbers(summary): return {k: summary[k] for k in ('num_statements', 'missing_lines')}
-    modules = {name: numbers(f['summary']) for name, f in told['files'].items() if not name.endswith('_modidx.py')}
+    modules = {name: numbers(f['summary']) for name, f in report['files'].items() if not name.endswith('_modidx.py')}
     total = {k: sum(m[k] for m in modules.values()) for k in ('num_statements', 'missing_lines')}
     out.write_text(json.dumps(dict(
         config=dict(notebooks_only=notebooks_only, flags=[]), versions=dict(python=platform.python_version(),
-        coverage=told['meta']['version']), total=total, failed=failed, modules=modules), indent=1) + '\n')
+        coverage=report['meta']['version']), total=total, failed=failed, modules=modules), indent=1) + '\n')
 
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

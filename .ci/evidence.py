@@ -95,23 +95,23 @@ def install(shell_class: type) -> type:
 
 def blind_checks(tree: ast.AST) -> list[tuple[int, str]]:
     "Line and reason of each check that passes whatever the code does"
-    found = []
+    faults = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == 'fastcore.test':
             if any(alias.name in ('test_close', 'is_close', '*') for alias in node.names):
-                found.append((node.lineno, 'compares by zip: take test_close from ches_align.theory.checks'))
+                faults.append((node.lineno, 'compares by zip: take test_close from ches_align.theory.checks'))
         if isinstance(node, ast.Assert) and isinstance(node.test, (ast.Constant, ast.Tuple, ast.JoinedStr)):
-            found.append((node.lineno, 'asserts a constant'))
+            faults.append((node.lineno, 'asserts a constant'))
         if not is_check(node): continue
         pairs = [(c.left, c.comparators[0]) for c in ast.walk(node) if isinstance(c, ast.Compare)]
         calls_test = isinstance(node, ast.Call) and node.func.id != 'test_fail'
         if calls_test and len(node.args) > 1: pairs.append(node.args[:2])
         if any(ast.dump(left) == ast.dump(right) and not calls(left) for left, right in pairs):
-            found.append((node.lineno, 'compares a thing with itself'))
+            faults.append((node.lineno, 'compares a thing with itself'))
         if isinstance(node, ast.Call) and node.func.id == 'test_fail':
             if len(node.args) < 3 and not {'contains', 'exc'} & {word.arg for word in node.keywords}:
-                found.append((node.lineno, 'any error passes: say what it contains'))
-    return found
+                faults.append((node.lineno, 'any error passes: say what it contains'))
+    return faults
 
 def calls(tree: ast.AST) -> bool:
     "Is something called in it (which may give another value each time)?"

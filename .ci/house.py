@@ -1,18 +1,18 @@
-"""Measures the house, and refuses packed code.
+"""Measures the house, and finds packed code; `structure_check.py` refuses it.
 
     python .ci/house.py                 modules, exported lines, public names, packed statements, duplicates ...
     python .ci/house.py --list [PATHS]  what breaks the rule on density, a line each
 
 The rule: one statement on a line in `try`, `except` and `finally`; no packed assignments of unrelated values; no
 conditional lambdas; nothing reached through `__globals__`; at most eight positional parameters; local names are words,
-but for the indices i, j, k and, in `theory`, the symbols of the equations.
+but for the indices i, j, k and, in `theory`, the symbols of the equations; exported cells of at most 40 lines.
 """
 import argparse, ast, configparser, re
 from collections import defaultdict
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
 
-from project import ROOT
+from project import ROOT, settings
 
 INDICES = {'i', 'j', 'k', '_'}
 VAGUE = {'made', 'found', 'said', 'told'}
@@ -51,7 +51,9 @@ def packed(tree: ast.AST) -> Iterator[Fault]:
             lines = [part.lineno for part in getattr(node, name, None) or [] if isinstance(part, ast.stmt)] \
                 if isinstance(getattr(node, name, None), list) else []
             for line in lines[1:]:
-                if lines.count(line) > 1: yield line, 'several statements on a line'; break
+                if lines.count(line) > 1:
+                    yield line, 'several statements on a line'
+                    break
 
 def packed_try(node: ast.Try) -> Iterator[Fault]:
     "Parts of a `try` that stand on its keyword's line"
@@ -89,15 +91,18 @@ def vague(tree: ast.AST) -> Iterator[Fault]:
         if name in VAGUE: yield line, f'says nothing: {name}'
 
 def faults(path: Path, root: Path) -> list[Fault]:
-    "What breaks the rule in a file, by line"
-    tree = ast.parse(path.read_text('utf-8'))
+    "What breaks the rule in a file, by line; ruff names a file that is no Python"
+    try:
+        tree = ast.parse(path.read_text('utf-8'))
+    except SyntaxError:
+        return []
     where = path.relative_to(root).parts
     names = [] if 'theory' in where else vague(tree)
     return sorted([*packed(tree), *names])
 
 def sources(root: Path) -> list[Path]:
     "Modules, tests, checks and benchmarks"
-    parts = 'ches_align', 'tests', '.ci', 'benchmarks'
+    parts = settings(root)['lib_path'], 'tests', '.ci', 'benchmarks'
     return [path for part in parts for path in sorted((root/part).rglob('*.py')) if path.name != '_modidx.py']
 
 CELL = re.compile(r'^# %% .*#[\w-]+$', re.M)
@@ -110,9 +115,16 @@ def long_cells(path: Path) -> Iterator[Fault]:
         count = len(text[mark.end():after.start() if after else None].strip().splitlines())
         if count > LONGEST: yield text.count('\n', 0, mark.start()) + 1, f'a cell of {count} lines'
 
+def density(root: Path, inside: Iterable[Path] = ()) -> list[str]:
+    "What breaks the rule, a line each; `inside`: only in these files and folders"
+    kept = [path for path in sources(root) if not inside or any(path.is_relative_to(part) for part in inside)]
+    return [f'{path.relative_to(root)}:{line}: {why}' for path in kept
+            for line, why in [*faults(path, root), *long_cells(path)]]
+
 def duplicates(paths: list[Path]) -> int:
     "Pairs of places that share `WINDOW` equal lines of code or more, each pair once however long"
-    places, runs = defaultdict(list), set()
+    places = defaultdict(list)
+    runs = set()
     for path in paths:
         lines = [line.strip() for line in path.read_text('utf-8').splitlines()]
         lines = [line for line in lines if line and not line.startswith(('#', 'import ', 'from ', ')', '@'))]
@@ -158,9 +170,6 @@ def main() -> None:
     if chosen is None:
         for name, value in table(ROOT): print(f'{value:7,}  {name}')
         return
-    inside = [Path(part).resolve() for part in chosen] or [ROOT]
-    for path in sources(ROOT):
-        if not any(path.is_relative_to(part) for part in inside): continue
-        for line, why in [*faults(path, ROOT), *long_cells(path)]: print(f'{path.relative_to(ROOT)}:{line}: {why}')
+    for line in density(ROOT, [Path(part).resolve() for part in chosen]): print(line)
 
 if __name__ == '__main__': main()

@@ -22,22 +22,22 @@ def notebooks(root: Path) -> list[Path]:
 
 def directives(source: str) -> dict[str, str]:
     "The `#|` lines at the top of a cell; a deeper indented line goes on with the value before it."
-    found: dict[str, str] = {}
+    marks: dict[str, str] = {}
     for line in source.splitlines():
         if not line.strip(): continue
-        if not (m := re.match(r'#\|(\s*)([\w-]+)?:?\s*(.*)', line)): break
-        if len(m[1]) > 2 and found:
-            last = list(found)[-1]
-            found[last] = f'{found[last]} {line[2:].strip()}'.lstrip('>| ')
-        elif m[2]: found[m[2]] = m[3].strip().strip('"\'')
-    return found
+        if not (match := re.match(r'#\|(\s*)([\w-]+)?:?\s*(.*)', line)): break
+        if len(match[1]) > 2 and marks:
+            last = list(marks)[-1]
+            marks[last] = f'{marks[last]} {line[2:].strip()}'.lstrip('>| ')
+        elif match[2]: marks[match[2]] = match[3].strip().strip('"\'')
+    return marks
 
 def cells(path: Path) -> list:
     "A notebook's cells, each with its directives and output data at hand"
     out = read_nb(path).cells
-    for c in out:
-        c.marks = directives(c.source) if c.cell_type == 'code' else {}
-        c.shown = [o.get('data', {}) for o in c.get('outputs', [])]
+    for cell in out:
+        cell.marks = directives(cell.source) if cell.cell_type == 'code' else {}
+        cell.shown = [o.get('data', {}) for o in cell.get('outputs', [])]
     return out
 
 def hidden(cell) -> bool:
@@ -49,7 +49,8 @@ def has_image(cell) -> bool: return any(kind.startswith('image/') for data in ce
 @contextmanager
 def scratch(root: Path) -> Iterator[Path]:
     "A copy of what nbdev reads and writes, so that a check leaves the working tree as it is"
-    lib, ignore = settings(root)['lib_path'], shutil.ignore_patterns('__pycache__', '.*')
+    lib = settings(root)['lib_path']
+    ignore = shutil.ignore_patterns('__pycache__', '.*')
     with tempfile.TemporaryDirectory() as tmp:
         for name in ('settings.ini', '_quarto.yml'): shutil.copy(root/name, tmp)
         for name in ('nbs', lib): shutil.copytree(root/name, Path(tmp)/name, symlinks=True, ignore=ignore)

@@ -36,7 +36,8 @@ def visible(outputs):
     return [{k: v for k, v in o.items() if k in ('data', 'text', 'output_type', 'name')} for o in outputs]
 
 def run(path, flags, check):
-    nb, shell = read_nb(path), install(CaptureShell)(path, mpl_format='png')
+    nb = read_nb(path)
+    shell = install(CaptureShell)(path, mpl_format='png')
     stale = []
     with working_directory(path.parent):
         for i, cell in enumerate(nb.cells):
@@ -45,12 +46,12 @@ def run(path, flags, check):
             if off or (marks & FLAGS) - flags or 'nbdev_export(' in cell.source: continue
             shell._cell_idx = i + 1  # for prettytb
             before = visible(cell.get('outputs', []))
-            cell.outputs = [o for o in shell.run(cell.source) if o.get('name') != 'stderr']
+            cell.outputs = [output for output in shell.run(cell.source) if output.get('name') != 'stderr']
             if shell.exc:
                 raise SystemExit(f'{path.relative_to(ROOT)}: cell {i} failed\n{shell.prettytb(fname=path)}')
             cell.execution_count = None
-            for o in cell.outputs:
-                if 'execution_count' in o: o['execution_count'] = None
+            for output in cell.outputs:
+                if 'execution_count' in output: output['execution_count'] = None
             if before != visible(cell.outputs): stale.append(i)
     if not check: write_nb(nb, path)
     return stale

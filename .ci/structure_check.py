@@ -5,13 +5,15 @@
 A notebook `nbs/PART/NNN_name.ipynb` exports to `PART/name.py`; its exported cells import only from smaller numbers,
 name by name. `nbdev_clean` and `nbdev_export` would change nothing, every module comes from a notebook, and ruff
 finds no undefined name: a function that reads a notebook's variable passes in the notebook and fails in its module.
-No check compares by `zip`, compares a thing with itself, or accepts any error (`evidence.py`).
+No check compares by `zip`, compares a thing with itself, or accepts any error (`evidence.py`). Modules, tests, checks
+and benchmarks hold no packed code, no names that are no words and no long cells (`house.py`).
 """
 import ast, json, re, subprocess, sys
 from collections import defaultdict
 from pathlib import Path
 
 from evidence import blind_checks
+from house import density
 from project import EXPORT, ROOT, cells, notebooks, python, scratch, settings, tell
 
 def default_exp(path: Path) -> str | None:
@@ -20,36 +22,39 @@ def default_exp(path: Path) -> str | None:
 def title(path: Path) -> str:
     return next((c.source.splitlines()[0].removeprefix('# ') for c in cells(path) if c.source.startswith('# ')), '')
 
-def number(path: Path) -> int | None: return int(m[1]) if (m := re.match(r'(\d+)_', path.name)) else None
+def number(path: Path) -> int | None: return int(match[1]) if (match := re.match(r'(\d+)_', path.name)) else None
 
 def imported(tree: ast.AST, modules: set[str], lib: str) -> list[str]:
     "The package's own modules that a piece of code imports; '*' for a star, '' for the package itself"
-    found = []
+    own = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [a.name.partition('.')[2] for a in node.names if a.name.split('.')[0] == lib]
+            own += [a.name.partition('.')[2] for a in node.names if a.name.split('.')[0] == lib]
         elif isinstance(node, ast.ImportFrom):
-            found += ['*' for a in node.names if a.name == '*']
+            own += ['*' for a in node.names if a.name == '*']
             if node.level or (node.module or '').split('.')[0] != lib: continue
             base = node.module.partition('.')[2]
             inner = [f'{base}.{a.name}'.lstrip('.') for a in node.names]
             public = any(a.name[0] not in '_*' for a in node.names)
-            found += [m for m in inner if m in modules] or [base] * public
-    return found
+            own += [m for m in inner if m in modules] or [base] * public
+    return own
 
 def numbering(root: Path) -> list[str]:
     "Names, numbers and imports of the notebooks"
-    faults, homes, numbers, lib = [], defaultdict(list), defaultdict(list), settings(root)['lib_name']
+    faults = []
+    homes = defaultdict(list)
+    numbers = defaultdict(list)
+    lib = settings(root)['lib_name']
     for path in notebooks(root):
         rel = path.relative_to(root)
-        if (n := number(path)) is not None: numbers[n].append(rel)
+        if (order := number(path)) is not None: numbers[order].append(rel)
         if not (name := default_exp(path)): continue
         homes[name].append(path)
         parts = path.relative_to(root/'nbs').with_suffix('').parts
         want = '.'.join([*parts[:-1], re.sub(r'^\d+_', '', parts[-1])])
         if name != want: faults.append(f'{rel}: exports to {name}, its name says {want}')
-        if n is None: faults.append(f'{rel}: exports, but has no number')
-    faults += [f'{b}: number {n} is taken by {a}' for n, (a, *more) in numbers.items() for b in more]
+        if order is None: faults.append(f'{rel}: exports, but has no number')
+    faults += [f'{b}: number {order} is taken by {a}' for order, (a, *more) in numbers.items() for b in more]
     faults += [f'{b.relative_to(root)}: exports to {name} as {a.relative_to(root)} does'
                for name, (a, *more) in homes.items() for b in more]
     front = (root/'README.md').read_text('utf-8') if (root/'README.md').exists() else None
@@ -63,8 +68,11 @@ def numbering(root: Path) -> list[str]:
                 faults.append(f'{path.relative_to(root)}: cell {i}: a line over 120 characters: {long[0].strip()[:60]}')
             if not EXPORT & set(cell.marks): continue
             where = f'{path.relative_to(root)}: cell {i}'
-            try: tree = ast.parse(cell.source)
-            except SyntaxError as e: faults.append(f'{where}: {e.msg}'); continue
+            try:
+                tree = ast.parse(cell.source)
+            except SyntaxError as error:
+                faults.append(f'{where}: {error.msg}')
+                continue
             for module in imported(tree, set(rank), lib):
                 if module == '*': faults.append(f'{where}: star import')
                 elif module not in rank: faults.append(f'{where}: imports {lib}.{module}, which no notebook exports')
@@ -78,20 +86,23 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def unchanged(root: Path) -> list[str]:
     "`nbdev_clean` and `nbdev_export` must leave everything as it is: tried in a copy without the generated modules."
-    before, faults = contents(root), []
+    before = contents(root)
+    faults = []
     with scratch(root) as tmp:
         run = python('from nbdev.clean import nbdev_clean; nbdev_clean()', tmp)
         if run.returncode: return [f'nbdev_clean fails: {run.stderr.strip()[-500:]}']
         after = contents(tmp)
-        faults += [f'{p}: nbdev_clean changes it' for p in before if p.endswith('.ipynb') and before[p] != after[p]]
-        for p, text in before.items():
-            if p.endswith('.py') and b'# AUTOGENERATED! DO NOT EDIT!' in text: (tmp/p).unlink()
+        faults += [f'{name}: nbdev_clean changes it' for name in before
+                   if name.endswith('.ipynb') and before[name] != after[name]]
+        for name, text in before.items():
+            if name.endswith('.py') and b'# AUTOGENERATED! DO NOT EDIT!' in text: (tmp/name).unlink()
         run = python('from nbdev.doclinks import nbdev_export; nbdev_export()', tmp)
         if run.returncode: return faults + [f'nbdev_export fails: {run.stderr.strip()[-500:]}']
         after = contents(tmp)
-    modules = {p for p in before | after if p.endswith('.py')}
-    faults += [f'{p}: no notebook exports it' for p in sorted(modules - set(after))]
-    faults += [f'{p}: nbdev_export was not run' for p in sorted(modules & set(after)) if before.get(p) != after[p]]
+    modules = {name for name in before | after if name.endswith('.py')}
+    faults += [f'{name}: no notebook exports it' for name in sorted(modules - set(after))]
+    faults += [f'{name}: nbdev_export was not run' for name in sorted(modules & set(after))
+               if before.get(name) != after[name]]
     return faults
 
 # Ruff takes a shape of one axis, as in Float[Tensor, "batch"], for the name of a type.
@@ -104,11 +115,12 @@ def lint(root: Path) -> list[str]:
     run = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if run.returncode > 1 or not run.stdout: return [f'ruff fails: {run.stderr.strip()}']
     faults = []
-    for found in json.loads(run.stdout):
-        path, at = Path(found['filename']), found['location']
+    for fault in json.loads(run.stdout):
+        path = Path(fault['filename'])
+        at = fault['location']
         lines = path.read_text(encoding='utf-8').splitlines()
-        if found['code'] == 'F821' and SHAPE.search(lines[at['row']-1][:at['column']-1]): continue
-        faults.append(f"{path.relative_to(root.resolve())}:{at['row']}: {found['code']} {found['message']}")
+        if fault['code'] == 'F821' and SHAPE.search(lines[at['row']-1][:at['column']-1]): continue
+        faults.append(f"{path.relative_to(root.resolve())}:{at['row']}: {fault['code']} {fault['message']}")
     return faults
 
 def blind(root: Path) -> list[str]:
@@ -118,11 +130,14 @@ def blind(root: Path) -> list[str]:
     sources += [(str(path.relative_to(root)), path.read_text('utf-8')) for path in sorted((root/'tests').glob('*.py'))]
     faults = []
     for where, source in sources:
-        try: found = blind_checks(ast.parse(source))
-        except SyntaxError: continue  # `numbering` and the run of the notebook tell
-        faults += [f'{where}: line {line}: {why}' for line, why in found]
+        try:
+            named = blind_checks(ast.parse(source))
+        except SyntaxError:
+            continue  # `numbering` and the run of the notebook tell
+        faults += [f'{where}: line {line}: {why}' for line, why in named]
     return faults
 
-def check(root: Path) -> list[str]: return numbering(root) + blind(root) + unchanged(root) + lint(root)
+def check(root: Path) -> list[str]:
+    return numbering(root) + blind(root) + density(root) + unchanged(root) + lint(root)
 
 if __name__ == '__main__': tell(check(ROOT), 'structure')

@@ -14,10 +14,10 @@ IMAGES = ('image/png', 'image/jpeg', 'image/svg+xml')
 
 def github(text: str) -> str:
     "Links and images relative to nbs/ become relative to the top of the repository; code stays as it is."
-    def move(m):
-        target, sep, anchor = m[2].partition('#')
-        if not target or re.match(r'[a-z][a-z0-9+.-]*:|/', target): return m[0]
-        return m[1] + posixpath.normpath(f'nbs/{target}') + sep + anchor
+    def move(match):
+        target, sep, anchor = match[2].partition('#')
+        if not target or re.match(r'[a-z][a-z0-9+.-]*:|/', target): return match[0]
+        return match[1] + posixpath.normpath(f'nbs/{target}') + sep + anchor
     link = r'(\]\(\s*<?|^\[[^\]^][^\]]*\]:\s+|(?:href|src)=")([^)\s">]+)'
     code = r'(^```.*?^```[^\n]*$|`[^`\n]*`)'
     parts = re.split(code, text, flags=re.M | re.S)
@@ -34,7 +34,8 @@ def source(cell) -> str:
 
 def outputs(cell, images: dict[str, bytes]) -> list[str]:
     "Stored outputs as Markdown; pictures are added to `images`"
-    parts, plain = [], ''
+    parts = []
+    plain = ''
     for out in cell.get('outputs', []):
         data = {kind: ''.join(value) for kind, value in out.get('data', {}).items()}
         if out.output_type == 'stream':
@@ -46,14 +47,17 @@ def outputs(cell, images: dict[str, bytes]) -> list[str]:
             images[name] = data[kind].encode() if 'svg' in kind else base64.b64decode(data[kind])
             new = f"![{cell.marks.get('fig-alt', '')}](nbs/images/{name})"
         elif 'text/markdown' in data: new = github(data['text/markdown'].strip('\n'))
-        else: plain += data.get('text/plain', '') + '\n'; continue
+        else:
+            plain += data.get('text/plain', '') + '\n'
+            continue
         if plain.strip(): parts.append(fence(plain.strip('\n')))
         parts, plain = [*parts, new], ''
     return parts + ([fence(plain.strip('\n'))] if plain.strip() else [])
 
 def readme(path: Path) -> tuple[str, dict[str, bytes]]:
     "The text of README.md and its pictures by name"
-    parts, images = [HEAD], {}
+    parts = [HEAD]
+    images = {}
     for cell in cells(path):
         if cell.cell_type == 'markdown':
             text = cell.source.strip('\n')

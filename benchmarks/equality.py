@@ -26,14 +26,20 @@ def slow(model, pairs, extra=0):
     """By the definition, for each pair: CHES, ln-CHES, and the size of the terms that each subtracts.
     `extra`: states more at the end, as the official script has"""
     scores = []
-    for p in pairs:
-        sums, n = [], []
-        for ids in (p.chosen_ids, p.rejected_ids):
-            h, total = states(model, p.prompt_ids, ids).double(), 0
-            for k in range(len(p.prompt_ids) - 1, len(p.prompt_ids) + len(ids) - 1 + extra): total = total + h[k]
-            sums.append(total); n.append(len(ids) + extra)
-        (s, t), (a, b) = sums, n
-        cross, own = torch.stack([s @ t, s @ t / (a * b)]), torch.stack([s @ s, s @ s / a**2])
+    for pair in pairs:
+        sums = []
+        counts = []
+        for ids in (pair.chosen_ids, pair.rejected_ids):
+            hidden = states(model, pair.prompt_ids, ids).double()
+            total = 0
+            first = len(pair.prompt_ids) - 1
+            for k in range(first, first + len(ids) + extra): total = total + hidden[k]
+            sums.append(total)
+            counts.append(len(ids) + extra)
+        chosen, rejected = sums
+        chosen_count, rejected_count = counts
+        cross = torch.stack([chosen @ rejected, chosen @ rejected / (chosen_count * rejected_count)])
+        own = torch.stack([chosen @ chosen, chosen @ chosen / chosen_count**2])
         scores.append(torch.cat([cross - own, cross.abs() + own]).tolist())
     return torch.tensor(scores, dtype=torch.float64)
 
@@ -42,12 +48,13 @@ def padded_left(lm, pairs):
     "Both responses in one left-padded batch with mask and positions, scored by the theory's function"
     sides = []
     for side in ('chosen_ids', 'rejected_ids'):
-        full = [[*p.prompt_ids, *getattr(p, side)] for p in pairs]
+        full = [[*pair.prompt_ids, *getattr(pair, side)] for pair in pairs]
         width = max(map(len, full))
         ids, mask, response = (torch.zeros(len(full), width, dtype=torch.long) for _ in range(3))
-        for i, (f, p) in enumerate(zip(full, pairs)):
-            ids[i, width - len(f):], mask[i, width - len(f):] = torch.tensor(f), 1
-            response[i, width - len(f) + len(p.prompt_ids):] = 1
+        for i, (row, pair) in enumerate(zip(full, pairs)):
+            ids[i, width - len(row):] = torch.tensor(row)
+            mask[i, width - len(row):] = 1
+            response[i, width - len(row) + len(pair.prompt_ids):] = 1
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = lm.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         sides += [out.last_hidden_state, response.bool()]
@@ -57,12 +64,12 @@ def column(rows, name): return torch.tensor([r[name] for r in rows], dtype=torch
 
 def worst(rows, exact):
     "Largest errors over the pairs: relative to the score, and to the terms that it is the difference of"
-    found = {}
+    errors = {}
     for i, name in enumerate(('ches', 'ln_ches')):
         off = (column(rows, name) - exact[:, i]).abs()
-        found[name] = (off / exact[:, i].abs()).max().item()
-        found[f'{name}_of_scale'] = (off / exact[:, i + 2]).max().item()
-    return found
+        errors[name] = (off / exact[:, i].abs()).max().item()
+        errors[f'{name}_of_scale'] = (off / exact[:, i + 2]).max().item()
+    return errors
 
 def against_bf16(rows, exact):
     "What bf16 weights cost: the median relative error, and the rank correlation with the exact scores"
@@ -78,12 +85,14 @@ if __name__ == '__main__':
     ap.add_argument('--name', default=None)
     ap.add_argument('--out', default='benchmarks/records/equality.json')
     args = ap.parse_args()
-    start, lm = time.time(), load_model('smollm2-135m', dtype='float32')
+    start = time.time()
+    lm = load_model('smollm2-135m', dtype='float32')
     rows = load_pairs(args.data)
     pairs = [e for e in encode_pairs(rows, lm.tokenizer) if e.status == 'ok'][:args.pairs]
     no_end = [e for e in encode_pairs(rows, lm.tokenizer, None, 'official_script') if e.status == 'ok'][:args.pairs]
     double = load_model('smollm2-135m', dtype='float32').model.double()
-    exact, script = slow(double, pairs), slow(double, no_end, extra=1)
+    exact = slow(double, pairs)
+    script = slow(double, no_end, extra=1)
     errors = {}
     for name, budget, order in (('rows of one', 1, 1), ('batches of 2048 tokens', 2048, 1),
                                 ('batches of 8192 tokens', 8192, 1), ('reverse order', 2048, -1)):

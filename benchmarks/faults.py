@@ -46,17 +46,18 @@ def count(xml):
     for case in ElementTree.parse(xml).iter('testcase'):
         name = LAWS if case.get('classname').endswith('test_laws') else NAMES[case.get('name').split('[')[0]]
         row = rows.setdefault(name, dict(tried=0, survived=0, refused=0, lost=0))
-        told = {p.get('name'): int(p.get('value')) for p in case.iter('property')}
-        bad = any(case.find(x) is not None for x in ('failure', 'error', 'skipped')) or not told.get('tried')
-        for name in ('survived', 'refused'): row[name] += told.get(name, 0)
+        properties = {p.get('name'): int(p.get('value')) for p in case.iter('property')}
+        bad = any(case.find(x) is not None for x in ('failure', 'error', 'skipped')) or not properties.get('tried')
+        for name in ('survived', 'refused'): row[name] += properties.get(name, 0)
         row['lost'] += bad
-        row['tried'] += told.get('tried', 0) + bad
+        row['tried'] += properties.get('tried', 0) + bad
     return [dict(what=k, **v) for k, v in rows.items()]
 
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--out', default='benchmarks/records/faults.json')
-    args, start = ap.parse_args(), time.time()
+    args = ap.parse_args()
+    start = time.time()
     with tempfile.TemporaryDirectory() as tmp:  # one process; the older format has room for what tests tell
         options = ['-q', '-p', 'no:cacheprovider', '-o', 'junit_family=xunit1', f'--junitxml={tmp}/x.xml']
         command = [sys.executable, '-m', 'pytest', *options, *(f'tests/{f}.py' for f in FILES)]
@@ -67,6 +68,6 @@ if __name__ == '__main__':
     record = dict(config=dict(files=FILES, seeds="each test's own name; hypothesis derandomised"), versions=versions,
                   hardware=f'{platform.machine()}, {os.cpu_count()} CPUs', wall_seconds=time.time() - start, rows=rows)
     Path(args.out).write_text(json.dumps(record, indent=1) + '\n')
-    told = '{tried:6} tried {survived:6} survived {refused:6} refused {lost:3} lost  {what}'
-    print(*(told.format(**r) for r in rows), sep='\n')
+    line = '{tried:6} tried {survived:6} survived {refused:6} refused {lost:3} lost  {what}'
+    print(*(line.format(**r) for r in rows), sep='\n')
     sys.exit(bool(ended) or any(r['lost'] for r in rows))

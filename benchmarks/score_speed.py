@@ -47,28 +47,29 @@ def papers_worker(pipe, folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     while (pairs := pipe.recv()) is not None: pipe.send(papers_way(model, pairs))
 
-def papers_edit(a, b):
-    a, b = torch.tensor(a), torch.tensor(b)
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
+def papers_edit(one, other):
+    one, other = torch.tensor(one), torch.tensor(other)
+    row = list(range(len(other) + 1))
+    for i, token in enumerate(one, 1):
         left, row[0] = row[0], i
-        for j, y in enumerate(b, 1): left, row[j] = row[j], min(row[j] + 1, row[j-1] + 1, left + int(x != y))
+        for j, candidate in enumerate(other, 1):
+            left, row[j] = row[j], min(row[j] + 1, row[j-1] + 1, left + int(token != candidate))
     return row[-1]
 
 @torch.no_grad()
 def backbone_products(lm, rows):
     "Every matrix of the backbone times a batch of `rows` states; how many operations that was"
     flops = 0
-    for n, p in lm.backbone.named_parameters():
-        if p.ndim != 2 or 'embed' in n: continue
-        x = torch.ones(rows, p.shape[1], dtype=p.dtype)
-        torch.nn.functional.linear(x, p)
-        flops += 2*rows*p.numel()
+    for name, weight in lm.backbone.named_parameters():
+        if weight.ndim != 2 or 'embed' in name: continue
+        states = torch.ones(rows, weight.shape[1], dtype=weight.dtype)
+        torch.nn.functional.linear(states, weight)
+        flops += 2*rows*weight.numel()
     return flops
 
-def timed(f, *args):
+def timed(work, *args):
     start = time.perf_counter()
-    result = f(*args)
+    result = work(*args)
     return time.perf_counter() - start, result
 
 def compare(data, name, n_pairs, repeats, batch_tokens, compiled):
@@ -76,7 +77,7 @@ def compare(data, name, n_pairs, repeats, batch_tokens, compiled):
     pipe, end = context.Pipe()
     worker = context.Process(target=papers_worker, args=(end, str(gguf_folder(embedded_gguf(name)))))
     worker.start()
-    models = {d: load_model(name, dtype=d) for d in ('float32', 'bfloat16')}
+    models = {dtype: load_model(name, dtype=dtype) for dtype in ('float32', 'bfloat16')}
     pairs = encode_pairs(load_pairs(data, limit=n_pairs, limit_seed=0), models['float32'].tokenizer)
     pairs = [e for e in pairs if e.status == 'ok']
     plain = [(p.prompt_ids, p.chosen_ids, p.rejected_ids) for p in pairs]
@@ -85,73 +86,80 @@ def compare(data, name, n_pairs, repeats, batch_tokens, compiled):
         return pipe.recv()
     def ours(lm, head, share):
         return [r['ches'] for r in score_block(lm, pairs, head=head, batch_tokens=batch_tokens, share_prompt=share)]
-    arms = {'papers_fp32': papers} | {f'ours_{d}_unshared': partial(ours, lm, False, False) for d, lm in models.items()}
+    arms = {'papers_fp32': papers}
+    arms |= {f'ours_{dtype}_unshared': partial(ours, lm, False, False) for dtype, lm in models.items()}
     sizes = sizes_of(pairs)
-    saved, shares = share_saved(sizes), {d: choose_sharing(lm, sizes) for d, lm in models.items()}
-    arms |= {f"ours_{d}{'_head' * head}": partial(ours, lm, head, shares[d][0])
-             for d, lm in models.items() for head in (False, True)}
+    saved = share_saved(sizes)
+    shares = {dtype: choose_sharing(lm, sizes) for dtype, lm in models.items()}
+    arms |= {f"ours_{dtype}{'_head' * head}": partial(ours, lm, head, shares[dtype][0])
+             for dtype, lm in models.items() for head in (False, True)}
     compiling = {}
     if compiled:  # models of their own; the other arms keep the plain ones
-        for d in models:
-            lm = load_model(name, dtype=d)
-            compiling[d] = timed(lambda: (lm.backbone.compile(dynamic=True), ours(lm, False, shares[d][0])))[0]
-            arms[f'ours_{d}_compiled'] = partial(ours, lm, False, shares[d][0])
-    times, scores = {k: [] for k in arms}, {k: f() for k, f in arms.items()}  # the first round warms up
-    products = {d: partial(backbone_products, lm, batch_tokens or default_budget(lm)) for d, lm in models.items()}
-    rates = {d: [] for d in models}
+        for dtype in models:
+            lm = load_model(name, dtype=dtype)
+            compiling[dtype] = timed(lambda: (lm.backbone.compile(dynamic=True), ours(lm, False, shares[dtype][0])))[0]
+            arms[f'ours_{dtype}_compiled'] = partial(ours, lm, False, shares[dtype][0])
+    times = {k: [] for k in arms}  # the first round warms up
+    scores = {k: work() for k, work in arms.items()}
+    products = {dtype: partial(backbone_products, lm, batch_tokens or default_budget(lm))
+                for dtype, lm in models.items()}
+    rates = {dtype: [] for dtype in models}
     for _ in range(repeats):
-        for k, f in arms.items(): times[k].append(timed(f)[0])
-        for d, f in products.items():
-            seconds, flops = timed(f)
-            rates[d].append(flops/seconds)
-    pipe.send(None); worker.join()
+        for k, work in arms.items(): times[k].append(timed(work)[0])
+        for dtype, work in products.items():
+            seconds, flops = timed(work)
+            rates[dtype].append(flops/seconds)
+    pipe.send(None)
+    worker.join()
     medians = {k: statistics.median(v) for k, v in times.items()}
     tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     base = torch.tensor(scores['papers_fp32'], dtype=torch.float64)
     error = {k: (torch.tensor(v, dtype=torch.float64) / base - 1).abs().median().item() for k, v in scores.items()}
-    rate = {d: statistics.median(r) for d, r in rates.items()}
+    rate = {dtype: statistics.median(r) for dtype, r in rates.items()}
     parameters = models['float32'].backbone.named_parameters()
     weights = sum(p.numel() for n, p in parameters if p.ndim == 2 and 'embed' not in n)
-    share = {f'{d}{u}': 2*weights*tokens*(1 - saved*(not u and shares[d][0]))/medians[f'ours_{d}{u}']/rate[d]
-             for d in models for u in ('', '_unshared')}
+    share = {f'{dtype}{u}': 2*weights*tokens*(1 - saved*(not u and shares[dtype][0]))
+             / medians[f'ours_{dtype}{u}'] / rate[dtype]
+             for dtype in models for u in ('', '_unshared')}
     tokenizer = models['float32'].tokenizer
     lookup = statistics.median(timed(tokenizer.get_vocab)[0] for _ in range(5))*3*len(pairs)
     edit = sum(timed(papers_edit, p.chosen_ids, p.rejected_ids)[0] for p in pairs)
     whole = medians['papers_fp32'] + lookup + edit
-    ours = {d: medians[f'ours_{d}'] for d in models}  # edit distances and rows are in it
+    ours = {dtype: medians[f'ours_{dtype}'] for dtype in models}  # edit distances and rows are in it
     return dict(matmul_flops_per_second=rate, share_of_matmul_rate=share, pairs=len(pairs), tokens=tokens,
-                prompt_tokens_saved=saved, sharing={d: says for d, (_, says) in shares.items()}, seconds=times,
+                prompt_tokens_saved=saved, sharing={dtype: says for dtype, (_, says) in shares.items()}, seconds=times,
                 median_relative_difference=error, ratio={k: medians['papers_fp32'] / v for k, v in medians.items()},
                 tokens_per_second={k: tokens / v for k, v in medians.items()},
                 compile_seconds=compiling, papers_besides=dict(vocabulary=lookup, edit_distance=edit),
-                ratio_whole={d: whole/v for d, v in ours.items()})
+                ratio_whole={dtype: whole/v for dtype, v in ours.items()})
 
 def compare_edit(length=400, repeats=3):
     gen = torch.Generator().manual_seed(0)
-    a, b = (torch.randint(50_000, (length,), generator=gen).tolist() for _ in 'ab')
-    slow = statistics.median(timed(papers_edit, a, b)[0] for _ in range(repeats))
-    def hundred(): return [neg_edit_distance(a, b) for _ in range(100)]
+    one, other = (torch.randint(50_000, (length,), generator=gen).tolist() for _ in 'ab')
+    slow = statistics.median(timed(papers_edit, one, other)[0] for _ in range(repeats))
+    def hundred(): return [neg_edit_distance(one, other) for _ in range(100)]
     fast = statistics.median(timed(hundred)[0] / 100 for _ in range(repeats))
-    assert papers_edit(a, b) == round(-neg_edit_distance(a, b) * length)
+    assert papers_edit(one, other) == round(-neg_edit_distance(one, other) * length)
     return dict(length=length, papers_seconds=slow, ours_seconds=fast, ratio=slow / fast)
 
-def precision(data, name, n):
+def precision(data, name, limit):
     "Spearman of bf16 with fp32 scores, and the relative error by column"
     tables = {}
-    for d in ('float32', 'bfloat16'):
+    for dtype in ('float32', 'bfloat16'):
         def score():
-            return score_dataset(data, load_model(name, dtype=d), head=False, progress=False, limit=n, limit_seed=0)
-        seconds, t = timed(score)
-        tables[d] = t[t.status == 'ok']
-        tables[d].attrs['seconds'] = seconds
+            model = load_model(name, dtype=dtype)
+            return score_dataset(data, model, head=False, progress=False, limit=limit, limit_seed=0)
+        seconds, table = timed(score)
+        tables[dtype] = table[table.status == 'ok']
+        tables[dtype].attrs['seconds'] = seconds
     wide, low = tables.values()
-    def errors(c): return (low[c]/wide[c] - 1).abs()
-    columns = {c: dict(spearman=float(spearmanr(wide[c], low[c]).statistic),
-                       **{f'relative_error_{q}': float(errors(c).quantile(q/100)) for q in (50, 95)})
-               for c in FROM_STATES}
-    made = low.attrs['manifest']
-    return dict(pairs=len(wide), columns=columns, data_hash=made['data_hash'], sharing=made['sharing'],
-                seconds={d: t.attrs['seconds'] for d, t in tables.items()})
+    def errors(column): return (low[column]/wide[column] - 1).abs()
+    columns = {column: dict(spearman=float(spearmanr(wide[column], low[column]).statistic),
+                            **{f'relative_error_{q}': float(errors(column).quantile(q/100)) for q in (50, 95)})
+               for column in FROM_STATES}
+    manifest = low.attrs['manifest']
+    return dict(pairs=len(wide), columns=columns, data_hash=manifest['data_hash'], sharing=manifest['sharing'],
+                seconds={dtype: table.attrs['seconds'] for dtype, table in tables.items()})
 
 def _peak_mib():
     "Linux's high-water mark of this program; getrusage begins with that of the process that started it"
@@ -166,7 +174,8 @@ def grow_child(data, rows, name):
     config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
                          vocab_size=len(tokenizer), max_position_embeddings=8192)
     torch.manual_seed(0)
-    lm, gen = wrap_model(LlamaForCausalLM(config), tokenizer, 'one layer'), random.Random(0)
+    lm = wrap_model(LlamaForCausalLM(config), tokenizer, 'one layer')
+    gen = random.Random(0)
     def stream():
         for i in range(rows):
             prompt, chosen, rejected = gen.choice(texts)
@@ -181,8 +190,8 @@ def grow_child(data, rows, name):
 
 def grow(data, name, most):
     counts = [n for n in (100, 1000, 10_000, 100_000) if n <= most]
-    def child(n):
-        command = [sys.executable, __file__, data, '--model', name, '--grow_child', str(n)]
+    def child(count):
+        command = [sys.executable, __file__, data, '--model', name, '--grow_child', str(count)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [json.loads(child(n).splitlines()[-1]) for n in counts]
 
@@ -200,14 +209,16 @@ def loading(name):
 
 def by_length(name, dtype='bfloat16'):
     "Seconds that one pair takes, by its length"
-    lm, made, gen = load_model(name, dtype=dtype), [], random.Random(0)
-    for n in (64, 256, 1024, 4096):
-        ids = [gen.randrange(10, 40_000) for _ in range(n)]
-        pair = EncodedPair(0, '', 'ok', ids[:n//2], ids[n//2:3*n//4], ids[3*n//4:])
+    lm = load_model(name, dtype=dtype)
+    rows = []
+    gen = random.Random(0)
+    for length in (64, 256, 1024, 4096):
+        ids = [gen.randrange(10, 40_000) for _ in range(length)]
+        pair = EncodedPair(0, '', 'ok', ids[:length//2], ids[length//2:3*length//4], ids[3*length//4:])
         def score(): return score_block(lm, [pair], head=False, share_prompt=True)
         seconds = statistics.median(timed(score)[0] for _ in range(3))
-        made.append(dict(tokens=n, seconds=seconds))
-    return made
+        rows.append(dict(tokens=length, seconds=seconds))
+    return rows
 
 if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -223,7 +234,9 @@ if __name__ == '__main__':
     ap.add_argument('--name', default=None, help='what the record calls the data')
     ap.add_argument('--out', default='benchmarks/records/score_speed.json')
     args = ap.parse_args()
-    if args.grow_child: grow_child(args.data, args.grow_child, args.model); sys.exit()
+    if args.grow_child:
+        grow_child(args.data, args.grow_child, args.model)
+        sys.exit()
     start = time.time()
     record = dict(
         config=dict(data=args.name or Path(args.data).parent.name, model=args.model, pairs=args.pairs,
@@ -239,5 +252,5 @@ if __name__ == '__main__':
     record['wall_seconds'] = time.time() - start
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(record, indent=1) + '\n')
-    told = {k: record['scoring'][k] for k in ('ratio', 'ratio_whole', 'share_of_matmul_rate')}
-    print(json.dumps(told, indent=1), record.get('precision'), record.get('growth'))
+    shown = {k: record['scoring'][k] for k in ('ratio', 'ratio_whole', 'share_of_matmul_rate')}
+    print(json.dumps(shown, indent=1), record.get('precision'), record.get('growth'))

@@ -32,7 +32,8 @@ if __name__ == '__main__':
     ap.add_argument('--out', default='benchmarks/records/workers.json')
     args = ap.parse_args()
     arms = {'one': (1, args.processes), 'several': (args.processes, 1)}
-    seconds, tables = {k: [] for k in arms}, {}
+    seconds = {k: [] for k in arms}
+    tables = {}
     with tempfile.TemporaryDirectory() as folder:
         for i in range(args.repeats):
             for k, (processes, threads) in arms.items():
@@ -40,12 +41,13 @@ if __name__ == '__main__':
                 seconds[k].append(tables[k].attrs['manifest']['seconds'])
         alone = score(args, Path(folder)/'alone', 1, 1)
     pd.testing.assert_frame_equal(alone, tables['several'], check_exact=True)
-    medians, made = {k: statistics.median(v) for k, v in seconds.items()}, tables['several'].attrs['manifest']
+    medians = {k: statistics.median(v) for k, v in seconds.items()}
+    manifest = tables['several'].attrs['manifest']
     record = dict(
         config=dict(data=args.name or Path(args.data).name, pairs=args.pairs, processes=args.processes,
                     repeats=args.repeats, dtype=args.dtype, seed=0),
         seconds=seconds, ratio=medians['one']/medians['several'], same_to_the_bit=True,
-        data_hash=made['data_hash'], counts=made['counts'], share_prompt=made['share_prompt'],
+        data_hash=manifest['data_hash'], counts=manifest['counts'], share_prompt=manifest['share_prompt'],
         hardware=f'{platform.machine()}, {os.cpu_count()} CPUs',
         versions=dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version()))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

@@ -28,10 +28,14 @@ def flags(**options):
 def ches(*args, **options):
     "A command in this process: exit code, stdout, stderr"
     from ches_align.cli.main import main
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    out = io.StringIO()
+    err = io.StringIO()
+    code = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try: main([*map(str, args), *flags(**options)])
-        except SystemExit as stop: code = stop.code
+        try:
+            main([*map(str, args), *flags(**options)])
+        except SystemExit as stop:
+            code = stop.code
     return code, out.getvalue(), err.getvalue()
 
 def done(*args, **options):
@@ -42,9 +46,9 @@ def done(*args, **options):
 
 def refused(*args, code=1, **options):
     "A command in this process that must end in one line; the line"
-    found, _, err = ches(*args, **options)
+    ended, _, err = ches(*args, **options)
     lines = [line for line in err.splitlines() if line.startswith('ches')]
-    assert found == code and len(lines) == 1 and err.endswith(lines[0] + '\n') and 'Traceback' not in err, (found, err)
+    assert ended == code and len(lines) == 1 and err.endswith(lines[0] + '\n') and 'Traceback' not in err, (ended, err)
     return lines[0]
 
 def started(place, command, **kw):
@@ -54,7 +58,8 @@ def started(place, command, **kw):
 
 def killed(place, path, *args):
     "Start a command and kill it once `path` has a line"
-    process, end = started(place, command(*args)), time.time() + 120
+    process = started(place, command(*args))
+    end = time.time() + 120
     while not (path.exists() and path.stat().st_size) and process.poll() is None and time.time() < end: time.sleep(.02)
     process.send_signal(signal.SIGKILL)
     process.wait()

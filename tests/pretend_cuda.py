@@ -24,14 +24,14 @@ def said(tensor):
     "Where a tensor is said to be"
     return tensor.__dict__.get('_said', CPU)
 
-def put(made, device):
+def put(result, device):
     "Say of all tensors in a result that they are on a device"
-    if isinstance(made, torch.Tensor):
-        if device.type == 'cpu': made.__dict__.pop('_said', None)
-        else: made.__dict__['_said'] = device
-    elif isinstance(made, (list, tuple)):
-        for part in made: put(part, device)
-    return made
+    if isinstance(result, torch.Tensor):
+        if device.type == 'cpu': result.__dict__.pop('_said', None)
+        else: result.__dict__['_said'] = device
+    elif isinstance(result, (list, tuple)):
+        for part in result: put(part, device)
+    return result
 
 def tensors(given):
     if isinstance(given, torch.Tensor): yield given
@@ -74,15 +74,16 @@ class PretendCuda(TorchFunctionMode):
             put(args[0], said(args[1]))
             return None
         if name in ('to', 'cuda', 'cpu', 'type_as'): return self.move(func, name, args, kwargs)
-        given, asked = list(tensors((args, kwargs))), asked_for(args, kwargs)
+        given = list(tensors((args, kwargs)))
+        asked = asked_for(args, kwargs)
         on = {said(t) for t in given}
         plain = func(*without(args), **without(kwargs)) if asked or on <= {CPU} else None
         if on <= {CPU}: return put(plain, asked) if asked and (name in MAKERS or name.startswith('new_')) else plain
         if name in ('numpy', '__array__'): raise TypeError("can't convert cuda device type tensor to numpy")
         where = self.one_place(name, given, args)
-        made = plain if asked else func(*args, **kwargs)
-        if any(made is t for t in given): return made  # in place
-        return put(made, asked or where)
+        result = plain if asked else func(*args, **kwargs)
+        if any(result is t for t in given): return result  # in place
+        return put(result, asked or where)
 
     def get(self, name, func, args):
         there = said(args[0])
@@ -90,14 +91,15 @@ class PretendCuda(TorchFunctionMode):
         return dict(device=there, is_cuda=True, is_cpu=False)[name]
 
     def move(self, func, name, args, kwargs):
-        tensor, asked = args[0], asked_for(args[1:], kwargs)
+        tensor = args[0]
+        asked = asked_for(args[1:], kwargs)
         like = next(tensors((args[1:], kwargs)), None)
         goal = said(like) if like is not None else asked or said(tensor)
         if name == 'cuda': func, args, goal = torch.Tensor.to, (tensor, CPU), goal if asked else torch.device('cuda', 0)
         if name == 'cpu': goal = CPU
-        made = func(*without(args), **without(kwargs))
-        if made is tensor and goal != said(tensor): made = tensor.clone()  # another device is another memory
-        return made if made is tensor else put(made, goal)
+        moved = func(*without(args), **without(kwargs))
+        if moved is tensor and goal != said(tensor): moved = tensor.clone()  # another device is another memory
+        return moved if moved is tensor else put(moved, goal)
 
     def one_place(self, name, given, args):
         "The one device of a call's tensors; numbers of a CPU may join, and a CPU's index may select"
@@ -108,8 +110,8 @@ class PretendCuda(TorchFunctionMode):
         if name == '__setitem__': free = [t for t in free if len(args) < 3 or t is not args[2]]
         places = {said(t) for t in free}
         if len(places) > 1 and name not in MIXERS:
-            found = sorted(map(str, places))
-            raise DeviceMix(f'Expected all tensors to be on the same device, but found {found} in {name}')
+            names = sorted(map(str, places))
+            raise DeviceMix(f'Expected all tensors to be on the same device, but found {names} in {name}')
         return said(args[0]) if name in MIXERS else next(iter(places or {said(t) for t in given}))
 
 @contextlib.contextmanager
@@ -123,7 +125,8 @@ def pretend(count=1):
                  memory_reserved=lambda device=None: 0, max_memory_allocated=lambda device=None: 0,
                  empty_cache=lambda: None, synchronize=lambda device=None: None, is_initialized=lambda: True,
                  is_bf16_supported=lambda *args, **kwargs: True, _lazy_init=lambda: None)
-    kept, make = {name: getattr(torch.cuda, name) for name in fakes}, torch._C.TensorBase._make_subclass
+    kept = {name: getattr(torch.cuda, name) for name in fakes}
+    make = torch._C.TensorBase._make_subclass
     def make_subclass(kind, data, requires_grad=False, **more): # nn.Parameter(tensor)
         return put(make(kind, data, requires_grad, **more), said(data))
     pinned = torch.Tensor.pin_memory

@@ -13,13 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ches_align.training.tracker import DisplacementTracker
 
 WORDS = [a + b for a in 'ba be bi bo da de di do ga ge gi go'.split() for b in ('na', 'ne', 'ni', 'no')]
-YES, NO = ['yes', 'sure'], ['no', 'never']
+YES = ['yes', 'sure']
+NO = ['no', 'never']
 NAMES = ['<end>', '<ask>', '<unk>', *YES, *NO, *WORDS]
 
 def tokenizer():
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(NAMES)}, unk_token='<unk>'))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token='<end>', pad_token='<end>', unk_token='<unk>')
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(NAMES)}, unk_token='<unk>'))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token='<end>', pad_token='<end>', unk_token='<unk>')
 
 TOKENIZER = tokenizer()
 
@@ -27,11 +28,11 @@ def ids(text): return TOKENIZER(text).input_ids
 
 def sentence(draw, count=None, words=WORDS, order=.8):
     "A chain in which most words are followed by their neighbour"
-    made = [draw.choice(words)]
+    chain = [draw.choice(words)]
     for _ in range((count or draw.randint(4, 14)) - 1):
-        following = words[(words.index(made[-1]) + 1) % len(words)]
-        made.append(following if draw.random() < order else draw.choice(words))
-    return made
+        following = words[(words.index(chain[-1]) + 1) % len(words)]
+        chain.append(following if draw.random() < order else draw.choice(words))
+    return chain
 
 def answer(*words): return ' ' + ' '.join(words)
 
@@ -56,10 +57,12 @@ def logps(model, rows, name):
     "Log-probabilities of the responses, summed [rows]"
     coded = [(ids(row['prompt']), ids(row[name])) for row in rows]
     width = max(len(p) + len(r) for p, r in coded)
-    tokens, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width)
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width)
     for k, (prompt, response) in enumerate(coded):
         end = len(prompt) + len(response)
-        tokens[k, :end], mask[k, len(prompt):end] = torch.tensor(prompt + response), 1
+        tokens[k, :end] = torch.tensor(prompt + response)
+        mask[k, len(prompt):end] = 1
     each = model(tokens).logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
     return (each * mask[:, 1:]).sum(1)
 
@@ -102,7 +105,8 @@ HARMFUL = dict(swapped=(dpo, swapped, 1e-3), opposite=(dpo, opposite, 1e-3), rep
 def watched(seed, start, name, out):
     "A run as a script would make it, with default options but for the tokens of a tiny model"
     loss, sample, rate = (HARMLESS | HARMFUL)[name]
-    draw, model = random.Random(1000 + seed), copy.deepcopy(start)
+    draw = random.Random(1000 + seed)
+    model = copy.deepcopy(start)
     tracker = DisplacementTracker(TOKENIZER, [pair(draw) for _ in range(16)], out/f'{name}_{seed}', every=5)
     tracker.start(model)
     for step in steps(model, draw, 40, rate, lambda model, rows: loss(model, start, rows), sample):
@@ -119,7 +123,8 @@ def test_default_alarm(tmp_path, seed):
     try:
         start = language_model(seed)
         runs = {name: watched(seed, start, name, tmp_path) for name in [*HARMLESS, *HARMFUL]}
-    finally: torch.set_num_threads(before)
+    finally:
+        torch.set_num_threads(before)
     fired = {name: any(m.get('alert') for m in run.metrics) for name, run in runs.items()}
     last = {name: [m for m in run.metrics if 'chosen_change' in m][-1] for name, run in runs.items()}
     assert sum(fired[name] for name in HARMLESS) == 0 and sum(fired[name] for name in HARMFUL) == 5, fired

@@ -74,10 +74,12 @@ def one_thread():
 @pytest.mark.parametrize('kind', ['full', 'lora', 'bf16'])
 def test_training_is_bit_equal_with_and_without(tmp_path, kind):
     settings = dict(lora=kind == 'lora', bf16=kind == 'bf16', gradient_accumulation_steps=2, max_steps=4)
-    watched, alone = dpo(tmp_path/'a', [watcher(tmp_path/'seen')], **settings), dpo(tmp_path/'b', **settings)
+    watched = dpo(tmp_path/'a', [watcher(tmp_path/'seen')], **settings)
+    alone = dpo(tmp_path/'b', **settings)
     for trainer in (watched, alone): trainer.train()
     assert losses(watched) == losses(alone) and len(losses(alone)) == 4
-    for (name, p), q in zip(watched.model.named_parameters(), alone.model.parameters()): assert torch.equal(p, q), name
+    for (name, weight), same in zip(watched.model.named_parameters(), alone.model.parameters()):
+        assert torch.equal(weight, same), name
     table = history(tmp_path/'seen')
     assert table.groupby('step').size().to_dict() == dict.fromkeys((0, 2, 4), len(probes()))  # optimiser steps
     assert (table[table.step == 0].d_chosen == 0).all() and (table[table.step == 4].d_chosen != 0).all()
@@ -110,7 +112,8 @@ def test_killed_and_resumed_is_one_history(tmp_path):
     again = dpo(tmp_path/'run', [watcher(tmp_path/'seen', 1)], **SAVED)
     again.train(resume_from_checkpoint=str(tmp_path/'run'/'checkpoint-4'))
     dpo(tmp_path/'other', [watcher(tmp_path/'whole', 1)]).train()
-    mended, whole = history(tmp_path/'seen'), history(tmp_path/'whole')
+    mended = history(tmp_path/'seen')
+    whole = history(tmp_path/'whole')
     assert list(mended.step) == list(whole.step) and mended.step.nunique() == 7
     assert list(mended.verdict) == list(whole.verdict)
     for name in ('d_chosen', 'd_rejected', 'entropy', 'chosen_logps'):
@@ -120,7 +123,8 @@ def test_two_processes_share_the_probes_and_stop_together(tmp_path):
     launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29617']
     done = child('two', tmp_path, before=launch)
     assert done.returncode == 0, done.stderr[-3000:]
-    table, tracker = history(tmp_path/'seen'), DisplacementTracker(tokenizer(), probes(), tmp_path/'x', max_length=64)
+    table = history(tmp_path/'seen')
+    tracker = DisplacementTracker(tokenizer(), probes(), tmp_path/'x', max_length=64)
     assert table.groupby('step').size().to_dict() == dict.fromkeys((0, 1), len(probes()))
     state = tracker.measure(small_model())
     assert list(table.row_id[table.step == 0]) == state.row_ids
@@ -161,7 +165,8 @@ def test_probes_that_training_sees_are_named(tmp_path):
 
 class Fake(TrainerCallback):
     "An integration as Transformers makes them: an instance of its own, and one shared run"
-    run, opened = [], 0
+    run = []
+    opened = 0
     def on_train_begin(self, *args, **kwargs): Fake.opened += 1
     def on_log(self, args, state, control, logs=None, **kwargs): Fake.run.append((state.global_step, dict(logs)))
 
@@ -178,7 +183,8 @@ def test_every_integration_gets_the_numbers(tmp_path, monkeypatch):
 
 def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch):
     from ches_align.training import tracker
-    real, watch = tracker.write_files, watcher(tmp_path/'seen')
+    real = tracker.write_files
+    watch = watcher(tmp_path/'seen')
     def full(files):
         if watch.tracker.metrics and watch.tracker.metrics[-1]['step'] > 0:
             raise AuditError('cannot be written: No space left')
@@ -204,7 +210,8 @@ def test_the_default_alarm_needs_no_judge(tmp_path):
 @pytest.mark.parametrize('fault', [torch.OutOfMemoryError('none left'), ValueError('a mask'), AuditError('a reason')])
 def test_an_error_while_measuring_ends_nothing(tmp_path, monkeypatch, fault):
     from ches_align.training import tracker
-    real, calls = tracker.measure_probes, []
+    real = tracker.measure_probes
+    calls = []
     def flaky(*args, **options):
         calls.append(args)
         if len(calls) == 4: raise fault
@@ -314,16 +321,18 @@ def test_wrong_inputs(tmp_path):
         tracker(reference=other, folder='three').start(small_model())
 
 if __name__ == '__main__':
-    what, out = sys.argv[1], Path(sys.argv[2])
+    what = sys.argv[1]
+    out = Path(sys.argv[2])
     if what == 'kill': dpo(out/'run', [watcher(out/'seen', 1), Kill()], **SAVED).train()
     if what == 'two':
         trainer = dpo(out/'run', [watcher(out/'seen', 1)], learning_rate=1e3, ddp_backend='gloo')
         trainer.train()
-        said = dict(step=trainer.state.global_step, weight=next(trainer.model.parameters()).double().sum().item())
-        (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(said))
+        state = dict(step=trainer.state.global_step, weight=next(trainer.model.parameters()).double().sum().item())
+        (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(state))
     if what == 'one':  # probe 1 from the start, probe 4 from the third measurement on
         from ches_align.training import tracker
-        real, bad = tracker.measure_probes, {watcher(out).probes[1].row_hash}
+        real = tracker.measure_probes
+        bad = {watcher(out).probes[1].row_hash}
         def picky(model, pairs, *args, **options):
             if bad & {p.row_hash for p in pairs}: raise torch.OutOfMemoryError('none left')
             return real(model, pairs, *args, **options)
@@ -336,7 +345,8 @@ if __name__ == '__main__':
         (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(dict(kept=watch.tracker.kept)))
     if what == 'fail':
         from ches_align.training import tracker
-        real, calls = tracker.measure_probes, []
+        real = tracker.measure_probes
+        calls = []
         def flaky(*args, **options):
             calls.append(args)
             if len(calls) == 4 and os.environ['RANK'] == '1': raise torch.OutOfMemoryError('none left')
@@ -345,5 +355,5 @@ if __name__ == '__main__':
         watch = watcher(out/'seen', 1)
         trainer = dpo(out/'run', [watch], max_steps=3, learning_rate=1e-4, ddp_backend='gloo')
         trainer.train()
-        said = dict(step=trainer.state.global_step, budget=watch.tracker.budget)
-        (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(said))
+        state = dict(step=trainer.state.global_step, budget=watch.tracker.budget)
+        (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(state))

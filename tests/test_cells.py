@@ -51,25 +51,29 @@ def test_text_that_starts_with_a_bracket_stays_text(text):
 
 class NoTokenizer:
     "Nothing of a flagged row is tokenised"
-    all_special_ids, added_tokens_decoder = [], {}
+    all_special_ids = []
+    added_tokens_decoder = {}
 
-A, B = [assistant('a')], [assistant('b')]
+ANSWER_A = [assistant('a')]
+ANSWER_B = [assistant('b')]
 SHAPES = {
     'chosen is None': dict(prompt='p', chosen=None, rejected='b'),
     'prompt is of type int': dict(prompt=3, chosen='a', rejected='b'),
     'chosen is a dictionary of text': dict(prompt='p', chosen=dict(text='a'), rejected=dict(text='b')),
     'chosen is a list of 2 texts; rejected is a list of 1 text': dict(prompt='p', chosen=['a', 'c'], rejected=['b']),
-    'chosen is a list of 1 list': dict(prompt='p', chosen=[A], rejected=[B]),
-    'chosen is an empty list': dict(prompt='p', chosen=[], rejected=B),
-    'prompt[0] has no role': dict(prompt=[dict(role=None, content='x')], chosen=A, rejected=B),
-    'rejected[0].content is None': dict(prompt=[user('p')], chosen=A, rejected=[assistant(None)]),
-    'prompt[0].content is a list of 2 texts': dict(prompt=[user(['p', 'q'])], chosen=A, rejected=B),
-    'prompt[0].content has a part of type image': dict(prompt=[user([dict(type='image')])], chosen=A, rejected=B),
+    'chosen is a list of 1 list': dict(prompt='p', chosen=[ANSWER_A], rejected=[ANSWER_B]),
+    'chosen is an empty list': dict(prompt='p', chosen=[], rejected=ANSWER_B),
+    'prompt[0] has no role': dict(prompt=[dict(role=None, content='x')], chosen=ANSWER_A, rejected=ANSWER_B),
+    'rejected[0].content is None': dict(prompt=[user('p')], chosen=ANSWER_A, rejected=[assistant(None)]),
+    'prompt[0].content is a list of 2 texts': dict(prompt=[user(['p', 'q'])], chosen=ANSWER_A, rejected=ANSWER_B),
+    'prompt[0].content has a part of type image': dict(
+        prompt=[user([dict(type='image')])], chosen=ANSWER_A, rejected=ANSWER_B),
     'chosen has the turns assistant, user after the common prompt': dict(
-        prompt=[user('p')], chosen=[*A, user('x')], rejected=B),
+        prompt=[user('p')], chosen=[*ANSWER_A, user('x')], rejected=ANSWER_B),
     'chosen is white space': dict(prompt='p', chosen=' \n', rejected='b'),
-    'tools is a text that is not JSON': dict(prompt=[user('p')], chosen=A, rejected=B, tools='hammer'),
-    'chat_template_kwargs is a list of 1 int': dict(prompt=[user('p')], chosen=A, rejected=B, chat_template_kwargs=[1])}
+    'tools is a text that is not JSON': dict(prompt=[user('p')], chosen=ANSWER_A, rejected=ANSWER_B, tools='hammer'),
+    'chat_template_kwargs is a list of 1 int': dict(
+        prompt=[user('p')], chosen=ANSWER_A, rejected=ANSWER_B, chat_template_kwargs=[1])}
 
 @pytest.mark.parametrize('detail', SHAPES)
 def test_the_reason_names_cell_and_shape_up_to_the_table(detail):

@@ -189,8 +189,8 @@ print({'torch', 'transformers', 'pandas', 'datasets'} & set(sys.modules))"""
 def test_options_of_one_name_are_one_option():
     "Groups are shared by the commands: a name has one type and, within a group, one help"
     from ches_align.cli.main import COMMANDS, command_parser, load_command
-    found = {}
+    options = {}
     for name in COMMANDS:
         for action in command_parser(load_command(name), name)._actions:
-            for flag in action.option_strings: found.setdefault(flag, set()).add((action.nargs, action.type))
-    assert {flag for flag, kinds in found.items() if len(kinds) > 1} == {'--against'}  # several rates, one record
+            for flag in action.option_strings: options.setdefault(flag, set()).add((action.nargs, action.type))
+    assert {flag for flag, kinds in options.items() if len(kinds) > 1} == {'--against'}  # several rates, one record

@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import docs_check
+import house
 import pytest
 import structure_check
 import write_readme
@@ -80,10 +81,10 @@ TWO = [
     py('#| export', 'def two(): return 2*one()'),
 ]
 
-def write(path, made):
+def write(path, cells):
     path.parent.mkdir(parents=True, exist_ok=True)
     out = [dict(id=f'cell{i:02}', metadata={}) | c | (dict(execution_count=None) if c['cell_type'] == 'code' else {})
-           for i, c in enumerate(made)]
+           for i, c in enumerate(cells)]
     nb = dict(cells=[c | dict(source=c['source'].splitlines(True)) for c in out], nbformat=4, nbformat_minor=5,
               metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3')))
     path.write_text(json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')
@@ -99,8 +100,8 @@ def sound(tmp_path_factory):
         (root/name).parent.mkdir(parents=True, exist_ok=True)
         (root/name).write_text(text)
     (root/'nbs/_quarto.yml').symlink_to('../_quarto.yml')
-    for name, made in {'index': INDEX, 'part/01_one': ONE, 'part/02_two': TWO}.items():
-        write(root/f'nbs/{name}.ipynb', made)
+    for name, cells in {'index': INDEX, 'part/01_one': ONE, 'part/02_two': TWO}.items():
+        write(root/f'nbs/{name}.ipynb', cells)
     nbdev(root, 'from nbdev.doclinks import nbdev_export; nbdev_export()')
     return root
 
@@ -166,8 +167,8 @@ def test_docs_check_reads_title_cells(mini, lines, what):
 def test_docs_check_compares_sidebar_and_notebooks(mini):
     bar = mini.root/'nbs/sidebar.yml'
     bar.write_text(SIDEBAR.replace('part/02_two.ipynb', 'part/03_three.ipynb, part/01_one.ipynb'))
-    found = docs_check.sidebar(docs_check.Site(mini.root))
-    assert [f.removeprefix('nbs/sidebar.yml: ') for f in found] == [
+    faults = docs_check.sidebar(docs_check.Site(mini.root))
+    assert [f.removeprefix('nbs/sidebar.yml: ') for f in faults] == [
         'part/03_three.ipynb does not exist', 'part/02_two.ipynb is not listed', 'part/01_one.ipynb is listed 2 times']
 
 def test_docs_check_makes_the_pages(mini):
@@ -215,6 +216,46 @@ def test_structure_check_tells_a_notebook_variable_from_a_shape(mini):
         'from jaxtyping import Float\nfrom torch import Tensor\n'
         'def f(x: Float[Tensor, "batch"], y: Float[Tensor, "batch len"]): return x + y + gen\n')
     expect(structure_check.lint(mini.root), 'mini/part/two.py:3', 'F821 Undefined name `gen`')
+
+PACKED = {  # a file, its text, what it is refused for
+    'assignment': ('tests/test_x.py', 'one, two = [1], {}\n', '1: packed assignment: one, two = ([1], {})'),
+    'line': ('.ci/x.py', 'start(); stop()\n', '1: several statements on a line'),
+    'try': ('benchmarks/x.py', 'try: start()\nfinally:\n    stop()\n', '1: `try:` with its statement on the line'),
+    'lambda': ('tests/test_x.py', 'key = lambda row: 1 if row else 2\n', '1: conditional lambda'),
+    'letter': ('mini/part/x.py', 'def rows():\n    for r in open("x"): yield r\n', '2: one letter: r'),
+    'vague': ('mini/part/x.py', 'found = 1\n', '1: says nothing: found'),
+    'cell': ('mini/part/x.py', '# %% ../nbs/x.ipynb #one\n' + 'one = 1\n'*41, '1: a cell of 41 lines'),
+}
+
+@pytest.mark.parametrize('name', PACKED)
+def test_packed_code_is_named(mini, name):
+    path, text, fault = PACKED[name]
+    (mini.root/path).parent.mkdir(exist_ok=True)
+    (mini.root/path).write_text(text)
+    assert house.density(mini.root) == [f'{path}:{fault}']
+
+def test_structure_check_refuses_packed_code(mini):
+    for name in ('assignment', 'line'):
+        path, text, _ = PACKED[name]
+        (mini.root/path).parent.mkdir(exist_ok=True)
+        (mini.root/path).write_text(text)
+    faults = structure_check.check(mini.root)
+    assert faults == ['tests/test_x.py:1: packed assignment: one, two = ([1], {})',
+                      '.ci/x.py:1: several statements on a line']
+
+PLAIN = {
+    'index': ('tests/test_x.py', 'for i, row in enumerate("ab"): print(i, row)\n'),
+    'swap': ('tests/test_x.py', 'one = two = 1\none, two = two, one + two\n'),
+    'symbol of an equation': ('mini/theory/x.py', 'h = 1\n'),
+    'cell': ('mini/part/x.py', '# %% ../nbs/x.ipynb #one\n' + 'one = 1\n'*40),
+}
+
+@pytest.mark.parametrize('name', PLAIN)
+def test_plain_code_is_left_alone(mini, name):
+    path, text = PLAIN[name]
+    (mini.root/path).parent.mkdir(exist_ok=True)
+    (mini.root/path).write_text(text)
+    assert house.density(mini.root) == []
 
 def test_readme(mini):
     root = mini.root

@@ -48,8 +48,8 @@ def test_a_check_over_something_passes(source): run(source)
     ('test_fail(f)', 'any error'), ('test_fail(f, "message")', 'any error'),
 ])
 def test_blind_checks_are_named(source, what):
-    found = blind_checks(ast.parse(source))
-    assert found and what in found[0][1]
+    faults = blind_checks(ast.parse(source))
+    assert faults and what in faults[0][1]
 
 @pytest.mark.parametrize('source', ['from fastcore.test import test_eq, test_fail', 'assert draw() == draw()',
                                     'test_fail(f, contains="x")', 'assert x == y', 'test_eq(x, [x])'])

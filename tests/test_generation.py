@@ -30,12 +30,13 @@ def run(place, out):
     return subprocess.Popen([sys.executable, '-c', SCRIPT, out], cwd=place, stderr=subprocess.PIPE, text=True)
 
 def rows(path):
-    found = [json.loads(x) for x in path.read_text().splitlines()]
-    return {(r['prompt_index'], r['k']): (r['response'], r['tokens'], r['finished']) for r in found}, len(found)
+    responses = [json.loads(x) for x in path.read_text().splitlines()]
+    return {(r['prompt_index'], r['k']): (r['response'], r['tokens'], r['finished']) for r in responses}, len(responses)
 
 @pytest.mark.full
 def test_killed_and_run_again(place):
-    process, path = run(place, 'killed'), place/'killed'/'responses.jsonl'
+    process = run(place, 'killed')
+    path = place/'killed'/'responses.jsonl'
     deadline = time.time() + 120
     while not (path.exists() and path.stat().st_size) and process.poll() is None and time.time() < deadline:
         time.sleep(.02)
@@ -46,7 +47,8 @@ def test_killed_and_run_again(place):
     for out in ('killed', 'whole'):
         process = run(place, out)
         assert process.wait(180) == 0, process.stderr.read()
-    (again, lines), (whole, _) = rows(path), rows(place/'whole'/'responses.jsonl')
+    (again, lines) = rows(path)
+    (whole, _) = rows(place/'whole'/'responses.jsonl')
     assert again == whole and len(whole) == lines == 48 and have.items() <= whole.items()
 
 @pytest.mark.full
@@ -56,7 +58,7 @@ def test_two_at_once_and_judged(place):
     with FileLock(place/'whole'/'.lock'):
         process = run(place, 'whole')
         assert process.wait(120) and 'another run is writing there' in process.stderr.read()
-    found = [json.loads(x) for x in (place/'whole'/'responses.jsonl').read_text().splitlines()]
-    judged = judge_responses(found, output_dir=place/'judged')
-    assert [r['response'] for r in judged] == [r['response'] for r in found]
-    assert judge_responses(found, output_dir=place/'judged') == judged
+    responses = [json.loads(x) for x in (place/'whole'/'responses.jsonl').read_text().splitlines()]
+    judged = judge_responses(responses, output_dir=place/'judged')
+    assert [r['response'] for r in judged] == [r['response'] for r in responses]
+    assert judge_responses(responses, output_dir=place/'judged') == judged

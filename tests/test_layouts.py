@@ -55,13 +55,14 @@ def write(path, rows):
         pq.write_table(pa.Table.from_pylist(rows), path)
         return path
     opened = gzip.open if path.suffix == '.gz' else open
-    with opened(path, 'wt', encoding='utf-8', newline='') as f:
-        if kind == '.json': json.dump(rows, f)
-        elif kind == '.jsonl': f.writelines(json.dumps(r) + '\n' for r in rows)
+    with opened(path, 'wt', encoding='utf-8', newline='') as file:
+        if kind == '.json': json.dump(rows, file)
+        elif kind == '.jsonl': file.writelines(json.dumps(r) + '\n' for r in rows)
         else:
             names = list(dict.fromkeys(k for r in rows for k in r))
-            out = csv.DictWriter(f, names, delimiter='\t' if kind == '.tsv' else ',')
-            out.writeheader(); out.writerows(rows)
+            out = csv.DictWriter(file, names, delimiter='\t' if kind == '.tsv' else ',')
+            out.writeheader()
+            out.writerows(rows)
     return path
 
 def content(pairs): return [(p.prompt, p.chosen, p.rejected, p.problem) for p in pairs]
@@ -106,7 +107,8 @@ def test_the_order_of_rows_means_nothing(tmp_path):
 
 def test_rows_without_a_layout(tmp_path):
     "Flagged where others have one, however late; refused where none has"
-    good, bad = dict(prompt='q', chosen='a', rejected='b'), dict(prompt='q', text='x')
+    good = dict(prompt='q', chosen='a', rejected='b')
+    bad = dict(prompt='q', text='x')
     for count in (5, 150, 10_010):
         pairs = load_pairs(write(tmp_path/f'{count}.jsonl', [bad]*count + [good]))
         assert [p.problem for p in pairs] == ['missing_field']*count + ['']
@@ -133,14 +135,19 @@ def preference_sets():
     yield 'bare', dict(prompt='q', A='a', B='b', label=1), 'label'
     yield 'KTO', dict(prompt='q', completion='a', label=True), 'label'
 
-@pytest.mark.parametrize('name, row, column', [*preference_sets()], ids=lambda v: v if isinstance(v, str) else '')
+def text_only(value): return value if isinstance(value, str) else ''
+
+@pytest.mark.parametrize('name, row, column', [*preference_sets()], ids=text_only)
 def test_a_preference_in_its_own_column_is_never_guessed_at(name, row, column):
     good = dict(prompt='q', chosen='a', rejected='b')
     pair = load_pairs([good, row])[1]
     assert pair.problem == 'own_preference' and repr(column) in pair.detail and '--columns' not in pair.detail
-    try: pairs = load_pairs([row]*3)  # a column `chosen` or `winner` is there, but its cells are no responses
-    except AuditError as e: assert repr(column) in str(e) and '--columns' not in str(e) and '\n' not in str(e)
-    else: assert [p.problem for p in pairs] == ['own_preference']*3
+    try:
+        pairs = load_pairs([row]*3)  # a column `chosen` or `winner` is there, but its cells are no responses
+    except AuditError as error:
+        assert repr(column) in str(error) and '--columns' not in str(error) and '\n' not in str(error)
+    else:
+        assert [p.problem for p in pairs] == ['own_preference']*3
 
 def test_a_multiple_choice_is_a_pair():
     "Two texts are what TRL would train on, whatever they look like; no text beside a name is none"
@@ -178,7 +185,9 @@ SCRIPTS = ['Who are you? I am', 'Who are you? It is', 'Who are you?\nI', 'Who ar
 
 def test_text_is_cut_as_trl_cuts_it():
     from trl.data_utils import extract_prompt
-    gen, texts, compared = random.Random(0), list(SCRIPTS), 0
+    gen = random.Random(0)
+    texts = list(SCRIPTS)
+    compared = 0
     texts += [''.join(gen.choices('ab \n问', k=gen.randint(1, 8))) for _ in range(60)]
     for chosen in texts:
         for rejected in texts:
@@ -207,8 +216,8 @@ def test_folders_are_split_as_datasets_splits_them(tmp_path, files):
     for file in files: write(tmp_path/file, [row])
     theirs = {}
     for split, patterns in get_data_patterns(str(tmp_path)).items():
-        found = DataFilesList.from_patterns(patterns, str(tmp_path))
-        theirs[split] = sorted({f[len(str(tmp_path)) + 1:] for f in found})
+        matched = DataFilesList.from_patterns(patterns, str(tmp_path))
+        theirs[split] = sorted({f[len(str(tmp_path)) + 1:] for f in matched})
     ours = {name: sorted(map(str, files)) for name, files in _folder_splits(tmp_path).items()}
     if len(ours) == 1 and len(theirs) == 1: ours = {next(iter(theirs)): next(iter(ours.values()))}  # whatever its name
     assert ours == theirs
@@ -236,8 +245,8 @@ def test_splits_of_the_same_word_are_not_mixed(tmp_path):
 
 def test_what_is_packed_is_guarded(tmp_path):
     path = tmp_path/'bomb.jsonl.zst'
-    with pa.CompressedOutputStream(str(path), 'zstd') as f:
-        for _ in range(300): f.write(b' ' * (1 << 20))
+    with pa.CompressedOutputStream(str(path), 'zstd') as file:
+        for _ in range(300): file.write(b' ' * (1 << 20))
     with pytest.raises(AuditError, match='bomb.jsonl.zst: unpacks from'): load_pairs(path)
     for name, data in (('a.jsonl.gz', b'{"prompt": 1}'), ('b.csv.xz', b'x'), ('c.json.zst', b'[]'), ('d.tsv.bz2', b'')):
         (tmp_path/name).write_bytes(data)
@@ -247,19 +256,23 @@ def test_what_is_packed_is_guarded(tmp_path):
 def test_a_packed_file_that_is_cut_short_or_damaged(tmp_path, suffix):
     "Refused by its name, or read as far as nothing is wrong; never rows that are not there"
     rows = [dict(prompt=f'question {i} {i*i}', chosen='a'*(i % 7 + 1), rejected='b') for i in range(3000)]
-    text, path = ''.join(json.dumps(r) + '\n' for r in rows).encode(), tmp_path/f'a.jsonl{suffix}'
+    text = ''.join(json.dumps(r) + '\n' for r in rows).encode()
+    path = tmp_path/f'a.jsonl{suffix}'
     if suffix == '.zst':
-        with pa.CompressedOutputStream(str(path), 'zstd') as f: f.write(text)
+        with pa.CompressedOutputStream(str(path), 'zstd') as file: file.write(text)
     else: path.write_bytes({'.gz': gzip, '.bz2': bz2, '.xz': lzma}[suffix].compress(text))
     assert list(read_rows(path)) == rows
-    whole, gen = path.read_bytes(), random.Random(suffix)
+    whole = path.read_bytes()
+    gen = random.Random(suffix)
     for _ in range(20):
         path.write_bytes(whole[:gen.randrange(1, len(whole) - 1)])
         with pytest.raises(AuditError, match=f'a.jsonl{suffix}'): list(read_rows(path))
         at = gen.randrange(len(whole))
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << gen.randrange(8)]) + whole[at + 1:])
-        try: assert len(list(read_rows(path))) <= len(rows)
-        except AuditError as e: assert path.name in str(e)
+        try:
+            assert len(list(read_rows(path))) <= len(rows)
+        except AuditError as error:
+            assert path.name in str(error)
 
 def test_settings_of_the_process_stay(tmp_path):
     limit = csv.field_size_limit()
@@ -272,8 +285,8 @@ def test_settings_of_the_process_stay(tmp_path):
     None, 5, b'x', dict(prompt=['q'], chosen=['a']), dict(prompt='q', chosen='a', rejected='b'), ['a.jsonl', 'b.jsonl'],
     [['q', 'a', 'b']], [1, 2], {}, iter([]), pd.DataFrame(), pd.Series(['a'])])
 def test_what_holds_no_rows(source):
-    with pytest.raises(AuditError) as told: load_pairs(source)
-    assert '\n' not in str(told.value)
+    with pytest.raises(AuditError) as refusal: load_pairs(source)
+    assert '\n' not in str(refusal.value)
 
 def test_a_row_that_is_nested_without_end_is_flagged(tmp_path):
     deep = lambda n: json.loads('['*n + ']'*n)
@@ -294,6 +307,6 @@ def test_images_are_flagged_and_sounds_told():
             dict(images=['x.png']), dict(image=dict(path='x')), dict(images=[], video=None))])
     assert [p.problem for p in pairs] == ['not_text', 'not_text', '']
     assert pairs[0].detail.startswith('images is not empty')
-    with pytest.warns(UserWarning, match="column 'audio' is passed over") as told:
+    with pytest.warns(UserWarning, match="column 'audio' is passed over") as warned:
         assert [p.problem for p in load_pairs([row | dict(audio='x.wav')]*3)] == ['']*3
-    assert len(told) == 1
+    assert len(warned) == 1

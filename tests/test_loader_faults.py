@@ -20,7 +20,8 @@ ROWS = [dict(prompt=f'Frage {i}, bitte?', chosen=f'Ja, "{i}"\nund mehr', rejecte
 def as_csv(rows, delimiter=','):
     out = io.StringIO()
     writer = csv.DictWriter(out, rows[0], delimiter=delimiter)
-    writer.writeheader(); writer.writerows(rows)
+    writer.writeheader()
+    writer.writerows(rows)
     return out.getvalue().encode()
 
 def as_parquet(rows):
@@ -29,8 +30,9 @@ def as_parquet(rows):
     return out.getvalue().to_pybytes()
 
 def as_arrow(rows):
-    table, out = pa.Table.from_pylist(rows), pa.BufferOutputStream()
-    with pa.ipc.new_stream(out, table.schema) as w: w.write_table(table)
+    table = pa.Table.from_pylist(rows)
+    out = pa.BufferOutputStream()
+    with pa.ipc.new_stream(out, table.schema) as writer: writer.write_table(table)
     return out.getvalue().to_pybytes()
 
 WHOLE = {'.jsonl': ''.join(json.dumps(r) + '\n' for r in ROWS).encode(), '.json': json.dumps(ROWS).encode(),
@@ -38,9 +40,10 @@ WHOLE = {'.jsonl': ''.join(json.dumps(r) + '\n' for r in ROWS).encode(), '.json'
 
 def outcome(path):
     "'survived' with a pair a row, each usable or flagged, or 'refused' in a line that names the file"
-    try: pairs = load_pairs(str(path))
-    except AuditError as e:
-        assert path.name in str(e), e
+    try:
+        pairs = load_pairs(str(path))
+    except AuditError as error:
+        assert path.name in str(error), error
         return 'refused'
     assert pairs and [p.row_id for p in pairs] == list(range(len(pairs)))
     assert all(p.problem or isinstance(p.chosen, str | list) and isinstance(p.rejected, str | list) for p in pairs)
@@ -52,9 +55,9 @@ def tell(record_property, outcomes):
 
 def truncate(data, gen): return data[:gen.randrange(len(data))]
 def flip(data, gen):
-    made = bytearray(data)
-    for _ in range(gen.randint(1, 20)): made[gen.randrange(len(made))] = gen.randrange(256)
-    return bytes(made)
+    damaged = bytearray(data)
+    for _ in range(gen.randint(1, 20)): damaged[gen.randrange(len(damaged))] = gen.randrange(256)
+    return bytes(damaged)
 def nudge(data, gen):
     at = gen.randrange(len(data))
     return data[:at] + bytes([gen.randrange(256)]) + data[at + 1:]
@@ -71,7 +74,8 @@ PARTS = [pytest.param(range(20), id='first'), pytest.param(range(20, 200), id='r
 @pytest.mark.parametrize('suffix', WHOLE)
 @pytest.mark.parametrize('damage', [truncate, nudge, flip, insert, noise])
 def test_damaged_files(tmp_path, record_property, suffix, damage, part):
-    gen, outcomes = random.Random(f'{suffix}{damage.__name__}'), []
+    gen = random.Random(f'{suffix}{damage.__name__}')
+    outcomes = []
     for i in range(part.stop):
         damaged = damage(WHOLE[suffix], gen)
         if i not in part: continue
@@ -194,7 +198,8 @@ def saved(where):
 
 def test_a_saved_data_set_stays_in_its_folder(tmp_path, record_property):
     "The names of its shards and splits lead nowhere else"
-    state, set_up = saved(tmp_path/'set'), []
+    state = saved(tmp_path/'set')
+    set_up = []
     saved(tmp_path/'outside')
     file = state['_data_files'][0]['filename']
     for name in (f'../outside/{file}', str(tmp_path/'outside'/file)):
@@ -204,14 +209,17 @@ def test_a_saved_data_set_stays_in_its_folder(tmp_path, record_property):
     assert len(load_pairs(str(tmp_path/'set'))) == len(ROWS)
     for file, text in set_up:
         where = tmp_path/'set'
-        shutil.rmtree(where); saved(where)
+        shutil.rmtree(where)
+        saved(where)
         (where/file).write_text(text)
         with pytest.raises(AuditError, match='set'): load_pairs(str(where))
     tell(record_property, ['survived'] + ['refused']*len(set_up))
 
 @pytest.mark.parametrize('damage', [truncate, nudge, flip, noise])
 def test_a_damaged_saved_data_set(tmp_path, record_property, damage):
-    gen, outcomes, where = random.Random(damage.__name__), [], tmp_path/'set'
+    gen = random.Random(damage.__name__)
+    outcomes = []
+    where = tmp_path/'set'
     shard = where/saved(where)['_data_files'][0]['filename']
     whole = shard.read_bytes()
     for _ in range(60):
@@ -224,7 +232,8 @@ def test_a_damaged_saved_data_set(tmp_path, record_property, damage):
 @pytest.mark.parametrize('suffix', ['.parquet', '.arrow'])
 def test_odd_tables(tmp_path, record_property, suffix):
     "Columns of types that no text has"
-    none, two = pa.array([], pa.string()), ['a', 'b']
+    none = pa.array([], pa.string())
+    two = ['a', 'b']
     columns = [dict(chosen=[1, 2], rejected=two), dict(chosen=[b'\xff', b'a'], rejected=two),
                dict(chosen=[None, None], rejected=two), dict(chosen=none, rejected=none),
                dict(chosen=[dict(a=1)], rejected=[[1]]), {}]
@@ -234,7 +243,7 @@ def test_odd_tables(tmp_path, record_property, suffix):
         path = tmp_path/f'odd{i}{suffix}'
         if suffix == '.parquet': pq.write_table(table, path)
         else:
-            with pa.ipc.new_stream(str(path), table.schema) as w: w.write_table(table)
+            with pa.ipc.new_stream(str(path), table.schema) as writer: writer.write_table(table)
         outcomes.append(outcome(path))
     tell(record_property, outcomes)
 
@@ -252,16 +261,16 @@ def repeated(path):
 def packed(path):
     table = pa.table(dict(chosen=['a'*(300 << 20)], rejected=['b'], prompt=['p']))
     options = pa.ipc.IpcWriteOptions(compression='zstd')
-    with pa.ipc.new_stream(str(path), table.schema, options=options) as w: w.write_table(table)
+    with pa.ipc.new_stream(str(path), table.schema, options=options) as writer: writer.write_table(table)
 
 @pytest.mark.parametrize('make, suffix', [(declared, '.parquet'), (repeated, '.parquet'), (packed, '.arrow')])
 def test_a_file_that_unpacks_to_much_more_is_refused(tmp_path, record_property, make, suffix):
     path = tmp_path/f'bomb{suffix}'
     make(path)
     assert path.stat().st_size < 1 << 20
-    made = subprocess.run([sys.executable, '-c', PEAK, str(path)], capture_output=True, text=True, timeout=60)
-    peak, said = made.stdout.split(' ', 1)
-    assert 'unpacks from' in said and path.name in said and 'write it again' in said, made
+    process = subprocess.run([sys.executable, '-c', PEAK, str(path)], capture_output=True, text=True, timeout=60)
+    peak, words = process.stdout.split(' ', 1)
+    assert 'unpacks from' in words and path.name in words and 'write it again' in words, process
     record_property('peak_kib', int(peak))
     assert int(peak) < 1400 << 10  # KiB: 256 MiB, where it is refused, in Arrow and in Python, and the libraries
     tell(record_property, ['refused'])
@@ -287,7 +296,8 @@ class Fires:
     'data.jsonl', 'data.parquet', 'data.pkl', 'data.pt', 'model/pytorch_model.bin', 'lora/adapter_model.bin',
     'run/scores/part-00000.parquet'])
 def test_a_pickle_is_not_read(tmp_path, record_property, name):
-    mark, path = tmp_path/'fired', tmp_path/name
+    mark = tmp_path/'fired'
+    path = tmp_path/name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(Fires(mark)))
     if name.startswith('model'): (path.parent/'config.json').write_text(json.dumps(dict(
@@ -309,17 +319,23 @@ def scored(where, **more):
 
 @pytest.mark.parametrize('damage', [truncate, nudge, flip, noise])
 def test_damaged_shards(tmp_path, record_property, damage):
-    gen, shard, outcomes = random.Random(damage.__name__), scored(tmp_path/'run'), []
+    gen = random.Random(damage.__name__)
+    shard = scored(tmp_path/'run')
+    outcomes = []
     whole = shard.read_bytes()
     for _ in range(60):
         shard.write_bytes(damage(whole, gen))
-        try: outcomes.append('survived' if len(load_scores(tmp_path/'run')) else 'refused')
-        except AuditError as e: outcomes.append('refused'); assert str(tmp_path/'run') in str(e)
+        try:
+            outcomes.append('survived' if len(load_scores(tmp_path/'run')) else 'refused')
+        except AuditError as error:
+            outcomes.append('refused')
+            assert str(tmp_path/'run') in str(error)
     tell(record_property, outcomes)
 
 def test_paths_in_a_table_open_nothing(tmp_path, record_property):
     "Only the folder's own files are read: the manifest's lists of others, and cells that are paths, are words"
-    shard, outside = scored(tmp_path/'run', file='str'), scored(tmp_path/'outside')
+    shard = scored(tmp_path/'run', file='str')
+    outside = scored(tmp_path/'outside')
     (tmp_path/'run'/'manifest.json').write_text(json.dumps(dict(
         format=FORMAT, shards=['../../outside/scores/part-00000.parquet'], out='../outside', file=str(outside))))
     before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}

@@ -40,8 +40,8 @@ def build(name: str, sizes: dict, dtype=torch.float32) -> torch.nn.Module:
     torch.manual_seed(0)
     model = tr.AutoModelForCausalLM.from_config(getattr(tr, name)(**sizes)).eval().float()
     with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1: p.normal_(0, .2)
+        for weight in model.parameters():
+            if weight.dim() > 1: weight.normal_(0, .2)
     return model.to(dtype)
 
 def check(model: torch.nn.Module) -> str:
@@ -53,8 +53,12 @@ def test_right_ones_pass(kind, dtype): assert check(build(*RIGHT[kind], dtype)) 
 
 class Words:
     "As much of a tokenizer as scoring asks for: a word is its number"
-    eos_token, eos_token_id, all_special_ids = ' 2', 2, [2]
-    added_tokens_decoder, chat_template, special_tokens_map = {}, None, {}
+    eos_token = ' 2'
+    eos_token_id = 2
+    all_special_ids = [2]
+    added_tokens_decoder = {}
+    chat_template = None
+    special_tokens_map = {}
     def __call__(self, texts, add_special_tokens=True):
         class Found: input_ids = [[int(w) for w in text.split()] for text in texts]
         return Found
@@ -64,21 +68,21 @@ class Words:
 
 def rows(lengths):
     gen = torch.Generator().manual_seed(1)
-    def words(n): return ' '.join(map(str, torch.randint(3, 300, (n,), generator=gen).tolist()))
+    def words(count): return ' '.join(map(str, torch.randint(3, 300, (count,), generator=gen).tolist()))
     return [dict(prompt=words(p), chosen=' ' + words(c), rejected=' ' + words(r)) for p, c, r in lengths]
 
 def own_logps(model, encoded) -> list[list[float]]:
     "From the model's own logits, one sequence at a time, by a fresh copy: nothing is kept from row to row"
-    found = []
-    for e in encoded:
+    logps = []
+    for row in encoded:
         pair = []
-        for ids in (e.chosen_ids, e.rejected_ids):
-            full = torch.tensor([[*e.prompt_ids, *ids]])
+        for ids in (row.chosen_ids, row.rejected_ids):
+            full = torch.tensor([[*row.prompt_ids, *ids]])
             with torch.no_grad(): logits = copy.deepcopy(model)(input_ids=full).logits[0].double()
-            at = torch.arange(len(e.prompt_ids) - 1, full.shape[1] - 1)
+            at = torch.arange(len(row.prompt_ids) - 1, full.shape[1] - 1)
             pair.append(logits.log_softmax(-1)[at, torch.tensor(list(ids))].sum().item())
-        found.append(pair)
-    return found
+        logps.append(pair)
+    return logps
 
 LENGTHS = [(12, 3, 4), (20, 30, 9), (25, 6, 7), (25, 8, 7), (10, 60, 2), (40, 5, 5), (28, 3, 30), (28, 4, 31)]
 
@@ -86,7 +90,8 @@ LENGTHS = [(12, 3, 4), (20, 30, 9), (25, 6, 7), (25, 8, 7), (10, 60, 2), (40, 5,
 @pytest.mark.parametrize('kind', RIGHT)
 def test_a_row_scores_as_it_would_alone(kind, share):
     "Whatever stands beside it and in whatever order, in rows on both sides of windows and of the original context"
-    model, tokenizer = build(*RIGHT[kind]), Words()
+    model = build(*RIGHT[kind])
+    tokenizer = Words()
     with warnings.catch_warnings(): lm = wrap_model(model, tokenizer, kind)
     data = load_pairs(rows(LENGTHS) + rows(LENGTHS[3:5])[:1])
     expected = own_logps(model, encode_pairs(data, tokenizer))
@@ -105,14 +110,18 @@ def test_keys_of_lengths():
 
 class Changed(torch.nn.Module):
     "Another module in the place of a layer"
-    def __init__(self, inner, change): super().__init__(); self.inner, self.change = inner, change
-    def forward(self, x, *args, **kw): return self.change(self.inner(x, *args, **kw))
+    def __init__(self, inner, change):
+        super().__init__()
+        self.inner = inner
+        self.change = change
 
-def drop_when_full(x):
+    def forward(self, states, *args, **kw): return self.change(self.inner(states, *args, **kw))
+
+def drop_when_full(states):
     "A router with room for twelve tokens of a batch"
-    flat = x.reshape(-1, x.shape[-1])
-    room = torch.arange(len(flat), device=x.device) < 12
-    return (flat * room[:, None]).view_as(x)
+    flat = states.reshape(-1, states.shape[-1])
+    room = torch.arange(len(flat), device=states.device) < 12
+    return (flat * room[:, None]).view_as(states)
 
 CHANGES = {'later tokens': lambda x: x + .05 * x.flip(1).cumsum(1).flip(1), 'capacity': drop_when_full,
            'batch mates': lambda x: x - .05 * x.mean(0), 'norm over the batch': lambda x: x / x.std((0, 1))}

@@ -26,7 +26,8 @@ def run(path, skip, force):
     from nbdev import test
     test.CaptureShell = install(test.CaptureShell)
     if not force and hasattr(signal, 'alarm'): signal.alarm(LIMIT)
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         passed, _ = test.test_nb(path, skip_flags=skip, force_flags=force, basepath=str(ROOT))
     return passed, out.getvalue()[-5000:] + err.getvalue()
@@ -50,5 +51,5 @@ def asked():
 def test_notebook(path, flags, context, request):
     skip = settings(ROOT)['tst_flags'].split()
     force = request.config.getoption('flags').split() + flags.split()
-    with ProcessPoolExecutor(1, mp_context=context) as pool: passed, said = pool.submit(run, path, skip, force).result()
-    if not passed: pytest.fail(said, pytrace=False)
+    with ProcessPoolExecutor(1, mp_context=context) as pool: passed, why = pool.submit(run, path, skip, force).result()
+    if not passed: pytest.fail(why, pytrace=False)

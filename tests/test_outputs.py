@@ -56,8 +56,8 @@ def trl_ids(path, tokenizer, folder):
     rows = datasets.load_dataset(kind, data_files=str(path), split='train', cache_dir=str(folder/'cache'))
     class Trainer: _tokenizer = tokenizer
     args = trl.DPOConfig(output_dir=str(folder), max_length=None, report_to=[], use_cpu=True, bf16=False)
-    made = trl.DPOTrainer._prepare_dataset(Trainer(), rows, tokenizer, args, 'train')
-    return [(list(r['prompt_ids']), list(r['chosen_ids']), list(r['rejected_ids'])) for r in made]
+    prepared = trl.DPOTrainer._prepare_dataset(Trainer(), rows, tokenizer, args, 'train')
+    return [(list(r['prompt_ids']), list(r['chosen_ids']), list(r['rejected_ids'])) for r in prepared]
 
 @pytest.mark.parametrize('template', [True, False])
 @pytest.mark.parametrize('name', FORMS)
@@ -80,7 +80,8 @@ def test_trl_trains_on_the_tokens_that_were_scored(tmp_path, name, template, mod
 
 def test_no_command_writes_over_what_it_reads(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data, small = lines_of(tmp_path/'kept.jsonl', TEXT), dict(model=model, device='cpu')
+    data = lines_of(tmp_path/'kept.jsonl', TEXT)
+    small = dict(model=model, device='cpu')
     before = data.read_bytes()
     done('score', 'kept.jsonl', output_dir='o', **small)
     assert 'is read by this command' in refused('filter', 'o')
@@ -116,23 +117,26 @@ def test_a_default_name_takes_nobodys_place(tmp_path, model, monkeypatch):
 
 def test_said_before_scoring_and_reported_all_the_same(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small, rows = dict(model=model, device='cpu'), [*TEXT, *FORMS['messages']]
-    data, mixed = lines_of(tmp_path/'d.jsonl', TEXT), lines_of(tmp_path/'mixed.jsonl', rows)
+    small = dict(model=model, device='cpu')
+    rows = [*TEXT, *FORMS['messages']]
+    data = lines_of(tmp_path/'d.jsonl', TEXT)
+    mixed = lines_of(tmp_path/'mixed.jsonl', rows)
     for odd in (dict(keep=1.5), dict(by='ln_chess'), dict(limit=-1)):
         refused('audit', data, output_dir='none', **small, **odd)
         assert not Path('none').exists()
     assert 'text beside messages' in refused('audit', mixed, output_dir='none', **small)
     assert not any(Path('none').iterdir())  # it was read, and nothing of it was scored
     same = lines_of(tmp_path/'same.jsonl', [dict(prompt='Q:', chosen=' yes', rejected=' yes')] * 5)
-    said = refused('audit', same, output_dir='flagged', **small)
-    assert "{'identical': 5}" in said and 'flagged/report.html says what to do' in said
+    line = refused('audit', same, output_dir='flagged', **small)
+    assert "{'identical': 5}" in line and 'flagged/report.html says what to do' in line
     assert 'Nothing was scored' in Path('flagged/report.md').read_text() and not Path('flagged/kept.jsonl').exists()
 
 def test_strata_and_batches(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kinds = [None, 'x', 1, [2]]
     rows = [r | dict(kind=kinds[i % 4], length='long' if i % 2 else 'short') for i, r in enumerate(TEXT)]
-    data, small = lines_of(tmp_path/'d.jsonl', rows), dict(model=model, device='cpu')
+    data = lines_of(tmp_path/'d.jsonl', rows)
+    small = dict(model=model, device='cpu')
     done('score', data, output_dir='o', **small)
     scores = load_scores('o')
     done('score', data, output_dir='o', batch_tokens=40, **small)  # what the lack of memory advises
@@ -152,7 +156,8 @@ def test_strata_and_batches(tmp_path, model, monkeypatch):
 def counted(monkeypatch):
     "How often the data are gone through, whoever does it"
     from ches_align.audit import data
-    reads, unharmed = [], data.read_rows
+    reads = []
+    unharmed = data.read_rows
     def read_rows(source, *args, **options):
         reads.append(str(source))
         return unharmed(source, *args, **options)
@@ -164,7 +169,8 @@ def test_an_audit_reads_three_times_and_is_its_three_steps(tmp_path, model, monk
     "Once to score, once for the page, once for the file; a draw counts the rows once more"
     monkeypatch.chdir(tmp_path)
     rows = [row | dict(kind='ab'[i % 2]) for i, row in enumerate(TEXT)]
-    data, small = lines_of(tmp_path/'d.jsonl', rows), dict(model=model, device='cpu')
+    data = lines_of(tmp_path/'d.jsonl', rows)
+    small = dict(model=model, device='cpu')
     with counted(monkeypatch) as reads: done('audit', data, output_dir='whole', **small)
     assert reads == [str(data)]*3
     with counted(monkeypatch) as reads: done('audit', data, output_dir='drawn', limit=8, limit_seed=1, **small)

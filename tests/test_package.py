@@ -22,8 +22,8 @@ def built(tmp_path_factory):
 
 def wanted():
     "Modules and data files of the package"
-    found = (p for p in (ROOT/'ches_align').rglob('*') if p.is_file() and p.suffix != '.pyc')
-    return {p.relative_to(ROOT).as_posix() for p in found}
+    files = (p for p in (ROOT/'ches_align').rglob('*') if p.is_file() and p.suffix != '.pyc')
+    return {p.relative_to(ROOT).as_posix() for p in files}
 
 def test_wheel(built):
     (wheel,) = built.glob('*.whl')
@@ -41,8 +41,8 @@ def test_wheel(built):
 
 def test_sdist(built):
     (archive,) = built.glob('*.tar.gz')
-    with tarfile.open(archive) as t:
-        names = {n.split('/', 1)[1] for n in t.getnames() if '/' in n and t.getmember(n).isfile()}
+    with tarfile.open(archive) as opened:
+        names = {n.split('/', 1)[1] for n in opened.getnames() if '/' in n and opened.getmember(n).isfile()}
     beside = {'settings.ini', 'setup.py', 'pyproject.toml', 'constraints.txt', 'README.md', 'LICENSE', 'CHANGELOG.md',
               'CITATION.cff', 'SECURITY.md'}
     assert wanted() <= names and beside <= names

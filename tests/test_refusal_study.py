@@ -33,15 +33,17 @@ def test_refusals_killed_and_run_again(place):
     assert lines(place/'killed'/'runs.jsonl') == lines(place/'whole'/'runs.jsonl')
     assert (place/'killed'/'rates.png').exists()
 
-@pytest.mark.parametrize('changes, said', [
+def first_change(value): return value[0] if isinstance(value, list) else ''
+
+@pytest.mark.parametrize('changes, words', [
     (['arms=[dpoo]'], "arm 'dpoo'"), (['limit=60'], '50 prompts, the study needs 60'),
     (['prompts=nowhere.jsonl'], 'no such file'), (['teach=null'], 'arm gold needs a file'),
     (['judge=sorry'], 'needs a template'), (['model=nowhere'], 'nowhere')],
-    ids=lambda v: v[0] if isinstance(v, list) else '')
-def test_what_cannot_work(place, changes, said, monkeypatch):
+    ids=first_change)
+def test_what_cannot_work(place, changes, words, monkeypatch):
     "One line and exit code 1, from the command's own function"
     monkeypatch.chdir(place)
-    assert said in refused('train', 'study.yaml', set=['output_dir=wrong', *changes])
+    assert words in refused('train', 'study.yaml', set=['output_dir=wrong', *changes])
     assert not (place/'wrong'/'manifest.json').exists()
 
 @pytest.mark.full

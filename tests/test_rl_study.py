@@ -39,17 +39,19 @@ def test_killed_and_run_again(place):
                          ('responses=5', 'holds another study (study.responses was 4, is 5')):
         assert says in run(place, 'train', 'study.yaml', '--set', 'output_dir=whole', change).stderr
 
-@pytest.mark.parametrize('changes, said', [
+def first_change(value): return value[0] if isinstance(value, list) else ''
+
+@pytest.mark.parametrize('changes, words', [
     (['tasks=nowhere.jsonl'], 'no such file'), (['tasks=grue/squad'], 'one of narrative_qa'),
     (['reward=bleurt'], 'one of exact_match'), (['model=nowhere'], 'nowhere'),
     (['arms={a: {ppo: {}}}'], 'one of sft, rft'), (['rft.lr=1'], "unknown key 'rft.lr'"),
     (['rft.clip=null', 'rft.epochs=2'], 'on-policy'), (['test=1.5'], 'key test: must be at least 0 and below 1'),
     (['reward=format'], 'format needs an expression'), (['reward_range=[-2, -1]'], 'leave the range -2 to -1')],
-    ids=lambda v: v[0] if isinstance(v, list) else '')
-def test_what_cannot_work(place, tmp_path, changes, said, monkeypatch):
+    ids=first_change)
+def test_what_cannot_work(place, tmp_path, changes, words, monkeypatch):
     "One line and exit code 1"
     monkeypatch.chdir(place)
-    assert said in refused('train', 'study.yaml', set=[f"output_dir={tmp_path/'out'}", *changes])
+    assert words in refused('train', 'study.yaml', set=[f"output_dir={tmp_path/'out'}", *changes])
 
 def test_a_data_set_of_grue_with_an_encoder_decoder(place):
     "Rows of the public schema, prompts cut, KL penalty and several epochs, on a made-up T5"

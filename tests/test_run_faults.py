@@ -55,7 +55,10 @@ NASTY = [
 
 class Elements(HTMLParser):
     "What a browser would act on"
-    def __init__(self): super().__init__(); self.found = []
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
     def handle_starttag(self, tag, attrs): self.found.append((tag, dict(attrs)))
 
 def acting(page):
@@ -73,7 +76,8 @@ def test_texts_cannot_act_in_a_report(tmp_path, place, record_property):
     scores = score_dataset(rows, model, progress=False)
     scores.attrs['manifest']['data'] = scores.attrs['manifest']['model'] = NASTY[0]
     for by in (None, 'kind'): audit_report(scores, load_pairs(rows), tmp_path/'r', title=NASTY[1], by=by)
-    page, plain = (tmp_path/'r'/'report.html').read_text(), (tmp_path/'r'/'report.md').read_text()
+    page = (tmp_path/'r'/'report.html').read_text()
+    plain = (tmp_path/'r'/'report.md').read_text()
     assert acting('<script>') and acting('<p onclick="x">')  # the check finds what is planted
     assert acting(page) == [] and '49' not in re.findall(r'>\s*(49)\{', page) and '&lt;script&gt;' in page
     assert acting(pypandoc.convert_text('<script>', 'html', 'gfm'))
@@ -116,27 +120,34 @@ def test_offline_nothing_asks_the_network(place, record_property):
 
 def test_a_full_disk_at_every_write(tmp_path, place, monkeypatch, record_property):
     "For every k the k-th file finds the disk full; what was finished stays, and the same call finishes"
-    model, source, out = load_model(str(place/'model')), PairSource(str(place/'pairs.jsonl'), limit=70), tmp_path/'out'
+    model = load_model(str(place/'model'))
+    source = PairSource(str(place/'pairs.jsonl'), limit=70)
+    out = tmp_path/'out'
     def whole():
         scores = score_dataset(str(place/'pairs.jsonl'), model, out, limit=70, progress=False)
         write_selection(select_pairs(scores, keep=.5), source, out/'kept.jsonl')
         audit_report(scores, source, out)
-    sync, left = os.fsync, [0]
+    sync = os.fsync
+    left = [0]
     def full(fd):
         left[0] -= 1
         if left[0] == 0: raise OSError(errno.ENOSPC, 'No space left on device')
         sync(fd)
     monkeypatch.setattr(os, 'fsync', full)
-    outcomes, before = [], {}
+    outcomes = []
+    before = {}
     for k in range(1, 40):
         left[0] = k
-        try: whole(); break
-        except AuditError as e: assert 'No space left on device' in str(e) and 'what was finished is kept' in str(e)
+        try:
+            whole()
+            break
+        except AuditError as error:
+            assert 'No space left on device' in str(error) and 'what was finished is kept' in str(error)
         outcomes.append('refused')
         assert not list(out.rglob('*.partial'))
-        now = {f: f.read_bytes() for f in out.rglob('*.parquet')}
+        now = {shard: shard.read_bytes() for shard in out.rglob('*.parquet')}
         assert before.items() <= now.items()
-        for f in now: pd.read_parquet(f)
+        for shard in now: pd.read_parquet(shard)
         before = now
     left[0] = 0
     whole()
@@ -160,14 +171,19 @@ def no_file_beyond(size):
     "The system refuses the byte after the last that fits, as a disk does that is full in the middle of a file"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try: yield
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 def contents(out): return {f: f.read_bytes() for f in out.rglob('*') if f.is_file() and f.name != '.lock'}
 
 def test_a_disk_that_fills_up_within_a_file(tmp_path, place, record_property):
     "Half of it is written and taken away again; all that stood there is as it was"
-    scores, source, out, outcomes = load_scores(place/'whole'), PairSource(str(place/'pairs.jsonl')), tmp_path/'out', []
+    scores = load_scores(place/'whole')
+    source = PairSource(str(place/'pairs.jsonl'))
+    out = tmp_path/'out'
+    outcomes = []
     def keep(share): write_selection(select_pairs(scores, keep=share), source, out/'kept.jsonl')
     def report(share): audit_report(scores, source, out, title=f'{share}')
     for write in (keep, report):
@@ -184,19 +200,22 @@ def test_a_disk_that_fills_up_within_a_file(tmp_path, place, record_property):
 
 def test_scores_on_a_disk_that_fills_up_within_a_file(tmp_path, place, record_property):
     "No half shard is left, and the same call goes on with a larger disk"
-    model, out, outcomes = load_model(str(place/'model')), tmp_path/'out', []
+    model = load_model(str(place/'model'))
+    out = tmp_path/'out'
+    outcomes = []
     def score(): return score_dataset(load_pairs(str(place/'pairs.jsonl'), limit=70), model, out, progress=False)
     for size in (0, 100, 3000):
         with no_file_beyond(size), pytest.raises(AuditError, match='File too large'): score()
         assert not list(out.rglob('*.partial'))
-        for f in out.rglob('*.parquet'): pd.read_parquet(f)
+        for shard in out.rglob('*.parquet'): pd.read_parquet(shard)
         outcomes.append('refused')
     assert score().status.eq('ok').sum() > 60
     tell(record_property, outcomes)
 
 def test_a_line_of_a_run_that_does_not_fit(tmp_path, record_property):
     "Half a line stands at the end of the file; the folder, opened again, is without it"
-    lines, outcomes = [dict(key=k, word='x'*50) for k in range(6)], []
+    lines = [dict(key=k, word='x'*50) for k in range(6)]
+    outcomes = []
     def opened(): return open_run(tmp_path, dict(a=1))
     for k, line in enumerate(lines):
         with opened() as run:
@@ -211,17 +230,23 @@ def test_a_line_of_a_run_that_does_not_fit(tmp_path, record_property):
 
 def test_a_name_that_cannot_change(tmp_path, place, monkeypatch, record_property):
     "The last step of a write fails, for each file of several: each is the old one or the new one, whole"
-    scores, source, outcomes = load_scores(place/'whole'), PairSource(str(place/'pairs.jsonl')), []
+    scores = load_scores(place/'whole')
+    source = PairSource(str(place/'pairs.jsonl'))
+    outcomes = []
     def both(out, share):
         write_selection(select_pairs(scores, keep=share), source, out/'kept.jsonl')
         audit_report(scores, source, out, title=f'{share}')
-    both(tmp_path/'old', .5); both(tmp_path/'new', .3)
+    both(tmp_path/'old', .5)
+    both(tmp_path/'new', .3)
     def by_name(out): return {f.relative_to(out): content for f, content in contents(out).items()}
-    old, new, change, left = by_name(tmp_path/'old'), by_name(tmp_path/'new'), os.replace, [0]
-    def fails(a, b):
+    old = by_name(tmp_path/'old')
+    new = by_name(tmp_path/'new')
+    change = os.replace
+    left = [0]
+    def fails(here, there):
         left[0] -= 1
         if left[0] == 0: raise OSError(errno.EIO, 'Input/output error')
-        change(a, b)
+        change(here, there)
     monkeypatch.setattr(os, 'replace', fails)
     for k in range(1, len(old) + 1):
         left[0] = k
@@ -239,26 +264,33 @@ def same(content): return content.replace(b'/new/', b'/old/')  # the card names 
 
 def test_a_second_run_on_a_folder_is_refused(place, record_property):
     "By a process of its own: the test of the signals"
-    with only_writer(place/'whole'): code, _, said = score_here(place, 'whole')
-    assert code == 1 and re.match('ches score: .*another run is writing there', said), said
+    with only_writer(place/'whole'): code, _, words = score_here(place, 'whole')
+    assert code == 1 and re.match('ches score: .*another run is writing there', words), words
     assert score_here(place, 'whole')[0] == 0
     tell(record_property, ['refused', 'survived'])
 
 def test_a_signal_is_heard_only_while_a_command_runs(record_property, capsys):
     "The handler that was there is there again, whatever ends the command; a thread may not set one"
-    mine, heard = (lambda *_: None), []
+    def mine(*_): return None
+    heard = []
     before = signal.signal(signal.SIGTERM, mine)
     try:
         def refuse(): raise AuditError('x')
         for end in (lambda: None, lambda: os.kill(os.getpid(), signal.SIGTERM), refuse, lambda: 1/0):
             try:
-                with one_line('ches score'): end(); time.sleep(.01)
-            except (SystemExit, ZeroDivisionError) as e: heard.append(str(e))
+                with one_line('ches score'):
+                    end()
+                    time.sleep(.01)
+            except (SystemExit, ZeroDivisionError) as stop:
+                heard.append(str(stop))
             assert signal.getsignal(signal.SIGTERM) is mine
         def apart():
             with one_line('ches score'): heard.append('thread')
-        thread = threading.Thread(target=apart); thread.start(); thread.join()
-    finally: signal.signal(signal.SIGTERM, before)
+        thread = threading.Thread(target=apart)
+        thread.start()
+        thread.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert heard == ['130', '1', 'division by zero', 'thread']
     assert capsys.readouterr().err == 'ches score: stopped; the same command continues\nches score: x\n'
     tell(record_property, ['survived']*5)
@@ -286,13 +318,13 @@ def test_a_signal_ends_a_run_that_goes_on(place, which, record_property):
     assert 'another run is writing there' in score_here(place, out.name)[2]
     process.send_signal(signal.SIGCONT)
     process.send_signal(which)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and 'ches score: stopped; the same command continues' in said, said
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'ches score: stopped; the same command continues' in words, words
     assert not json.loads((out/'manifest.json').read_text())['complete'] and not list(out.rglob('*.partial'))
     with only_writer(out): pass  # nobody holds it
-    for f in out.glob('scores/*.parquet'): pd.read_parquet(f)
-    kept = {f: f.stat().st_mtime_ns for f in out.glob('scores/*.parquet')}
+    for shard in out.glob('scores/*.parquet'): pd.read_parquet(shard)
+    kept = {shard: shard.stat().st_mtime_ns for shard in out.glob('scores/*.parquet')}
     assert score_here(place, out.name)[0] == 0
-    assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
+    assert all(shard.stat().st_mtime_ns == t for shard, t in kept.items())
     pd.testing.assert_frame_equal(load_scores(out), load_scores(place/'whole'), check_exact=True)
     tell(record_property, ['refused', 'survived'])

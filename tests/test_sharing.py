@@ -24,10 +24,11 @@ def place(tmp_path_factory):
     return where
 
 def test_the_same_scores(place):
-    shared, apart = load_scores(place/'yes'), load_scores(place/'no')
-    made = [t.attrs['manifest'] for t in (shared, apart)]
-    assert [m['share_prompt'] for m in made] == [True, False]
-    assert 'prompts shared' in made[0]['sharing'] and 'as asked' in made[1]['sharing']
+    shared = load_scores(place/'yes')
+    apart = load_scores(place/'no')
+    manifests = [t.attrs['manifest'] for t in (shared, apart)]
+    assert [m['share_prompt'] for m in manifests] == [True, False]
+    assert 'prompts shared' in manifests[0]['sharing'] and 'as asked' in manifests[1]['sharing']
     assert len(shared) == 54 and list(shared) == list(COLUMNS | NOTES)
     # fp32, other kernels; CHES cancels
     pd.testing.assert_frame_equal(shared, apart, check_exact=False, rtol=1e-3, atol=1e-3)
@@ -37,9 +38,9 @@ def test_two_processes_share_to_the_bit(place):
     assert done.returncode == 0, done.stderr
     pd.testing.assert_frame_equal(load_scores(place/'two'), load_scores(place/'yes'), check_exact=True)
 
-@pytest.mark.parametrize('args, said', [
+@pytest.mark.parametrize('args, words', [
     (['--share_prompt', 'maybe', '--output_dir', 'x'], 'one of auto, yes, no'),
     (['--share_prompt', 'no', '--output_dir', 'yes'], 'share_prompt was True, is False')], ids=['wish', 'other'])
-def test_refused(place, args, said):
+def test_refused(place, args, words):
     done = run(place, 'score', 'pairs.jsonl', '--model', 'model', *args)
-    assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr
+    assert done.returncode == 1 and words in done.stderr and 'Traceback' not in done.stderr

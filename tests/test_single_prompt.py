@@ -45,8 +45,8 @@ def train(place, *args):
     return subprocess.run(command(*args), cwd=place, capture_output=True, text=True, timeout=300)
 
 def lines(out):
-    found = [json.loads(x) for x in (out/'runs.jsonl').read_text().splitlines()]
-    return {r['key']: {k: v for k, v in r.items() if k != 'seconds'} for r in found}
+    rows = [json.loads(x) for x in (out/'runs.jsonl').read_text().splitlines()]
+    return {r['key']: {k: v for k, v in r.items() if k != 'seconds'} for r in rows}
 
 @pytest.mark.full
 def test_killed_and_run_again(place):
@@ -76,12 +76,14 @@ def test_held_against_a_record(place):
 def test_check_loads_no_weights(place):
     weights = place/'model'/'model.safetensors'
     weights.rename(place/'away')
-    try: done = train(place, 'grid.yaml', '--check')
-    finally: (place/'away').rename(weights)
+    try:
+        done = train(place, 'grid.yaml', '--check')
+    finally:
+        (place/'away').rename(weights)
     assert done.returncode == 0, done.stderr
     assert '6 runs, at most 240 updates' in done.stdout and 'Yes = ' in done.stdout, done.stdout
 
-@pytest.mark.parametrize('changes, args, said', [
+@pytest.mark.parametrize('changes, args, words', [
     (dict(pairs=[dict(chosen='Yes', rejected='Yes')]), {}, "pair 'Yes': chosen and rejected are the same"),
     (dict(pairs=[dict(chosen='Affirmative', rejected='No')]), {}, 'this model writes it as'),
     (dict(pairs=[dict(chosen='\u2603\u2603', rejected='No')]), {}, 'not one token'),
@@ -92,7 +94,7 @@ def test_check_loads_no_weights(place):
     ({}, dict(set=['seeds=[1, 1]']), 'key seeds: 1 is given twice'),
     ({}, dict(against='nowhere.json', set=['seeds=[1]']), 'nowhere.json: cannot be read'),
 ])
-def test_what_cannot_work_is_one_line(place, changes, args, said, monkeypatch):
+def test_what_cannot_work_is_one_line(place, changes, args, words, monkeypatch):
     monkeypatch.chdir(place)
     line = refused('train', save(place, 'bad.yaml', **changes), **args)
-    assert line.startswith('ches train: ') and said in line
+    assert line.startswith('ches train: ') and words in line

@@ -25,8 +25,8 @@ def train(place, *args):
     return subprocess.run(command(*args), cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
 
 def lines(out):
-    found = [json.loads(x) for x in (out/'runs.jsonl').read_text().splitlines()]
-    return {r['key']: {k: v for k, v in r.items() if 'seconds' not in k} for r in found}
+    rows = [json.loads(x) for x in (out/'runs.jsonl').read_text().splitlines()]
+    return {r['key']: {k: v for k, v in r.items() if 'seconds' not in k} for r in rows}
 
 @pytest.mark.full
 def test_killed_and_run_again(place):
@@ -35,7 +35,8 @@ def test_killed_and_run_again(place):
     assert done.returncode == 0 and '3 arms; table: whole' in done.stdout, done.stderr
     process = subprocess.Popen(command('--set', 'output_dir=killed'), cwd=place, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env=ENV)
-    path, end = place/'killed'/'runs.jsonl', time.time() + 120
+    path = place/'killed'/'runs.jsonl'
+    end = time.time() + 120
     while not path.exists() and time.time() < end: time.sleep(.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -53,26 +54,29 @@ def test_two_processes(place):
     launch = ['accelerate.commands.launch', '--config_file', str(config)]
     both = [sys.executable, '-m', *launch, *command()[1:], '--set', 'output_dir=pair',
             'train.per_device_train_batch_size=1', 'train.gradient_accumulation_steps=1']
-    told = subprocess.run(both, cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
-    assert told.returncode != 0 and 'score first, in one process' in told.stderr
+    early = subprocess.run(both, cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
+    assert early.returncode != 0 and 'score first, in one process' in early.stderr
     done = subprocess.run([*both, 'scores=two/scores'], cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
     assert done.returncode == 0 and done.stdout.count('3 arms; table') == 1, done.stderr
-    one, two = lines(place/'two'), lines(place/'pair')
+    one = lines(place/'two')
+    two = lines(place/'pair')
     assert one.keys() == two.keys()
     for key in one:
         apart = max(abs(a - b) for a, b in zip(one[key]['d_chosen'], two[key]['d_chosen']))
         assert apart < 1e-2 and one[key]['steps'] == two[key]['steps']  # sums of 40 tokens after steps of 1e-3
 
-@pytest.mark.parametrize('changes, said', [
+def first_key(value): return value[0].split('=')[0] if isinstance(value, list) else ''
+
+@pytest.mark.parametrize('changes, words', [
     (['measures=[chess]'], "cannot order by 'chess'"),
     (['size=60'], 'the study needs 60 + 6 held out'),
     (['scores=nowhere'], 'no scores there'),
     (['train={learning_rate: 1e-3, lss: dpo}'], 'did you mean loss'),
     (['quantiles=[1.5]'], 'key quantiles, item 1: must be at least 0 and at most 1, is 1.5'),
     (['pool=39'], 'pairs can be trained on'),
-    (['data=nowhere.jsonl'], 'no such file')], ids=lambda v: v[0].split('=')[0] if isinstance(v, list) else '')
-def test_what_cannot_work(place, changes, said, monkeypatch):
+    (['data=nowhere.jsonl'], 'no such file')], ids=first_key)
+def test_what_cannot_work(place, changes, words, monkeypatch):
     "One line and exit code 1, from the command's own function"
     monkeypatch.chdir(place)
-    assert said in refused('train', 'study.yaml', set=['output_dir=wrong', *changes])
+    assert words in refused('train', 'study.yaml', set=['output_dir=wrong', *changes])
     assert not (place/'wrong'/'manifest.json').exists()  # what cannot work claims no folder

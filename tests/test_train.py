@@ -76,7 +76,8 @@ def test_each_loss_trains(settings, tiny, loss):
     trainer.train()
     losses = [row['loss'] for row in trainer.state.log_history if 'loss' in row]
     assert trainer.state.global_step == len(losses) == 2 and all(map(math.isfinite, losses))
-    before, after = tiny.model.state_dict(), lm.model.state_dict()
+    before = tiny.model.state_dict()
+    after = lm.model.state_dict()
     assert any(not torch.equal(before[k], after[k]) for k in before)
 
 @pytest.mark.parametrize('ours, theirs', [
@@ -97,10 +98,11 @@ def test_a_run_is_plain_trls(settings, home, tmp_path, ours, theirs):
     lm = load_model(config.model)
     trainer = DPOTrainer(lm.model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=lm.tokenizer)
     trainer.train()
-    for a, b in zip(log(config.output_dir)[:3], trainer.state.log_history):
+    for our_row, their_row in zip(log(config.output_dir)[:3], trainer.state.log_history):
         for key in ('loss', 'logps/chosen', 'logps/rejected', 'rewards/margins', 'learning_rate'):
-            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
-    mine, own = weights(config.output_dir), lm.model.state_dict()
+            assert our_row[key] == pytest.approx(their_row[key], rel=1e-5, abs=1e-6), key
+    mine = weights(config.output_dir)
+    own = lm.model.state_dict()
     for key in mine: torch.testing.assert_close(mine[key], own[key], rtol=0, atol=2e-5)  # 2% of one step of 1e-3
 
 def run(*args, wait=True, **env):
@@ -111,8 +113,9 @@ def run(*args, wait=True, **env):
 @pytest.mark.full
 def test_killed_and_continued(settings, home, tmp_path):
     "SIGKILL between two checkpoints; the continued run ends with the weights of an unbroken one, bit by bit on a CPU"
-    file, many = tmp_path/'run.yaml', ['max_steps=20', 'save_steps=2', 'limit=8',
-                  'per_device_train_batch_size=1', 'gradient_accumulation_steps=1']
+    file = tmp_path/'run.yaml'
+    many = ['max_steps=20', 'save_steps=2', 'limit=8',
+            'per_device_train_batch_size=1', 'gradient_accumulation_steps=1']
     file.write_text(f"kind: preference\nmodel: {home/'tiny'}\ndata: {home/'pairs.jsonl'}\nlearning_rate: 1e-4\n"
                     f'output_dir: {tmp_path/"killed"}\n')
     process = run(file, '--set', *many, wait=False)
@@ -120,26 +123,29 @@ def test_killed_and_continued(settings, home, tmp_path):
     while not (tmp_path/'killed/checkpoints/checkpoint-4/trainer_state.json').exists() and time.time() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL); process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     assert not json.loads((tmp_path/'killed/manifest.json').read_text())['complete']
     assert not (tmp_path/'killed/model').exists()
     (tmp_path/'killed/checkpoints/checkpoint-18').mkdir(exist_ok=True)  # as a kill while writing would leave it
     config = load_config(file, KINDS, many)
     with pytest.raises(AuditError, match='continue it with --resume'): train_preferences(config)
-    made = train_preferences(config, resume=True)
-    assert 2 <= made['sessions'][0]['from_step'] < 20 and made['steps'] == 20
+    manifest = train_preferences(config, resume=True)
+    assert 2 <= manifest['sessions'][0]['from_step'] < 20 and manifest['steps'] == 20
     train_preferences(load_config(file, KINDS, [*many, f'output_dir={tmp_path}/whole']))
-    a, b = weights(tmp_path/'killed'), weights(tmp_path/'whole')
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    killed = weights(tmp_path/'killed')
+    whole = weights(tmp_path/'whole')
+    assert all(torch.equal(killed[k], whole[k]) for k in killed)
     unbroken = [row['loss'] for row in log(tmp_path/'whole') if 'loss' in row]
     assert [row['loss'] for row in log(tmp_path/'killed') if 'loss' in row] == unbroken
 
 def test_lora(settings, home):
     config = settings(lora=Lora(r=2, target_modules=['q_proj', 'v_proj']), save_steps=1)
     train_preferences(config)
-    made = log(config.output_dir)
-    assert made[0]['loss'] == pytest.approx(torch.log(torch.tensor(2.)).item(), abs=1e-5)  # adapters off: the reference
-    tuned, base = load_model(f'{config.output_dir}/model'), load_model(config.model)
+    rows = log(config.output_dir)
+    assert rows[0]['loss'] == pytest.approx(torch.log(torch.tensor(2.)).item(), abs=1e-5)  # adapters off: the reference
+    tuned = load_model(f'{config.output_dir}/model')
+    base = load_model(config.model)
     ids = torch.arange(5, 25)[None]
     with torch.no_grad(): change = (tuned.model(ids).logits - base.model(ids).logits).abs().max()
     assert 0 < change < 1 and not (Path(config.output_dir)/'model/model.safetensors').exists()
@@ -151,8 +157,8 @@ def test_lora(settings, home):
     assert change < 1e-4
 
 def test_eval_and_probes_are_held_out(settings):
-    made = train_preferences(config := settings(eval_share=0.25, displacement=Displacement(probes=4, every=1)))
-    assert made['counts'] == dict(rows=16, status=dict(ok=16), train=8, eval=4, probes=4)
+    manifest = train_preferences(config := settings(eval_share=0.25, displacement=Displacement(probes=4, every=1)))
+    assert manifest['counts'] == dict(rows=16, status=dict(ok=16), train=8, eval=4, probes=4)
     rows = log(config.output_dir)
     assert any('eval_loss' in row for row in rows) and any('displacement/chosen_change' in row for row in rows)
 
@@ -186,8 +192,8 @@ def test_destroyed_weights_end_the_run(settings):
     (dict(max_steps=0), 'key max_steps: must be at least 1, is 0'),
 ])
 def test_a_slip_in_the_file(tmp_path, change, says):
-    said = dict(kind='preference', model='m', data='d') | change
-    (tmp_path/'run.yaml').write_text(yaml.safe_dump(said, sort_keys=False))
+    content = dict(kind='preference', model='m', data='d') | change
+    (tmp_path/'run.yaml').write_text(yaml.safe_dump(content, sort_keys=False))
     with pytest.raises(ConfigError) as error: load_config(tmp_path/'run.yaml', KINDS)
     assert says in str(error.value) and 'run.yaml' in str(error.value)
 
@@ -211,7 +217,8 @@ def test_wrong_input(settings, home, tmp_path):
     train_preferences(settings(max_steps=1))
     with pytest.raises(AuditError, match='holds another run .*learning_rate was 0.001, is 0.01'):
         train_preferences(settings(max_steps=1, learning_rate=1e-2), resume=True)
-    (tmp_path/'other').mkdir(); (tmp_path/'other/manifest.json').write_text('{}')
+    (tmp_path/'other').mkdir()
+    (tmp_path/'other/manifest.json').write_text('{}')
     with pytest.raises(AuditError, match='its manifest is of format 1, this version reads format 2'):
         train_preferences(settings(output_dir=str(tmp_path/'other')))
     _, error, code = run(tmp_path/'absent.yaml')
@@ -225,9 +232,9 @@ def test_committed_configurations_parse(path):
 
 def test_committed_launch_files_parse():
     from accelerate.commands.config.config_args import load_config_from_file
-    made = {p.stem: load_config_from_file(str(p)) for p in (ROOT/'configs/accelerate').glob('*.yaml')}
-    assert {k: v.num_processes for k, v in made.items()} == dict(one_gpu=1, ddp_2gpu=2, fsdp_2gpu=2, fsdp_4gpu=4)
-    assert all(v.fsdp_config['fsdp_version'] == 2 for k, v in made.items() if k.startswith('fsdp'))
+    launches = {p.stem: load_config_from_file(str(p)) for p in (ROOT/'configs/accelerate').glob('*.yaml')}
+    assert {k: v.num_processes for k, v in launches.items()} == dict(one_gpu=1, ddp_2gpu=2, fsdp_2gpu=2, fsdp_4gpu=4)
+    assert all(v.fsdp_config['fsdp_version'] == 2 for k, v in launches.items() if k.startswith('fsdp'))
 
 def test_one_process_where_two_were_asked_for_is_told(home, tmp_path):
     (tmp_path/'run.yaml').write_text(f"kind: preference\nmodel: {home/'tiny'}\ndata: {home/'pairs.jsonl'}\n"
@@ -250,9 +257,10 @@ def test_two_processes(settings, home, tmp_path):
     done = subprocess.run([*command, '--set', f'output_dir={tmp_path}/two'], capture_output=True, text=True,
                           timeout=120, env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stdout + done.stderr
-    made = json.loads((tmp_path/'two/manifest.json').read_text())
-    assert made['processes'] == 2 and made['steps'] == 2 and done.stdout.count('step 1/2') == 1
+    manifest = json.loads((tmp_path/'two/manifest.json').read_text())
+    assert manifest['processes'] == 2 and manifest['steps'] == 2 and done.stdout.count('step 1/2') == 1
     train_preferences(settings(per_device_train_batch_size=4, gradient_accumulation_steps=1,
                                output_dir=str(tmp_path/'one')))
-    a, b = weights(tmp_path/'two'), weights(tmp_path/'one')
-    for key in a: torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-5)  # 2% of one step of 1e-3
+    two = weights(tmp_path/'two')
+    one = weights(tmp_path/'one')
+    for key in two: torch.testing.assert_close(two[key], one[key], rtol=0, atol=2e-5)  # 2% of one step of 1e-3

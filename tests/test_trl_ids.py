@@ -63,14 +63,14 @@ def theirs(row, tokenizer):
     stub = SimpleNamespace(_tokenizer=tokenizer)
     settings = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode='keep_start')
     rows = stored(row).to_iterable_dataset()
-    made = next(iter(trl.DPOTrainer._prepare_dataset(stub, rows, tokenizer, settings, 'train')))
-    return [list(made[k]) for k in ('prompt_ids', 'chosen_ids', 'rejected_ids')]
+    prepared = next(iter(trl.DPOTrainer._prepare_dataset(stub, rows, tokenizer, settings, 'train')))
+    return [list(prepared[k]) for k in ('prompt_ids', 'chosen_ids', 'rejected_ids')]
 
 def encoded(row, tokenizer, **loading):
     "The row by ours, as `datasets` gives it"
     return encode_pairs(load_pairs(stored(row), **loading), tokenizer)[0]
 
-def ids(e): return [list(e.prompt_ids), list(e.chosen_ids), list(e.rejected_ids)]
+def ids(pair): return [list(pair.prompt_ids), list(pair.chosen_ids), list(pair.rejected_ids)]
 
 def without_white_space(wanted, ours, tokenizer):
     "The named difference of every chat template: white space that follows the end token is no part of a response"
@@ -118,11 +118,12 @@ def outcome(name, layout, tokenizer):
     "What became of a layout by both, and the white space that ours leaves off; else what differs"
     ours = encoded(LAYOUTS[layout], tokenizer)
     row = in_parts(LAYOUTS[layout]) if name.startswith(SEES) else LAYOUTS[layout]
-    try: wanted = theirs(row, tokenizer)
-    except Exception as e:  # a template raises what it likes
-        said = ' '.join(str(e).split())[:60]
-        agree = ours.status == 'template_error' and said in ours.detail
-        return ('refused' if agree else f'TRL: {said}; ours: {ours.status} {ours.detail}'), ''
+    try:
+        wanted = theirs(row, tokenizer)
+    except Exception as error:  # a template raises what it likes
+        words = ' '.join(str(error).split())[:60]
+        agree = ours.status == 'template_error' and words in ours.detail
+        return ('refused' if agree else f'TRL: {words}; ours: {ours.status} {ours.detail}'), ''
     if wanted[1] == wanted[2]: return ('no difference' if ours.status == 'identical' else f'ours: {ours.status}'), ''
     if ours.status != 'ok': return f'{ours.status}: {ours.detail}', ''
     wanted, tail = without_white_space(wanted, ids(ours), tokenizer)
@@ -134,7 +135,8 @@ ALWAYS = ('explicit', 'turns', 'implicit', 'chinese', 'white_space', 'settings',
 BREAKS = ('diffusion_gemma', 'gemma', 'idefics3', 'lfm2', 'nemotron', 'qwen', 'smolvlm')  # end a turn with a line break
 
 def test_every_template_and_layout(tokenizers):
-    outcomes, tails = {}, {}
+    outcomes = {}
+    tails = {}
     for name, tokenizer in tokenizers.items():
         for layout in SOME if name.endswith('_training') else LAYOUTS:
             outcomes[name, layout], tails[name, layout] = outcome(name, layout, tokenizer)
@@ -190,7 +192,7 @@ def test_text(base, form):
     assert {'space_at_the_end', 'within_a_word'} <= cut and not {'explicit', 'its_own_end', 'tools'} & cut
 
 # -- where we differ on purpose, besides the white space
-def said(e): return dict(role={'user': 'human', 'assistant': 'gpt'}[e['role']]) | dict(content=e['content'])
+def said(turn): return dict(role={'user': 'human', 'assistant': 'gpt'}[turn['role']]) | dict(content=turn['content'])
 
 CELLS = [('prompt', ASK['prompt']), ('chosen', ASK['chosen']), ('rejected', ASK['rejected'])]
 READ = {  # rows that TRL refuses or takes for something else, and that are read as `ASK`
@@ -208,8 +210,10 @@ READ = {  # rows that TRL refuses or takes for something else, and that are read
 def test_read_where_trl_does_not(base, name):
     tokenizer = tokenizer_of(base, SHIPPED['qwen2_5'])
     assert ids(encoded(READ[name], tokenizer)) == ids(encoded(ASK, tokenizer))
-    try: assert theirs(READ[name], tokenizer)[0] != theirs(ASK, tokenizer)[0]
-    except (TypeError, AttributeError, KeyError, ValueError): pass  # TRL's words for what it cannot read
+    try:
+        assert theirs(READ[name], tokenizer)[0] != theirs(ASK, tokenizer)[0]
+    except (TypeError, AttributeError, KeyError, ValueError):
+        pass  # TRL's words for what it cannot read
 
 FLAGGED = {  # rows that TRL trains on
     'the response is of the user': (ASK | dict(chosen=[user('a')]), 'prompts_differ', 'chosen has the turns user'),
@@ -221,7 +225,8 @@ FLAGGED = {  # rows that TRL trains on
 
 @pytest.mark.parametrize('name', FLAGGED)
 def test_flagged_where_trl_trains(base, name):
-    tokenizer, (row, status, words) = tokenizer_of(base, SHIPPED['qwen2_5']), FLAGGED[name]
+    tokenizer = tokenizer_of(base, SHIPPED['qwen2_5'])
+    row, status, words = FLAGGED[name]
     ours = encoded(row, tokenizer)
     assert ours.status == status and words in ours.detail and len(theirs(row, tokenizer)[1]) > 1
 

@@ -16,5 +16,5 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_pyright():
     env = os.environ | dict(PYRIGHT_PYTHON_IGNORE_WARNINGS='1')  # else it asks the network for a newer version
     command = [sys.executable, '-m', 'pyright', '--project', str(ROOT), '--pythonpath', sys.executable]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=env)
-    assert made.returncode == 0, made.stdout + made.stderr
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr

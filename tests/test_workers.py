@@ -22,7 +22,8 @@ def place(tmp_path_factory):
 def test_two_processes_one_table(place):
     done = run_two(place, 'score', 'pairs.jsonl', '--model', 'model', '--output_dir', 'two')
     assert done.returncode == 0 and done.stdout.count('pairs scored by model') == 1, done.stderr
-    one, two = load_scores(place/'one'), load_scores(place/'two')
+    one = load_scores(place/'one')
+    two = load_scores(place/'two')
     pd.testing.assert_frame_equal(one, two, check_exact=True)
     assert [s.attrs['manifest']['processes'] for s in (one, two)] == [1, 2] and two.attrs['manifest']['complete']
 
@@ -31,7 +32,8 @@ def test_a_killed_process_loses_its_open_shard(place):
     "The launcher ends the other; finished shards are not made again"
     out = place/'cut'
     process = started(place, command_two('score', 'pairs.jsonl', '--model', 'model', '--output_dir', 'cut'))
-    end, workers = time.time() + 200, []
+    end = time.time() + 200
+    workers = []
     while process.poll() is None and time.time() < end:
         children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout
         workers = [int(p) for p in children.split()]
@@ -45,13 +47,13 @@ def test_a_killed_process_loses_its_open_shard(place):
     assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
     pd.testing.assert_frame_equal(load_scores(out), load_scores(place/'one'), check_exact=True)
 
-@pytest.mark.parametrize('args, said', [
+@pytest.mark.parametrize('args, words', [
     (['--limit', '5', '--output_dir', 'one'], 'holds another run'),
     (['--output_dir', '/proc/no'], 'cannot be written')], ids=['other', 'folder'])
-def test_what_cannot_work_ends_both(place, args, said):
+def test_what_cannot_work_ends_both(place, args, words):
     done = run_two(place, 'score', 'pairs.jsonl', '--model', 'model', *args)
     assert done.returncode != 0, done.stderr
-    assert done.stderr.count(f'ches score: {said}' if said.startswith('/') else said) == 2, done.stderr
+    assert done.stderr.count(f'ches score: {words}' if words.startswith('/') else words) == 2, done.stderr
 
 def test_two_processes_audit_rewards(place):
     "Each draws what it takes from the counter; texts, rewards and table are those of one process"

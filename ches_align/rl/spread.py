@@ -71,7 +71,7 @@ def _band(count: int, alpha: float) -> _Band:
 
 def _least_root(place: Callable, mass: Float[np.ndarray, "k"], low: float, high: float) -> float:
     "Root of the least mean square about a point in [low, high], each step at its `place`"
-    for _ in range(32):  # the error of the square is that of the point squared
+    for _ in range(40):  # the error of the square is that of the point squared
         middle = (low + high)/2
         if middle > mass@place(middle): high = middle
         else: low = middle
