@@ -12,7 +12,9 @@ from ches_align.audit.data import load_pairs
 
 ROOT = Path(__file__).parents[1]
 
-def save(path, rows): path.write_text(''.join(json.dumps(r) + '\n' for r in rows)); return path.name
+def save(path, rows):
+    path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    return path.name
 
 def lines(path): return [json.loads(x) for x in path.read_text().splitlines()]
 
@@ -29,7 +31,8 @@ def answers(place):
     "Two answers of a tiny model to six prompts, drawn by a run that was killed and one that went on"
     out = place/'answers'
     process = started(place, command('generate', *SMALL, '--output_dir', 'answers'))
-    journal, deadline = out/'responses.jsonl', time.monotonic() + 240
+    journal = out/'responses.jsonl'
+    deadline = time.monotonic() + 240
     while not (journal.exists() and journal.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(.001)
     process.send_signal(signal.SIGKILL)
@@ -51,21 +54,21 @@ def test_generation_continues_and_carries_ids(answers):
 @pytest.mark.full
 def test_judge_pairs_score(place, answers, monkeypatch):
     monkeypatch.chdir(place)
-    said = done('judge', 'answers', output_dir='judged')
-    assert 'rule   12' in said and '95% interval' in said
+    shown = done('judge', 'answers', output_dir='judged')
+    assert 'rule   12' in shown and '95% interval' in shown
     summary = json.loads(Path('judged/refusals.json').read_text())
     assert summary['rows'] == 12 and summary['model'] == 'model' and summary['sampling']['max_new_tokens'] == 16
-    said = done('pairs', 'judged', output_dir='pairs', test=.2)
+    shown = done('pairs', 'judged', output_dir='pairs', test=.2)
     counts = json.loads(Path('pairs/split.json').read_text())['counts']
-    assert counts['train'] + counts['test'] + counts['left_out'] == 6 and f"train {counts['train']}, test" in said
+    assert counts['train'] + counts['test'] + counts['left_out'] == 6 and f"train {counts['train']}, test" in shown
     pairs = load_pairs('pairs/train.jsonl')
     assert len(pairs) == counts['train'] >= 4 and not any(p.problem for p in pairs)
-    said = done('score', 'pairs/train.jsonl', model='model', limit=4, dtype='float32', output_dir='scores')
-    assert '4 pairs scored by model' in said and 'flagged: none' in said
+    shown = done('score', 'pairs/train.jsonl', model='model', limit=4, dtype='float32', output_dir='scores')
+    assert '4 pairs scored by model' in shown and 'flagged: none' in shown
 
 @pytest.mark.full
 def test_a_killed_split_is_written_again(place, answers, monkeypatch):
-    "A folder of pairs is a run: another split is refused, the same is written again where a kill cut it"
+    "A folder of pairs is a run: another split is refused, the same one is written again where a kill left it"
     monkeypatch.chdir(place)
     done('judge', 'answers', output_dir='judged_twice')
     done('pairs', 'judged_twice', output_dir='split')
@@ -97,28 +100,31 @@ ARMS = [p for p in sorted((ROOT/'configs'/'sorry_bench').glob('*.yaml')) if 'kin
 def test_the_study_has_the_published_values():
     from ches_align.studies.refusal_plan import RefusalStudy
     from ches_align.training.config import load_config
-    c = load_config(ROOT/'configs'/'sorry_bench'/'gemma_2b_it.yaml', dict(refusal=RefusalStudy))
-    assert (c.keep, c.test, c.pair_temperature, c.rate_temperature, c.max_new_tokens) == (.05, .15, 1., .7, 512)
-    assert (c.by, c.judge, c.gold) == ('ln_ches', 'sorry', 'hub')
-    assert (c.train.loss, c.train.optim, c.train.learning_rate, c.train.beta) == ('dpo', 'rmsprop', 5e-6, .1)
-    assert (c.train.per_device_train_batch_size, c.train.pairs_a_step, c.train.num_train_epochs) == (4, 32, 1)
-    assert c.changes == dict(gold=dict(learning_rate=1e-6))
+    study = load_config(ROOT/'configs'/'sorry_bench'/'gemma_2b_it.yaml', dict(refusal=RefusalStudy))
+    assert (study.keep, study.test, study.max_new_tokens) == (.05, .15, 512)
+    assert (study.pair_temperature, study.rate_temperature) == (1., .7)
+    assert (study.by, study.judge, study.gold) == ('ln_ches', 'sorry', 'hub')
+    train = study.train
+    assert (train.loss, train.optim, train.learning_rate, train.beta) == ('dpo', 'rmsprop', 5e-6, .1)
+    assert (train.per_device_train_batch_size, train.pairs_a_step, train.num_train_epochs) == (4, 32, 1)
+    assert study.changes == dict(gold=dict(learning_rate=1e-6))
 
 @pytest.mark.parametrize('path', ARMS, ids=lambda p: p.stem)
 def test_published_values(path):
     from ches_align.training.config import load_config
     from ches_align.training.memory import read_architecture
     from ches_align.training.train_config import TrainConfig
-    c = load_config(path, dict(preference=TrainConfig))
+    config = load_config(path, dict(preference=TrainConfig))
     model = next(m for m in ('gemma_2b_it', 'llama3_8b_instruct') if path.stem.startswith(m))
     arm = path.stem.removeprefix(f'{model}_')
     here = f'runs/sorry_bench/{model}'
-    assert (c.loss, c.beta, c.optim, c.lr_scheduler_type, c.dtype, c.bf16) == (
+    assert (config.loss, config.beta, config.optim, config.lr_scheduler_type, config.dtype, config.bf16) == (
         'dpo', .1, 'rmsprop', 'constant', 'float32', False)
-    assert (c.per_device_train_batch_size, c.gradient_accumulation_steps, c.num_train_epochs) == (4, 8, 1)
-    assert c.output_dir == f'{here}/{arm}'
-    assert c.learning_rate == (1e-6 if arm == 'gold' else 5e-6) and (c.sft > 0) == (arm == 'dpo_sft')
-    assert c.max_steps == (12 if arm == 'filtered_matched' else None)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (4, 8)
+    assert config.num_train_epochs == 1
+    assert config.output_dir == f'{here}/{arm}'
+    assert config.learning_rate == (1e-6 if arm == 'gold' else 5e-6) and (config.sft > 0) == (arm == 'dpo_sft')
+    assert config.max_steps == (12 if arm == 'filtered_matched' else None)
     data = dict(gold='pairs/gold_train', filtered='kept19', filtered_matched='kept19').get(arm, 'pairs/train')
-    assert c.data == f'{here}/{data}.jsonl'
-    assert read_architecture(c.architecture).model_type in c.model.replace('Meta-Llama', 'llama')
+    assert config.data == f'{here}/{data}.jsonl'
+    assert read_architecture(config.architecture).model_type in config.model.replace('Meta-Llama', 'llama')
