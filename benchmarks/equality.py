@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from scipy.stats import spearmanr
 
-from ches_align.audit.data import load_pairs
-from ches_align.audit.hidden_states import encode_pairs
-from ches_align.audit.models import load_model
+from ches_align.lm.pairs import load_pairs
+from ches_align.lm.encode import encode_pairs
+from ches_align.lm.models import load_model
 from ches_align.audit.pair_scores import score_block
 from ches_align.theory.ches import ches_scores
 

@@ -21,10 +21,11 @@ import torch
 import transformers
 from scipy.stats import spearmanr
 
-from ches_align.audit.data import load_pairs
-from ches_align.audit.hidden_states import EncodedPair, default_budget, encode_pairs
-from ches_align.audit.model_files import embedded_gguf, gguf_folder
-from ches_align.audit.models import load_model, wrap_model
+from ches_align.lm.pairs import load_pairs
+from ches_align.lm.encode import EncodedPair, encode_pairs
+from ches_align.lm.batches import default_budget
+from ches_align.lm.weights import embedded_gguf, gguf_folder
+from ches_align.lm.models import load_model, wrap_model
 from ches_align.audit.pair_scores import FROM_STATES, score_block
 from ches_align.audit.scoring import score_dataset
 from ches_align.audit.shared_prompts import choose_sharing, share_saved, sizes_of
@@ -197,7 +198,7 @@ def grow(data, name, most):
 
 def loading(name):
     "Seconds of the first load, which converts into an empty cache, and of a later one; a process each, without imports"
-    code = ('import time; from ches_align.audit.models import load_model; '
+    code = ('import time; from ches_align.lm.models import load_model; '
             'import transformers.models.auto.modeling_auto; '
             f'start = time.perf_counter(); load_model({name!r}); print(time.perf_counter() - start)')
     with tempfile.TemporaryDirectory() as cache:

@@ -8,56 +8,60 @@ from typing import TYPE_CHECKING
 # checkers read the imports below, which never run; `X as X` says to them that the name is offered.
 if TYPE_CHECKING:
     from .theory.ches import ches_scores as ches_scores, head_ches as head_ches
-    from .audit.card import write_selection as write_selection
-    from .audit.data import Pair as Pair, load_pairs as load_pairs, pair_texts as pair_texts
-    from .audit.hidden_states import encode_pairs as encode_pairs
-    from .audit.models import (
+    from .core.errors import ChesError as ChesError
+    from .lm.pairs import Pair as Pair, load_pairs as load_pairs, pair_texts as pair_texts
+    from .lm.models import (
         ScoringModel as ScoringModel, load_model as load_model, wrap_model as wrap_model)
-    from .audit.report import audit_report as audit_report
+    from .lm.encode import encode_pairs as encode_pairs
+    from .lm.sampling import Sampling as Sampling, load_generator as load_generator
+    from .lm.generation import generate_responses as generate_responses
     from .audit.scoring import load_scores as load_scores, score_dataset as score_dataset
     from .audit.selection import (
         length_matched_control as length_matched_control, random_control as random_control,
         select_pairs as select_pairs)
-    from .rl.generation import generate_responses as generate_responses
-    from .rl.rewards import load_reward as load_reward
-    from .rl.rollouts import rollout_rows as rollout_rows
-    from .rl.sampling import Sampling as Sampling, load_generator as load_generator
-    from .rl.spread_audit import (
-        audit_spread as audit_spread, count_looks as count_looks, load_tasks as load_tasks,
-        write_spread as write_spread)
-    from .rl.spread_report import spread_report as spread_report
-    from .rl.spread_table import (
+    from .audit.card import write_selection as write_selection
+    from .audit.report import audit_report as audit_report
+    from .audit.audit import audit_dataset as audit_dataset
+    from .watch.tracker import DisplacementTracker as DisplacementTracker
+    from .watch.callback import DisplacementCallback as DisplacementCallback
+    from .spread.rewards import load_reward as load_reward
+    from .spread.rollouts import rollout_rows as rollout_rows
+    from .spread.table import (
         group_costs as group_costs, spread_summary as spread_summary, spread_table as spread_table)
-    from .rl.spread_watch import SpreadWatch as SpreadWatch, watch_reward as watch_reward
-    from .refusal.judges import judge_responses as judge_responses, refusal_rate as refusal_rate
+    from .spread.audit import (
+        audit_spread as audit_spread, count_looks as count_looks, load_tasks as load_tasks)
+    from .spread.report import spread_report as spread_report, write_spread as write_spread
+    from .spread.watch import SpreadWatch as SpreadWatch, watch_reward as watch_reward
+    from .refusal.judges import judge_responses as judge_responses
+    from .refusal.rates import refusal_rate as refusal_rate
     from .refusal.preferences import make_preferences as make_preferences
-    from .training.callback import DisplacementCallback as DisplacementCallback
-    from .training.tracker import DisplacementTracker as DisplacementTracker
     from .training.train import train_preferences as train_preferences
 
 _homes = {
     'ches_scores': 'theory.ches', 'head_ches': 'theory.ches',
-    'write_selection': 'audit.card',
-    'Pair': 'audit.data', 'load_pairs': 'audit.data', 'pair_texts': 'audit.data',
-    'encode_pairs': 'audit.hidden_states',
-    'ScoringModel': 'audit.models', 'load_model': 'audit.models', 'wrap_model': 'audit.models',
-    'audit_report': 'audit.report',
+    'ChesError': 'core.errors',
+    'Pair': 'lm.pairs', 'load_pairs': 'lm.pairs', 'pair_texts': 'lm.pairs',
+    'ScoringModel': 'lm.models', 'load_model': 'lm.models', 'wrap_model': 'lm.models',
+    'encode_pairs': 'lm.encode',
+    'Sampling': 'lm.sampling', 'load_generator': 'lm.sampling',
+    'generate_responses': 'lm.generation',
     'load_scores': 'audit.scoring', 'score_dataset': 'audit.scoring',
     'length_matched_control': 'audit.selection', 'random_control': 'audit.selection',
     'select_pairs': 'audit.selection',
-    'generate_responses': 'rl.generation',
-    'load_reward': 'rl.rewards',
-    'rollout_rows': 'rl.rollouts',
-    'Sampling': 'rl.sampling', 'load_generator': 'rl.sampling',
-    'audit_spread': 'rl.spread_audit', 'count_looks': 'rl.spread_audit', 'load_tasks': 'rl.spread_audit',
-    'write_spread': 'rl.spread_audit',
-    'spread_report': 'rl.spread_report',
-    'group_costs': 'rl.spread_table', 'spread_summary': 'rl.spread_table', 'spread_table': 'rl.spread_table',
-    'SpreadWatch': 'rl.spread_watch', 'watch_reward': 'rl.spread_watch',
-    'judge_responses': 'refusal.judges', 'refusal_rate': 'refusal.judges',
+    'write_selection': 'audit.card',
+    'audit_report': 'audit.report',
+    'audit_dataset': 'audit.audit',
+    'DisplacementTracker': 'watch.tracker',
+    'DisplacementCallback': 'watch.callback',
+    'load_reward': 'spread.rewards',
+    'rollout_rows': 'spread.rollouts',
+    'group_costs': 'spread.table', 'spread_summary': 'spread.table', 'spread_table': 'spread.table',
+    'audit_spread': 'spread.audit', 'count_looks': 'spread.audit', 'load_tasks': 'spread.audit',
+    'spread_report': 'spread.report', 'write_spread': 'spread.report',
+    'SpreadWatch': 'spread.watch', 'watch_reward': 'spread.watch',
+    'judge_responses': 'refusal.judges',
+    'refusal_rate': 'refusal.rates',
     'make_preferences': 'refusal.preferences',
-    'DisplacementCallback': 'training.callback',
-    'DisplacementTracker': 'training.tracker',
     'train_preferences': 'training.train',
 }
 

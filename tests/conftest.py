@@ -23,7 +23,7 @@ def save_tiny(where: Path) -> Path:
     "A made-up model of two layers with the embedded model's tokenizer, as a folder that a command can load"
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    from ches_align.audit.model_files import model_source
+    from ches_align.lm.weights import model_source
     tokenizer = AutoTokenizer.from_pretrained(model_source('smollm2-135m'))
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ches_align.training.tracker import DisplacementTracker
+from ches_align.watch.tracker import DisplacementTracker
 
 WORDS = [a + b for a in 'ba be bi bo da de di do ga ge gi go'.split() for b in ('na', 'ne', 'ni', 'no')]
 YES = ['yes', 'sure']

@@ -16,10 +16,10 @@ import pandas as pd
 import pytest
 import torch
 
-from ches_align.audit.data import Pair, load_pairs
-from ches_align.audit.files import AuditError
-from ches_align.training.callback import DisplacementCallback
-from ches_align.training.tracker import DisplacementTracker
+from ches_align.lm.pairs import Pair, load_pairs
+from ches_align.core.errors import ChesError
+from ches_align.watch.callback import DisplacementCallback
+from ches_align.watch.tracker import DisplacementTracker
 
 pytest.importorskip('trl')
 pytest.importorskip('peft')
@@ -31,7 +31,7 @@ from trl import DPOConfig, DPOTrainer
 
 @lru_cache
 def tokenizer():
-    from ches_align.audit.model_files import embedded_gguf, gguf_folder
+    from ches_align.lm.weights import embedded_gguf, gguf_folder
     return AutoTokenizer.from_pretrained(gguf_folder(embedded_gguf('smollm2-135m')))
 
 @lru_cache
@@ -152,7 +152,7 @@ def test_nan_weights_are_told_and_never_averaged(tmp_path):
     with pytest.warns(UserWarning, match='of 6 of 6 probes are not finite'): metrics = tracker.update(model, 1)
     assert metrics['share_destroyed'] == 1 and 'chosen_change' not in metrics and not tracker.stopped
     assert 'step 0' in tracker.close() and len(pd.read_csv(tmp_path/'worst_pairs.csv')) == 6
-    with pytest.raises(AuditError, match='not finite before training'):
+    with pytest.raises(ChesError, match='not finite before training'):
         DisplacementTracker(tokenizer(), probes(), tmp_path/'new', max_length=64).start(model)
 
 def test_probes_that_training_sees_are_named(tmp_path):
@@ -182,12 +182,12 @@ def test_every_integration_gets_the_numbers(tmp_path, monkeypatch):
     assert ours == [2, 4] and any('loss' in logs for _, logs in Fake.run)
 
 def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch):
-    from ches_align.training import tracker
+    from ches_align.watch import tracker
     real = tracker.write_files
     watch = watcher(tmp_path/'seen')
     def full(files):
         if watch.tracker.metrics and watch.tracker.metrics[-1]['step'] > 0:
-            raise AuditError('cannot be written: No space left')
+            raise ChesError('cannot be written: No space left')
         real(files)
     monkeypatch.setattr(tracker, 'write_files', full)
     with pytest.warns(UserWarning, match='No space left.*training goes on'):
@@ -207,9 +207,9 @@ def test_the_default_alarm_needs_no_judge(tmp_path):
     assert (tmp_path/'run'/'displacement'/'summary.json').exists()
     assert len([note for note in watch.tracker.notes if 'alert' in note]) == 1  # a lasting alarm is told once
 
-@pytest.mark.parametrize('fault', [torch.OutOfMemoryError('none left'), ValueError('a mask'), AuditError('a reason')])
+@pytest.mark.parametrize('fault', [torch.OutOfMemoryError('none left'), ValueError('a mask'), ChesError('a reason')])
 def test_an_error_while_measuring_ends_nothing(tmp_path, monkeypatch, fault):
-    from ches_align.training import tracker
+    from ches_align.watch import tracker
     real = tracker.measure_probes
     calls = []
     def flaky(*args, **options):
@@ -227,7 +227,7 @@ def test_an_error_while_measuring_ends_nothing(tmp_path, monkeypatch, fault):
     assert json.loads((tmp_path/'seen'/'summary.json').read_text())['missed'] == [4]
 
 def test_no_memory_at_the_start_is_tried_again_in_smaller_batches(tmp_path, monkeypatch):
-    from ches_align.training import tracker
+    from ches_align.watch import tracker
     real = tracker.measure_probes
     def small_only(model, pairs, budget, **options):
         if budget > 200: raise torch.OutOfMemoryError('none left')
@@ -238,9 +238,9 @@ def test_no_memory_at_the_start_is_tried_again_in_smaller_batches(tmp_path, monk
     assert watch.tracker.budget == 768 // 4 and not watch.mute and sorted(set(watch.tracker.history.step)) == [0, 2]
 
 def test_a_judge_that_breaks_and_a_board_that_hears_of_it(tmp_path, monkeypatch):
-    from ches_align.training import comparison
+    from ches_align.watch import verdicts
     def broken(*args): raise KeyError('no verdict')
-    monkeypatch.setattr(comparison, 'text_verdict', broken)
+    monkeypatch.setattr(verdicts, 'text_verdict', broken)
     monkeypatch.setattr(integration_utils, 'INTEGRATION_TO_CALLBACK', dict(fake=Fake))
     Fake.run.clear()
     with pytest.warns(UserWarning, match='displacement is not measured: KeyError.*training goes on'):
@@ -299,24 +299,24 @@ def test_wrong_inputs(tmp_path):
         return DisplacementTracker(tokenizer(), source or probes(), tmp_path/folder, max_length=64, **options)
     tracker(folder='one').start(small_model())
     tracker(folder='one').start(small_model())  # begun again from step 0: begins anew
-    with pytest.raises(AuditError, match='another run .probes was 6, is 2'):
+    with pytest.raises(ChesError, match='another run .probes was 6, is 2'):
         tracker(probes()[:2], 'one').start(small_model())
-    with pytest.raises(AuditError, match='no probe pair can be measured: rows 0 .identical'):
+    with pytest.raises(ChesError, match='no probe pair can be measured: rows 0 .identical'):
         tracker([dict(prompt='a', chosen='b', rejected='b')])
     with pytest.warns(UserWarning, match='1 of 2 probe pairs are there already'):
         assert len(tracker(probes()[:1] * 2).encoded) == 1
-    with pytest.raises(AuditError, match='no such file'): tracker(str(tmp_path/'none.jsonl'))
+    with pytest.raises(ChesError, match='no such file'): tracker(str(tmp_path/'none.jsonl'))
     foreign = pd.DataFrame(dict(row_hash=['x'], ches=[0.], ln_ches=[0.]))
-    with pytest.raises(AuditError, match='none of the probes'):
+    with pytest.raises(ChesError, match='none of the probes'):
         tracker(scores=foreign, folder='two').start(small_model())
-    with pytest.raises(AuditError, match='every = 0'): tracker(every=0)
-    with pytest.raises(AuditError, match='share_falling = -1'): tracker(alert=dict(share_falling=-1))
+    with pytest.raises(ChesError, match='every = 0'): tracker(every=0)
+    with pytest.raises(ChesError, match='share_falling = -1'): tracker(alert=dict(share_falling=-1))
     (tmp_path/'one'/'history.parquet').write_text('no')
-    with pytest.raises(AuditError, match='history.parquet: unreadable'): tracker(folder='one').start(small_model(), 4)
+    with pytest.raises(ChesError, match='history.parquet: unreadable'): tracker(folder='one').start(small_model(), 4)
     (tmp_path/'one'/'manifest.json').write_text('{')
-    with pytest.raises(AuditError, match='manifest.json: not a JSON object'):
+    with pytest.raises(ChesError, match='manifest.json: not a JSON object'):
         tracker(folder='one').start(small_model(), 4)
-    with pytest.raises(AuditError, match='different pairs|same probes'):
+    with pytest.raises(ChesError, match='different pairs|same probes'):
         other = tracker(probes()[:3]).measure(small_model())
         tracker(reference=other, folder='three').start(small_model())
 
@@ -330,7 +330,7 @@ if __name__ == '__main__':
         state = dict(step=trainer.state.global_step, weight=next(trainer.model.parameters()).double().sum().item())
         (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(state))
     if what == 'one':  # probe 1 from the start, probe 4 from the third measurement on
-        from ches_align.training import tracker
+        from ches_align.watch import tracker
         real = tracker.measure_probes
         bad = {watcher(out).probes[1].row_hash}
         def picky(model, pairs, *args, **options):
@@ -344,7 +344,7 @@ if __name__ == '__main__':
         dpo(out/'run', [watch, Later()], max_steps=2, learning_rate=1e-4, ddp_backend='gloo').train()
         (out/f'rank{os.environ["RANK"]}.json').write_text(json.dumps(dict(kept=watch.tracker.kept)))
     if what == 'fail':
-        from ches_align.training import tracker
+        from ches_align.watch import tracker
         real = tracker.measure_probes
         calls = []
         def flaky(*args, **options):

@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ches_align.audit.data import load_pairs
-from ches_align.audit.hidden_states import encode_pairs
+from ches_align.lm.pairs import load_pairs
+from ches_align.lm.encode import encode_pairs
 from ches_align.audit.pair_scores import blank_row
 
 def user(content): return dict(role='user', content=content)

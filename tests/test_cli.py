@@ -11,7 +11,7 @@ import pytest
 from commands import ENV, command, done, refused, started
 from conftest import save_tiny
 
-from ches_align.audit.data import load_pairs
+from ches_align.lm.pairs import load_pairs
 from ches_align.audit.scoring import load_scores
 
 def shards(out): return {f.name: f.stat().st_mtime_ns for f in (out/'scores').glob('*.parquet')}
@@ -146,11 +146,11 @@ def test_no_permission(tmp_path, data):
     locked = tmp_path/'locked'
     locked.mkdir(mode=0o555)
     for folder in (tmp_path, *tmp_path.parents[:2]): os.chmod(folder, 0o755)
-    code = '\n'.join(['import os', 'from pathlib import Path', 'from ches_align.audit.runs import write_files',
+    code = '\n'.join(['import os', 'from pathlib import Path', 'from ches_align.core.writing import write_files',
                       'if not os.geteuid(): os.setgid(65534); os.setuid(65534)  # root may write anywhere: be nobody',
                       f"write_files({{Path({str(locked/'x')!r}): b'x'}})"])
     got = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert 'AuditError' in got.stderr and 'Permission denied' in got.stderr, got.stderr
+    assert 'ChesError' in got.stderr and 'Permission denied' in got.stderr, got.stderr
 
 @pytest.fixture
 def tiny_disk(tmp_path):

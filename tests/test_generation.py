@@ -11,9 +11,9 @@ from conftest import save_tiny
 
 SCRIPT = '''
 import sys
-from ches_align.audit.models import load_model
-from ches_align.rl.generation import generate_responses
-from ches_align.rl.sampling import Sampling
+from ches_align.lm.models import load_model
+from ches_align.lm.generation import generate_responses
+from ches_align.lm.sampling import Sampling
 prompts = [f'Say {i} things about the number {i}.' for i in range(12)]
 generate_responses(load_model('model', device='cpu'), prompts, Sampling(max_new_tokens=60, responses=4, seed=5),
                    sys.argv[1], batch_tokens=400, progress=False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from ches_align.rl.spread import prompt_spread, std_interval, zero_group_chance
+from ches_align.spread.interval import prompt_spread, std_interval, zero_group_chance
 from ches_align.theory.ches import (
     CONVENTIONS, Head, head_ches, head_ches_of, neg_edit_distance, pair_scores, predicting_mask)
 from ches_align.theory.reward_std import finetuning_times, reward_std_bounds

@@ -8,8 +8,11 @@ import pytest
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.data_files import DataFilesList, get_data_patterns
 
-from ches_align.audit.data import iter_pairs, load_pairs, split_text
-from ches_align.audit.files import AuditError, _folder_splits, data_suffix, read_rows
+from ches_align.lm.texts import split_text
+from ches_align.lm.pairs import iter_pairs, load_pairs
+from ches_align.core.errors import ChesError
+from ches_align.core.formats import data_suffix
+from ches_align.core.rows import _folder_splits, read_rows
 
 def user(text): return dict(role='user', content=text)
 def assistant(text): return dict(role='assistant', content=text)
@@ -114,7 +117,7 @@ def test_rows_without_a_layout(tmp_path):
         assert [p.problem for p in pairs] == ['missing_field']*count + ['']
     assert pairs[0].detail.startswith('no column for the chosen response; it has prompt, text')
     assert content(iter_pairs(iter([bad]*150 + [good])))[-1][-1] == ''
-    with pytest.raises(AuditError, match='bad.jsonl: no column for the chosen response'):
+    with pytest.raises(ChesError, match='bad.jsonl: no column for the chosen response'):
         load_pairs(write(tmp_path/'bad.jsonl', [bad]*150))
 
 def preference_sets():
@@ -144,7 +147,7 @@ def test_a_preference_in_its_own_column_is_never_guessed_at(name, row, column):
     assert pair.problem == 'own_preference' and repr(column) in pair.detail and '--columns' not in pair.detail
     try:
         pairs = load_pairs([row]*3)  # a column `chosen` or `winner` is there, but its cells are no responses
-    except AuditError as error:
+    except ChesError as error:
         assert repr(column) in str(error) and '--columns' not in str(error) and '\n' not in str(error)
     else:
         assert [p.problem for p in pairs] == ['own_preference']*3
@@ -229,13 +232,13 @@ def test_a_folder_of_the_hub_is_read_as_load_dataset_reads_it(tmp_path):
     for split in ('train', 'test'):
         theirs = load_dataset(str(tmp_path/'set'), split=split, cache_dir=str(tmp_path/'cache'))
         assert list(read_rows(tmp_path/'set', split)) == list(theirs)
-    with pytest.raises(AuditError, match='no split .dev.; choose --split from test, train'):
+    with pytest.raises(ChesError, match='no split .dev.; choose --split from test, train'):
         load_pairs(tmp_path/'set', 'dev')
 
 def test_splits_of_the_same_word_are_not_mixed(tmp_path):
     row = dict(prompt='q', chosen='a', rejected='b')
     for name in ('train_gen', 'train_sft', 'test_gen'): write(tmp_path/f'{name}.jsonl', [row | dict(prompt=name)])
-    with pytest.raises(AuditError, match='several splits; choose --split from'): load_pairs(tmp_path)
+    with pytest.raises(ChesError, match='several splits; choose --split from'): load_pairs(tmp_path)
     assert [p.prompt for p in load_pairs(tmp_path, 'train_sft')] == ['train_sft']
     assert [p.prompt for p in load_pairs(tmp_path, 'test')] == ['test_gen']
     write(tmp_path/'train.jsonl', [row | dict(prompt='train')])
@@ -247,10 +250,10 @@ def test_what_is_packed_is_guarded(tmp_path):
     path = tmp_path/'bomb.jsonl.zst'
     with pa.CompressedOutputStream(str(path), 'zstd') as file:
         for _ in range(300): file.write(b' ' * (1 << 20))
-    with pytest.raises(AuditError, match='bomb.jsonl.zst: unpacks from'): load_pairs(path)
+    with pytest.raises(ChesError, match='bomb.jsonl.zst: unpacks from'): load_pairs(path)
     for name, data in (('a.jsonl.gz', b'{"prompt": 1}'), ('b.csv.xz', b'x'), ('c.json.zst', b'[]'), ('d.tsv.bz2', b'')):
         (tmp_path/name).write_bytes(data)
-        with pytest.raises(AuditError, match=name): load_pairs(tmp_path/name)
+        with pytest.raises(ChesError, match=name): load_pairs(tmp_path/name)
 
 @pytest.mark.parametrize('suffix', ['.gz', '.bz2', '.xz', '.zst'])
 def test_a_packed_file_that_is_cut_short_or_damaged(tmp_path, suffix):
@@ -266,12 +269,12 @@ def test_a_packed_file_that_is_cut_short_or_damaged(tmp_path, suffix):
     gen = random.Random(suffix)
     for _ in range(20):
         path.write_bytes(whole[:gen.randrange(1, len(whole) - 1)])
-        with pytest.raises(AuditError, match=f'a.jsonl{suffix}'): list(read_rows(path))
+        with pytest.raises(ChesError, match=f'a.jsonl{suffix}'): list(read_rows(path))
         at = gen.randrange(len(whole))
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << gen.randrange(8)]) + whole[at + 1:])
         try:
             assert len(list(read_rows(path))) <= len(rows)
-        except AuditError as error:
+        except ChesError as error:
             assert path.name in str(error)
 
 def test_settings_of_the_process_stay(tmp_path):
@@ -285,7 +288,7 @@ def test_settings_of_the_process_stay(tmp_path):
     None, 5, b'x', dict(prompt=['q'], chosen=['a']), dict(prompt='q', chosen='a', rejected='b'), ['a.jsonl', 'b.jsonl'],
     [['q', 'a', 'b']], [1, 2], {}, iter([]), pd.DataFrame(), pd.Series(['a'])])
 def test_what_holds_no_rows(source):
-    with pytest.raises(AuditError) as refusal: load_pairs(source)
+    with pytest.raises(ChesError) as refusal: load_pairs(source)
     assert '\n' not in str(refusal.value)
 
 def test_a_row_that_is_nested_without_end_is_flagged(tmp_path):
@@ -297,7 +300,7 @@ def test_a_row_that_is_nested_without_end_is_flagged(tmp_path):
         pairs = load_pairs(source)
         assert [p.problem for p in pairs] == ['', 'too_deep', 'too_deep', 'too_deep']
         assert pairs[1].detail == 'x is nested deeper than 100 levels' and not any('x' in p.extra for p in pairs)
-        with pytest.raises(AuditError, match="row 1: column 'x' is nested deeper than 100"): list(read_rows(source))
+        with pytest.raises(ChesError, match="row 1: column 'x' is nested deeper than 100"): list(read_rows(source))
 
 def test_images_are_flagged_and_sounds_told():
     row = dict(prompt='q', chosen='a', rejected='b')

@@ -1,4 +1,4 @@
-"""Broken data: every input gives pairs, bad rows flagged, or an `AuditError` that names the file, and nothing else."""
+"""Broken data: every input gives pairs, bad rows flagged, or a `ChesError` that names the file, and nothing else."""
 import csv, io, json, os, pickle, random, shutil, subprocess, sys, time
 
 import pandas as pd
@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from ches_align.audit.data import load_pairs
-from ches_align.audit.files import AuditError
-from ches_align.audit.models import load_model
+from ches_align.lm.pairs import load_pairs
+from ches_align.core.errors import ChesError
+from ches_align.lm.models import load_model
 from ches_align.audit.pair_scores import COLUMNS
-from ches_align.audit.run import FORMAT
+from ches_align.core.run import FORMAT
 from ches_align.audit.scoring import load_scores
 
 ROWS = [dict(prompt=f'Frage {i}, bitte?', chosen=f'Ja, "{i}"\nund mehr', rejected=f'Nein {i} \u00e9')
@@ -42,7 +42,7 @@ def outcome(path):
     "'survived' with a pair a row, each usable or flagged, or 'refused' in a line that names the file"
     try:
         pairs = load_pairs(str(path))
-    except AuditError as error:
+    except ChesError as error:
         assert path.name in str(error), error
         return 'refused'
     assert pairs and [p.row_id for p in pairs] == list(range(len(pairs)))
@@ -90,15 +90,15 @@ def test_damaged_files(tmp_path, record_property, suffix, damage, part):
 FOOTER = """
 import sys
 from pathlib import Path
-from ches_align.audit.data import load_pairs
-from ches_align.audit.files import AuditError
+from ches_align.lm.pairs import load_pairs
+from ches_align.core.errors import ChesError
 path, counts = Path(sys.argv[1]), dict(survived=0, refused=0)
 whole = path.read_bytes()
 start = len(whole) - 8 - int.from_bytes(whole[-8:-4], 'little')
 for at in range(start, len(whole)):
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
     try: counts['survived' if load_pairs(str(path)) else 'refused'] += 1
-    except AuditError as e: counts['refused'] += path.name in str(e)
+    except ChesError as e: counts['refused'] += path.name in str(e)
 print(len(whole) - start, *counts.values())
 """
 
@@ -146,7 +146,7 @@ def test_odd_jsonl(tmp_path, record_property, name):
 def test_a_bad_line_is_named(tmp_path, record_property, content, where):
     path = tmp_path/'bad.jsonl'
     path.write_bytes(content.encode('latin-1'))
-    with pytest.raises(AuditError, match=f'bad.jsonl, {where}: '): load_pairs(str(path))
+    with pytest.raises(ChesError, match=f'bad.jsonl, {where}: '): load_pairs(str(path))
     tell(record_property, ['refused'])
 
 HEAD = b'prompt,chosen,rejected\n'
@@ -188,7 +188,7 @@ def test_odd_names_of_data(tmp_path, monkeypatch, record_property):
     for folder in ('folder.jsonl', 'more/part.csv'): (tmp_path/folder).mkdir(parents=True)
     asked = SOURCES + ['loop.jsonl', 'folder.jsonl', 'more']
     for name in asked:
-        with pytest.raises(AuditError): load_pairs(name)
+        with pytest.raises(ChesError): load_pairs(name)
     tell(record_property, ['refused']*len(asked))
 
 def saved(where):
@@ -212,7 +212,7 @@ def test_a_saved_data_set_stays_in_its_folder(tmp_path, record_property):
         shutil.rmtree(where)
         saved(where)
         (where/file).write_text(text)
-        with pytest.raises(AuditError, match='set'): load_pairs(str(where))
+        with pytest.raises(ChesError, match='set'): load_pairs(str(where))
     tell(record_property, ['survived'] + ['refused']*len(set_up))
 
 @pytest.mark.parametrize('damage', [truncate, nudge, flip, noise])
@@ -278,11 +278,11 @@ def test_a_file_that_unpacks_to_much_more_is_refused(tmp_path, record_property, 
 PEAK = """
 import re, sys
 from pathlib import Path
-from ches_align.audit.data import iter_pairs
-from ches_align.audit.files import AuditError
+from ches_align.lm.pairs import iter_pairs
+from ches_align.core.errors import ChesError
 said = 'read'
 try: all(iter_pairs(sys.argv[1]))
-except AuditError as e: said = str(e)
+except ChesError as e: said = str(e)
 # ru_maxrss would be the test's own, which a child inherits
 print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1], said)
 """
@@ -305,7 +305,7 @@ def test_a_pickle_is_not_read(tmp_path, record_property, name):
     if name.startswith('lora'): (path.parent/'adapter_config.json').write_text(json.dumps(dict(
         peft_type='LORA', base_model_name_or_path='smollm2-135m')))
     read = load_pairs if name.startswith('data') else load_scores if name.startswith('run') else load_model
-    with pytest.raises(AuditError): read(str(path if name.startswith('data') else tmp_path/name.split('/')[0]))
+    with pytest.raises(ChesError): read(str(path if name.startswith('data') else tmp_path/name.split('/')[0]))
     tell(record_property, ['refused'])
     assert not mark.exists()
 
@@ -327,7 +327,7 @@ def test_damaged_shards(tmp_path, record_property, damage):
         shard.write_bytes(damage(whole, gen))
         try:
             outcomes.append('survived' if len(load_scores(tmp_path/'run')) else 'refused')
-        except AuditError as error:
+        except ChesError as error:
             outcomes.append('refused')
             assert str(tmp_path/'run') in str(error)
     tell(record_property, outcomes)

@@ -9,8 +9,8 @@ import pytest
 from commands import done
 from conftest import save_tiny
 
-from ches_align.audit.adapters import model_parts
-from ches_align.audit.models import load_model
+from ches_align.lm.adapters import model_parts
+from ches_align.lm.models import load_model
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
@@ -51,8 +51,8 @@ def test_refusals_and_rewards_take_an_adapter(home, tmp_path):
 
 FROM_THE_HUB = """
 import ctypes, json, sys
-from ches_align.audit.models import load_model
-from ches_align.audit.adapters import model_parts
+from ches_align.lm.models import load_model
+from ches_align.lm.adapters import model_parts
 from ches_align.cli.main import keep_freed_memory
 
 def kept(size=200 << 20):

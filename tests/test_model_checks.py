@@ -7,11 +7,12 @@ import pytest
 import torch
 import transformers as tr
 
-from ches_align.audit.data import load_pairs
-from ches_align.audit.files import AuditError
-from ches_align.audit.hidden_states import encode_pairs
-from ches_align.audit.model_checks import check_model, length_key, length_rules
-from ches_align.audit.models import read_head, wrap_model
+from ches_align.lm.pairs import load_pairs
+from ches_align.core.errors import ChesError
+from ches_align.lm.encode import encode_pairs
+from ches_align.lm.structure import length_key, length_rules
+from ches_align.lm.model_checks import check_model
+from ches_align.lm.models import read_head, wrap_model
 from ches_align.audit.scoring import score_dataset
 
 SIZES = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -131,11 +132,11 @@ CHANGES = {'later tokens': lambda x: x + .05 * x.flip(1).cumsum(1).flip(1), 'cap
 def test_states_that_look_elsewhere_are_refused(change, dtype):
     model = build(*RIGHT['llama'], dtype)
     model.model.layers[0].mlp = Changed(model.model.layers[0].mlp, CHANGES[change])
-    with pytest.raises(AuditError, match='its hidden states depend on'): check(model)
+    with pytest.raises(ChesError, match='its hidden states depend on'): check(model)
 
 def test_xlnet_is_refused():
     model = build('XLNetConfig', dict(vocab_size=300, d_model=32, n_layer=2, n_head=4, d_inner=48))
-    with pytest.raises(AuditError, match='depend on later tokens'): wrap_model(model, Words(), 'xlnet')
+    with pytest.raises(ChesError, match='depend on later tokens'): wrap_model(model, Words(), 'xlnet')
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('cap', [5., 30., 100.])
@@ -146,7 +147,7 @@ def test_a_cap_that_is_not_read_is_noticed(cap, dtype):
     with torch.no_grad(): model.lm_head.weight.mul_(.1)
     assert check(model) == ''
     bare = read_head(model)._replace(softcap=None)
-    with pytest.raises(AuditError, match='not its output layer'):
+    with pytest.raises(ChesError, match='not its output layer'):
         check_model(model, model, model.base_model, bare, 'tiny')
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
@@ -154,7 +155,7 @@ def test_a_changed_head_is_noticed(dtype):
     model = build(*RIGHT['llama'], dtype)
     wrong = read_head(model)
     for other in (wrong._replace(scale=1.02), wrong._replace(bias=.1 * torch.randn(300).to(dtype))):
-        with pytest.raises(AuditError, match='not its output layer'):
+        with pytest.raises(ChesError, match='not its output layer'):
             check_model(model, model, model.base_model, other, 'tiny')
 
 def test_ids_beyond_the_embedding_flag_their_rows():
@@ -169,7 +170,7 @@ def test_ids_beyond_the_embedding_flag_their_rows():
 def test_rows_longer_than_the_table_of_positions_are_told_before_scoring():
     model = build('GPT2Config', RIGHT['gpt2'][1] | dict(n_positions=64))
     lm = wrap_model(model, Words(), 'gpt2')
-    with pytest.raises(AuditError, match='give --max_length 64 or less'):
+    with pytest.raises(ChesError, match='give --max_length 64 or less'):
         score_dataset(rows([(40, 30, 9)]), lm, max_length=100, progress=False)
 
 def test_adapters_as_given():
@@ -178,7 +179,7 @@ def test_adapters_as_given():
     config = dict(task_type='CAUSAL_LM', num_virtual_tokens=4)
     for kind in (peft.PromptTuningConfig(**config), peft.PrefixTuningConfig(**config),
                  peft.PromptEncoderConfig(**config, encoder_hidden_size=16)):
-        with pytest.raises(AuditError, match='learned vectors before each prompt'):
+        with pytest.raises(ChesError, match='learned vectors before each prompt'):
             wrap_model(peft.get_peft_model(copy.deepcopy(base), kind), Words(), 'tiny')
     lora = dict(task_type='CAUSAL_LM', r=2, init_lora_weights=False)
     model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=['q_proj'], **lora))
@@ -195,7 +196,7 @@ def test_adapters_as_given():
         assert off.provenance['adapters']['off'] == ['default', 'second']
         assert near(off) == pytest.approx([w for w, _ in own_logps(base, encoded)], rel=1e-4)
     on_head = peft.LoraConfig(target_modules=['lm_head'], **lora)
-    with pytest.raises(AuditError, match='output layer.*merge it'):
+    with pytest.raises(ChesError, match='output layer.*merge it'):
         wrap_model(peft.get_peft_model(copy.deepcopy(base), on_head), Words())
     on_queries = peft.LoraConfig(target_modules=['q_proj'], **lora)
     mixed = peft.get_peft_model(copy.deepcopy(base), on_queries, mixed=True)

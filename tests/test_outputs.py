@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from ches_align.audit.card import write_selection
-from ches_align.audit.data import PairSource, load_pairs
-from ches_align.audit.hidden_states import encode_pairs
-from ches_align.audit.models import load_model
+from ches_align.lm.pairs import PairSource, load_pairs
+from ches_align.lm.encode import encode_pairs
+from ches_align.lm.models import load_model
 from ches_align.audit.scoring import load_scores, score_dataset
 from ches_align.audit.selection import select_pairs
 from commands import done, refused
@@ -80,9 +80,9 @@ def test_trl_trains_on_the_tokens_that_were_scored(tmp_path, name, template, mod
 
 def test_no_command_writes_over_what_it_reads(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data = lines_of(tmp_path/'kept.jsonl', TEXT)
+    pairs = lines_of(tmp_path/'kept.jsonl', TEXT)
     small = dict(model=model, device='cpu')
-    before = data.read_bytes()
+    before = pairs.read_bytes()
     done('score', 'kept.jsonl', output_dir='o', **small)
     assert 'is read by this command' in refused('filter', 'o')
     os.symlink('kept.jsonl', 'link.jsonl')
@@ -99,7 +99,7 @@ def test_no_command_writes_over_what_it_reads(tmp_path, model, monkeypatch):
     done('score', 'data', output_dir='of_folder', **small)
     assert 'would lie in a folder' in refused('filter', 'of_folder', output='data/kept.jsonl')
     assert 'would lie in a folder' in refused('audit', 'data', output_dir='data', **small)
-    assert data.read_bytes() == before and sorted(os.listdir('data')) == ['train.jsonl']
+    assert pairs.read_bytes() == before and sorted(os.listdir('data')) == ['train.jsonl']
 
 def test_a_default_name_takes_nobodys_place(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -119,10 +119,10 @@ def test_said_before_scoring_and_reported_all_the_same(tmp_path, model, monkeypa
     monkeypatch.chdir(tmp_path)
     small = dict(model=model, device='cpu')
     rows = [*TEXT, *FORMS['messages']]
-    data = lines_of(tmp_path/'d.jsonl', TEXT)
+    pairs = lines_of(tmp_path/'d.jsonl', TEXT)
     mixed = lines_of(tmp_path/'mixed.jsonl', rows)
     for odd in (dict(keep=1.5), dict(by='ln_chess'), dict(limit=-1)):
-        refused('audit', data, output_dir='none', **small, **odd)
+        refused('audit', pairs, output_dir='none', **small, **odd)
         assert not Path('none').exists()
     assert 'text beside messages' in refused('audit', mixed, output_dir='none', **small)
     assert not any(Path('none').iterdir())  # it was read, and nothing of it was scored
@@ -135,11 +135,11 @@ def test_strata_and_batches(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kinds = [None, 'x', 1, [2]]
     rows = [r | dict(kind=kinds[i % 4], length='long' if i % 2 else 'short') for i, r in enumerate(TEXT)]
-    data = lines_of(tmp_path/'d.jsonl', rows)
+    pairs = lines_of(tmp_path/'d.jsonl', rows)
     small = dict(model=model, device='cpu')
-    done('score', data, output_dir='o', **small)
+    done('score', pairs, output_dir='o', **small)
     scores = load_scores('o')
-    done('score', data, output_dir='o', batch_tokens=40, **small)  # what the lack of memory advises
+    done('score', pairs, output_dir='o', batch_tokens=40, **small)  # what the lack of memory advises
     assert load_scores('o').equals(scores)
     assert 'say data:length or score:length' in refused('filter', 'o', stratify='length')
     done('filter', 'o', stratify='data:length', output='by_data.jsonl')
@@ -150,32 +150,32 @@ def test_strata_and_batches(tmp_path, model, monkeypatch):
     card = json.loads(Path('by_kind.jsonl.card.json').read_text())
     before = {k: v['before'] for k, v in card['composition']['kind'].items()}
     assert before == {'(missing)': 3, '1': 3, '[2]': 3, 'x': 3}
-    assert select_pairs(scores, keep=.5).selected.sum() == 6 and len(list(PairSource(str(data)))) == 12
+    assert select_pairs(scores, keep=.5).selected.sum() == 6 and len(list(PairSource(str(pairs)))) == 12
 
 @contextlib.contextmanager
 def counted(monkeypatch):
     "How often the data are gone through, whoever does it"
-    from ches_align.audit import data
+    from ches_align.lm import pairs
     reads = []
-    unharmed = data.read_rows
+    unharmed = pairs.read_rows
     def read_rows(source, *args, **options):
         reads.append(str(source))
         return unharmed(source, *args, **options)
     with monkeypatch.context() as patched:
-        patched.setattr(data, 'read_rows', read_rows)
+        patched.setattr(pairs, 'read_rows', read_rows)
         yield reads
 
 def test_an_audit_reads_three_times_and_is_its_three_steps(tmp_path, model, monkeypatch):
     "Once to score, once for the page, once for the file; a draw counts the rows once more"
     monkeypatch.chdir(tmp_path)
     rows = [row | dict(kind='ab'[i % 2]) for i, row in enumerate(TEXT)]
-    data = lines_of(tmp_path/'d.jsonl', rows)
+    pairs = lines_of(tmp_path/'d.jsonl', rows)
     small = dict(model=model, device='cpu')
-    with counted(monkeypatch) as reads: done('audit', data, output_dir='whole', **small)
-    assert reads == [str(data)]*3
-    with counted(monkeypatch) as reads: done('audit', data, output_dir='drawn', limit=8, limit_seed=1, **small)
+    with counted(monkeypatch) as reads: done('audit', pairs, output_dir='whole', **small)
+    assert reads == [str(pairs)]*3
+    with counted(monkeypatch) as reads: done('audit', pairs, output_dir='drawn', limit=8, limit_seed=1, **small)
     assert len(reads) == 4
-    for step, times in ((('score', data), 1), (('report', 'parts'), 1), (('filter', 'parts'), 1)):
+    for step, times in ((('score', pairs), 1), (('report', 'parts'), 1), (('filter', 'parts'), 1)):
         place = dict(output='parts/kept.jsonl') if step[0] == 'filter' else dict(output_dir='parts')
         with counted(monkeypatch) as reads: done(*step, **place, **small if step[0] == 'score' else {})
         assert len(reads) == times, step

@@ -9,11 +9,13 @@ from accelerate import dispatch_model
 from conftest import save_tiny
 from pretend_cuda import DeviceMix, pretend, said
 
-from ches_align.audit import models, shared_prompts
-from ches_align.audit.data import load_pairs
-from ches_align.audit.files import AuditError
-from ches_align.audit.hidden_states import encode_pairs, response_states
-from ches_align.audit.models import load_model, wrap_model
+from ches_align.lm import models
+from ches_align.audit import shared_prompts
+from ches_align.lm.pairs import load_pairs
+from ches_align.core.errors import ChesError
+from ches_align.lm.encode import encode_pairs
+from ches_align.lm.batches import response_states
+from ches_align.lm.models import load_model, wrap_model
 from ches_align.audit.pair_scores import score_block
 
 PLACES = {'model.embed_tokens': 0, 'model.rotary_emb': 0, 'model.layers.0': 0, 'model.layers.1': 1, 'model.norm': 1}
@@ -66,11 +68,11 @@ def test_weights_left_on_the_disk(folders, tmp_path):
     lm = load_model(str(folders/'tied'), device='cpu')
     places = {place: 'cpu' for place in PLACES} | {'model.layers.1': 'disk', 'lm_head': 'cpu'}
     spread = dispatch_model(lm.model, places, main_device='cpu', offload_dir=str(tmp_path), force_hooks=True)
-    with pytest.raises(AuditError, match='do not fit on the GPUs here.*--quantize 4bit'):
+    with pytest.raises(ChesError, match='do not fit on the GPUs here.*--quantize 4bit'):
         wrap_model(spread, lm.tokenizer)
 
 def test_a_gpu_that_is_not_there(folders):
-    with pretend(2), pytest.raises(AuditError, match='device cuda:7: this machine has 2, cuda:0 to cuda:1'):
+    with pretend(2), pytest.raises(ChesError, match='device cuda:7: this machine has 2, cuda:0 to cuda:1'):
         load_model(str(folders/'tied'), device='cuda:7')
 
 def left_on_the_cpu(inputs, *args, **kwargs): return inputs

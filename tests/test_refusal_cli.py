@@ -8,7 +8,7 @@ import pytest
 from commands import command, done, refused, run, started
 from conftest import save_tiny
 
-from ches_align.audit.data import load_pairs
+from ches_align.lm.pairs import load_pairs
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,7 +99,7 @@ ARMS = [p for p in sorted((ROOT/'configs'/'sorry_bench').glob('*.yaml')) if 'kin
 
 def test_the_study_has_the_published_values():
     from ches_align.studies.refusal_plan import RefusalStudy
-    from ches_align.training.config import load_config
+    from ches_align.core.config import load_config
     study = load_config(ROOT/'configs'/'sorry_bench'/'gemma_2b_it.yaml', dict(refusal=RefusalStudy))
     assert (study.keep, study.test, study.max_new_tokens) == (.05, .15, 512)
     assert (study.pair_temperature, study.rate_temperature) == (1., .7)
@@ -111,9 +111,9 @@ def test_the_study_has_the_published_values():
 
 @pytest.mark.parametrize('path', ARMS, ids=lambda p: p.stem)
 def test_published_values(path):
-    from ches_align.training.config import load_config
+    from ches_align.core.config import load_config
     from ches_align.training.memory import read_architecture
-    from ches_align.training.train_config import TrainConfig
+    from ches_align.training.train_plan import TrainConfig
     config = load_config(path, dict(preference=TrainConfig))
     model = next(m for m in ('gemma_2b_it', 'llama3_8b_instruct') if path.stem.startswith(m))
     arm = path.stem.removeprefix(f'{model}_')

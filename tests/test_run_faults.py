@@ -14,12 +14,12 @@ from project import ROOT
 from test_loader_faults import tell
 
 from ches_align.audit.card import write_selection
-from ches_align.audit.data import PairSource, load_pairs
-from ches_align.audit.files import AuditError
-from ches_align.audit.models import load_model
+from ches_align.lm.pairs import PairSource, load_pairs
+from ches_align.core.errors import ChesError
+from ches_align.lm.models import load_model
 from ches_align.audit.report import audit_report
-from ches_align.audit.run import open_run, run_rows
-from ches_align.audit.runs import only_writer
+from ches_align.core.run import open_run, run_rows
+from ches_align.core.writing import only_writer
 from ches_align.audit.scoring import load_scores, score_dataset
 from ches_align.audit.selection import select_pairs
 from ches_align.cli.main import one_line
@@ -141,7 +141,7 @@ def test_a_full_disk_at_every_write(tmp_path, place, monkeypatch, record_propert
         try:
             whole()
             break
-        except AuditError as error:
+        except ChesError as error:
             assert 'No space left on device' in str(error) and 'what was finished is kept' in str(error)
         outcomes.append('refused')
         assert not list(out.rglob('*.partial'))
@@ -155,7 +155,7 @@ def test_a_full_disk_at_every_write(tmp_path, place, monkeypatch, record_propert
         was = (out/file).read_bytes()
         left[0] = 1
         scores = load_scores(out)
-        with pytest.raises(AuditError):
+        with pytest.raises(ChesError):
             if file == 'kept.jsonl': write_selection(select_pairs(scores, keep=.2), source, out/file)
             else: audit_report(scores, source, out, title='x')
         outcomes.append('refused')
@@ -190,7 +190,7 @@ def test_a_disk_that_fills_up_within_a_file(tmp_path, place, record_property):
         write(.5)
         was = contents(out)
         for size in (0, 1, 700, 5000):
-            with no_file_beyond(size), pytest.raises(AuditError, match='File too large; what was finished is kept'):
+            with no_file_beyond(size), pytest.raises(ChesError, match='File too large; what was finished is kept'):
                 write(.3)
             assert contents(out) == was
             outcomes.append('refused')
@@ -205,7 +205,7 @@ def test_scores_on_a_disk_that_fills_up_within_a_file(tmp_path, place, record_pr
     outcomes = []
     def score(): return score_dataset(load_pairs(str(place/'pairs.jsonl'), limit=70), model, out, progress=False)
     for size in (0, 100, 3000):
-        with no_file_beyond(size), pytest.raises(AuditError, match='File too large'): score()
+        with no_file_beyond(size), pytest.raises(ChesError, match='File too large'): score()
         assert not list(out.rglob('*.partial'))
         for shard in out.rglob('*.parquet'): pd.read_parquet(shard)
         outcomes.append('refused')
@@ -219,7 +219,7 @@ def test_a_line_of_a_run_that_does_not_fit(tmp_path, record_property):
     def opened(): return open_run(tmp_path, dict(a=1))
     for k, line in enumerate(lines):
         with opened() as run:
-            with no_file_beyond(k*75 + 30), pytest.raises(AuditError, match='File too large'): run.add(line)
+            with no_file_beyond(k*75 + 30), pytest.raises(ChesError, match='File too large'): run.add(line)
         assert run_rows(tmp_path) == lines[:k]
         with opened() as run:
             assert run.rows() == lines[:k]
@@ -250,7 +250,7 @@ def test_a_name_that_cannot_change(tmp_path, place, monkeypatch, record_property
     monkeypatch.setattr(os, 'replace', fails)
     for k in range(1, len(old) + 1):
         left[0] = k
-        with pytest.raises(AuditError, match='Input/output error; what was finished is kept'): both(tmp_path/'old', .3)
+        with pytest.raises(ChesError, match='Input/output error; what was finished is kept'): both(tmp_path/'old', .3)
         now = by_name(tmp_path/'old')
         assert now.keys() == old.keys()
         assert all(c in (old[f], same(new[f])) or same(c) == same(new[f]) for f, c in now.items())
@@ -275,7 +275,7 @@ def test_a_signal_is_heard_only_while_a_command_runs(record_property, capsys):
     heard = []
     before = signal.signal(signal.SIGTERM, mine)
     try:
-        def refuse(): raise AuditError('x')
+        def refuse(): raise ChesError('x')
         for end in (lambda: None, lambda: os.kill(os.getpid(), signal.SIGTERM), refuse, lambda: 1/0):
             try:
                 with one_line('ches score'):

@@ -31,7 +31,7 @@ CONFIGS = sorted(p for p in (Path(__file__).parents[1]/'configs').rglob('*.yaml'
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: f'{p.parent.name}/{p.stem}')
 def test_every_shipped_file_is_read(path):
     from ches_align.studies.study import PLANS
-    from ches_align.training.config import load_config
+    from ches_align.core.config import load_config
     assert load_config(path, PLANS).kind in path.read_text()
 
 def save(where, name, **changes):

@@ -9,9 +9,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 import transformers.integrations.integration_utils as utils
 
-from ches_align.audit.files import AuditError
-from ches_align.audit.model_files import model_source
-from ches_align.rl.spread_watch import SpreadCallback, SpreadWatch, read_rollouts, watch_reward
+from ches_align.core.errors import ChesError
+from ches_align.lm.weights import model_source
+from ches_align.spread.watch import SpreadCallback, SpreadWatch, read_rollouts, watch_reward
 
 trl = pytest.importorskip('trl')
 TOKENIZER = AutoTokenizer.from_pretrained(model_source('smollm2-135m'))
@@ -169,7 +169,7 @@ def test_weights_are_named_or_the_log_is_refused(tmp_path, weights):
     trainer = trained(tmp_path, [odd, even], data, log_completions=True, reward_weights=list(map(float, weights)))
     lines = [line for line in trainer.state.log_history if 'reward' in line]
     if weights != [-1, -1]:  # a constant sum
-        with pytest.raises(AuditError, match='follow from no sum of odd, even, length: name the rewards'):
+        with pytest.raises(ChesError, match='follow from no sum of odd, even, length: name the rewards'):
             read_rollouts(tmp_path)
     named = dict(reward=f'odd*{weights[0]}+even*{weights[1]}')
     watch = read_rollouts(tmp_path, named, SpreadWatch(limits={}, tell=lambda text: None))

@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from ches_align.audit.data import load_pairs
-from ches_align.audit.files import AuditError
-from ches_align.audit.model_files import embedded_gguf, gguf_folder
-from ches_align.audit.models import load_model
-from ches_align.audit.runs import write_files
+from ches_align.lm.pairs import load_pairs
+from ches_align.core.errors import ChesError
+from ches_align.lm.weights import embedded_gguf, gguf_folder
+from ches_align.lm.models import load_model
+from ches_align.core.writing import write_files
 from ches_align.theory.losses import LOSSES
-from ches_align.training.config import ConfigError, load_config
+from ches_align.core.config import ConfigError, load_config
 from ches_align.training.train import make_trainer, read_data, train_preferences
-from ches_align.training.train_config import Displacement, Lora, TrainConfig, check
+from ches_align.training.train_plan import Displacement, Lora, TrainConfig, check
 
 warnings.filterwarnings('ignore', category=FutureWarning)
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,7 +129,7 @@ def test_killed_and_continued(settings, home, tmp_path):
     assert not (tmp_path/'killed/model').exists()
     (tmp_path/'killed/checkpoints/checkpoint-18').mkdir(exist_ok=True)  # as a kill while writing would leave it
     config = load_config(file, KINDS, many)
-    with pytest.raises(AuditError, match='continue it with --resume'): train_preferences(config)
+    with pytest.raises(ChesError, match='continue it with --resume'): train_preferences(config)
     manifest = train_preferences(config, resume=True)
     assert 2 <= manifest['sessions'][0]['from_step'] < 20 and manifest['steps'] == 20
     train_preferences(load_config(file, KINDS, [*many, f'output_dir={tmp_path}/whole']))
@@ -169,7 +169,7 @@ def test_flagged_rows_are_told_and_left_out(settings, tmp_path):
     with pytest.warns(UserWarning, match='1 of 9 pairs are left out: 1 identical'):
         assert train_preferences(settings(data=str(path)))['counts']['status'] == dict(ok=8, identical=1)
     path.write_text('{"prompt": "p", "chosen": "a", "rejected": "a"}\n' * 3)
-    with pytest.raises(AuditError, match='no pair can be trained on'):
+    with pytest.raises(ChesError, match='no pair can be trained on'):
         train_preferences(settings(data=str(path), output_dir=str(tmp_path/'x')))
 
 def test_coarse_weights_are_told(settings):
@@ -177,7 +177,7 @@ def test_coarse_weights_are_told(settings):
         train_preferences(settings(dtype='bfloat16', learning_rate=1e-7, max_steps=1))
 
 def test_destroyed_weights_end_the_run(settings):
-    with pytest.raises(AuditError, match='the weights are destroyed.*lower the learning rate'):
+    with pytest.raises(ChesError, match='the weights are destroyed.*lower the learning rate'):
         train_preferences(settings(optim='sgd', learning_rate=1e12, max_steps=4))
     assert not (Path(settings().output_dir)/'model').exists()
 
@@ -198,28 +198,28 @@ def test_a_slip_in_the_file(tmp_path, change, says):
     assert says in str(error.value) and 'run.yaml' in str(error.value)
 
 def test_wrong_input(settings, home, tmp_path):
-    with pytest.raises(AuditError, match='no such file'): train_preferences(settings(data='no.jsonl'))
-    with pytest.raises(AuditError, match='no such file or folder'): train_preferences(settings(model='./no/model'))
+    with pytest.raises(ChesError, match='no such file'): train_preferences(settings(data='no.jsonl'))
+    with pytest.raises(ChesError, match='no such file or folder'): train_preferences(settings(model='./no/model'))
     for targets, says in ((['query', 'q_proj'], 'has no query; its linear layers are down_proj, gate_proj'),
                           ('.*query', r'has no \.\*query')):
-        with pytest.raises(AuditError, match=f'lora.target_modules: the model {says}'):
+        with pytest.raises(ChesError, match=f'lora.target_modules: the model {says}'):
             train_preferences(settings(lora=Lora(target_modules=targets)))
         fresh(tmp_path/'out')
     half = load_model(str(home/'tiny')).model.to(torch.float16)
     half.save_pretrained(tmp_path/'half')
     AutoTokenizer.from_pretrained(home/'tiny').save_pretrained(tmp_path/'half')
-    with pytest.raises(AuditError, match='weights in float16 cannot be trained'):
+    with pytest.raises(ChesError, match='weights in float16 cannot be trained'):
         train_preferences(settings(model=str(tmp_path/'half'), dtype='auto'))
     fresh(tmp_path/'out')
-    with pytest.raises(AuditError, match='cannot be set up: tensorbord'):
+    with pytest.raises(ChesError, match='cannot be set up: tensorbord'):
         train_preferences(settings(report_to='tensorbord'))
     fresh(tmp_path/'out')
     train_preferences(settings(max_steps=1))
-    with pytest.raises(AuditError, match='holds another run .*learning_rate was 0.001, is 0.01'):
+    with pytest.raises(ChesError, match='holds another run .*learning_rate was 0.001, is 0.01'):
         train_preferences(settings(max_steps=1, learning_rate=1e-2), resume=True)
     (tmp_path/'other').mkdir()
     (tmp_path/'other/manifest.json').write_text('{}')
-    with pytest.raises(AuditError, match='its manifest is of format 1, this version reads format 2'):
+    with pytest.raises(ChesError, match='its manifest is of format 1, this version reads format 2'):
         train_preferences(settings(output_dir=str(tmp_path/'other')))
     _, error, code = run(tmp_path/'absent.yaml')
     assert code == 1 and error.strip().splitlines()[-1].startswith('ches train: ') and 'Traceback' not in error

@@ -12,8 +12,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ches_align.audit.data import load_pairs
-from ches_align.audit.hidden_states import encode_pairs
+from ches_align.lm.pairs import load_pairs
+from ches_align.lm.encode import encode_pairs
 
 trl = pytest.importorskip('trl')
 

@@ -18,7 +18,7 @@ def python(code, *args):
                           timeout=240, env=os.environ | dict(OMP_NUM_THREADS='1'))
 
 READERS = ('studies.refusal_report', 'studies.subset_report', 'studies.refusal_plan', 'studies.arms', 'training.train',
-           'training.train_config', 'training.callback', 'studies.grid_report', 'rl.spread_watch')
+           'training.train_plan', 'watch.callback', 'studies.grid_report', 'spread.watch')
 
 def test_readers_and_plans():
     done = python('import importlib; [importlib.import_module("ches_align." + m) for m in sys.argv[1:]]; '

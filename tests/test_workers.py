@@ -6,7 +6,7 @@ import pytest
 from commands import command_two, run, run_two, started
 from conftest import save_tiny
 
-from ches_align.audit.data import load_pairs
+from ches_align.lm.pairs import load_pairs
 from ches_align.audit.scoring import load_scores
 
 @pytest.fixture(scope='module')
