@@ -127,7 +127,8 @@ class DisplacementTracker(_Measured):
 
 # %% ../../nbs/watch/480_tracker.ipynb #8d0557e3
 _HALF = ('the weights that are trained are float16: in Adam and RMSProp their 1e-8, and squares of small gradients, '
-         'are 0 there, so that steps may be NaN at any learning rate, and with any optimiser gradients below 3e-8 are lost')
+         'are 0 there, so that steps may be NaN at any learning rate, and with any optimiser gradients below 3e-8 are '
+         'lost')
 
 @patch
 def tell(self: DisplacementTracker, text: str) -> None:
