@@ -240,7 +240,7 @@ def test_no_memory_at_the_start_is_tried_again_in_smaller_batches(tmp_path, monk
 def test_a_judge_that_breaks_and_a_board_that_hears_of_it(tmp_path, monkeypatch):
     from ches_align.watch import verdicts
     def broken(*args): raise KeyError('no verdict')
-    monkeypatch.setattr(verdicts, 'text_verdict', broken)
+    monkeypatch.setattr(verdicts, '_text_verdict', broken)
     monkeypatch.setattr(integration_utils, 'INTEGRATION_TO_CALLBACK', dict(fake=Fake))
     Fake.run.clear()
     with pytest.warns(UserWarning, match='displacement is not measured: KeyError.*training goes on'):

@@ -85,7 +85,7 @@ def test_planted_faults_are_seen(folders, pairs, monkeypatch, fault):
         if fault == 'inputs': monkeypatch.setattr(shared_prompts, 'send_to_device', left_on_the_cpu)
         if fault == 'head': lm = replace(lm, head=lm.head._replace(weight=lm.head.weight.cpu()))
         if fault == 'states':  # without the move to the device of the output layer
-            monkeypatch.setattr(models, 'head_logits', lambda head, hidden: hidden @ head.weight.T)
+            monkeypatch.setattr(models, '_head_logits', lambda head, hidden: hidden @ head.weight.T)
             with pytest.raises(DeviceMix):
                 wrap_model(dispatch_model(lm.model.cpu(), PLACES | dict(lm_head=0), force_hooks=True), lm.tokenizer)
             return

@@ -26,9 +26,9 @@ from ..core.workers import processes
 from ..theory.losses import PairLogps, PairLoss
 
 try:
-    from trl import _DPOTrainer
+    from trl import DPOTrainer
 except (ImportError, RuntimeError):
-    _DPOTrainer = None  # the extra `train` is not installed: all but the trainer works
+    DPOTrainer = None  # the extra `train` is not installed: all but the trainer works
 
 # %% ../../nbs/training/640_pair_trainer.ipynb #deedb769
 def usable(
@@ -83,9 +83,9 @@ def as_dataset(
 NO_TRL = "TRL is not installed, and training needs it: pip install 'ches_align[train]'"
 
 def need_trl() -> None: # raises `ChesError` where TRL is not installed
-    if _DPOTrainer is None: raise ChesError(NO_TRL)
+    if DPOTrainer is None: raise ChesError(NO_TRL)
 
-class PairLossTrainer(_DPOTrainer or object):  # pyright: ignore[reportGeneralTypeIssues]
+class PairLossTrainer(DPOTrainer or object):  # pyright: ignore[reportGeneralTypeIssues]
     "TRL's `DPOTrainer` on the ids of `as_dataset`, with a loss of summed log-probabilities."
     def __init__(self,
         loss: Callable[[PairLogps], PairLoss], # of one batch
