@@ -3,8 +3,9 @@
     python .ci/structure_check.py
 
 A notebook `nbs/PART/NNN_name.ipynb` exports to `PART/name.py`; its exported cells import only from smaller numbers,
-name by name. `nbdev_clean` and `nbdev_export` would change nothing, every module comes from a notebook, and ruff
-finds no undefined name: a function that reads a notebook's variable passes in the notebook and fails in its module.
+name by name. Every notebook's title stands in a chapter of README.md. `nbdev_clean` and `nbdev_export` would change
+nothing, every module comes from a notebook, and ruff finds no undefined name: a function that reads a notebook's
+variable passes in the notebook and fails in its module.
 No check compares by `zip`, compares a thing with itself, or accepts any error (`evidence.py`). Modules, tests, checks
 and benchmarks hold no packed code, no names that are no words and no long cells (`house.py`).
 """
@@ -58,7 +59,7 @@ def numbering(root: Path) -> list[str]:
     faults += [f'{b.relative_to(root)}: exports to {name} as {a.relative_to(root)} does'
                for name, (a, *more) in homes.items() for b in more]
     front = (root/'README.md').read_text('utf-8') if (root/'README.md').exists() else None
-    faults += [f'{p.relative_to(root)}: its title is not in README.md; run nbs/index.ipynb, then make readme'
+    faults += [f'{p.relative_to(root)}: its title stands in no chapter of README.md; run nbs/index.ipynb, then make readme'
                for p in notebooks(root) if front is not None and number(p) and title(p) not in front]
     rank = {name: number(paths[0]) for name, paths in homes.items()}
     for path in notebooks(root):

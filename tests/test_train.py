@@ -64,7 +64,7 @@ def weights(out): return load_file(Path(out)/'model/model.safetensors')
 def log(out): return [json.loads(line) for line in (Path(out)/'log.jsonl').read_text().splitlines()]
 def fresh(out): shutil.rmtree(out, ignore_errors=True)
 
-# a reference model, none, lengths, and supervised: every way of wiring; the thirteen values stand in theory/030
+# a reference model, none, lengths, and supervised: every way of wiring; the thirteen values stand in theory/030_losses
 WIRED = ['dpo', 'slic', 'ipo_mean', 'sft_mean']
 
 @pytest.mark.parametrize('loss', [

@@ -254,7 +254,7 @@ def _figures(scores: pd.DataFrame, report: dict) -> dict[str, str]:
     if len(values) < 3: return {}
     drawn = dict(ln_ches=figure_png(histogram, values.ln_ches.dropna(), 'ln-CHES', 'ln-CHES', (.05, .5, .95), False))
     if 'head_ches' in values: drawn['head_ches'] = figure_png(histogram, values.head_ches.dropna(),
-        f"{percent(report['head_positive'])} of the pairs foretell a fall", 'head CHES', (), True)
+        f"{percent(report['head_positive'])} of the pairs predict a fall", 'head CHES', (), True)
     for name, label in dict(ches='raw CHES', ln_ches='ln-CHES').items():
         title = f"{label}: Spearman {short_number(rho[name])}, its size {short_number(rho[name + '_size'])}"
         drawn[f'length_{name}'] = figure_png(length_scatter, values.length, values[name], title)

@@ -24,7 +24,7 @@ from .errors import ChesError, shorten
 _BOMB = 256 << 20, 1000  # bytes that are unpacked, and times the size of the file: text shrinks to a tenth, not to this
 
 def _refuse_bomb(path: Path, unpacked: int) -> None:
-    "Raise `ChesError` for a file that unpacks to more than both limits of `BOMB`"
+    "Raise `ChesError` for a file that unpacks to more than both limits of `_BOMB`"
     most, ratio = _BOMB
     if unpacked <= most: return
     size = path.stat().st_size

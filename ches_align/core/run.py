@@ -92,7 +92,7 @@ def precision_flags() -> dict[str, Any]:
 
 def provenance(
     *packages: str,      # whose versions count besides
-    alone: bool = False, # see `hardware_text`
+    alone: bool = False, # of this process, which calls it by itself; else of all, together
 ) -> dict[str, Any]:     # versions, hardware, precision; JSON values
     "Say what numbers are made with."
     return dict(versions=versions_of(*packages), hardware=_hardware_text(alone), precision=precision_flags())

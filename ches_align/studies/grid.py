@@ -66,7 +66,7 @@ def _risers(shift: Any, before: Tensor, after: Tensor, tokenizer: Any) -> dict:
                           fallers=rows(shift.fallers[:3]))
 
 def _prediction(
-    features: Tensor, # [vocab] rates of theory/040 with free features, nats per unit of step
+    features: Tensor, # [vocab] rates of ln p with free features, nats per unit of step
     before: Tensor,   # [vocab] ln p at the start
     after: Tensor,    # [vocab] ln p later
     top: int = 20,    # of the overlap
@@ -85,7 +85,7 @@ def _describe_start(
     chosen: int,        # token id of y+
     rejected: int,      # of y-
 ) -> tuple[dict, Tensor]: # geometry, rates with c = 1, norm; rates of all tokens with free features
-    "Describe the start: geometry of the two rows, and the rates of theory/040."
+    "Describe the start: geometry of the two rows, and the rates of ln p that theory predicts."
     with torch.no_grad():
         row = torch.tensor([list(ids)], device=lm.device)
         hidden = lm.backbone(input_ids=row, use_cache=False).last_hidden_state[0, -1]
