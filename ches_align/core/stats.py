@@ -34,9 +34,10 @@ def bootstrap(
 def wilson(
     successes: float,   # whole or not, in [0, trials]
     trials: int,
-    level: float = .95, # of the interval
+    level: float = .95, # of the interval, in (0, 1)
 ) -> tuple[float, float]:
-    "Compute Wilson's interval of a share (eq-share-wilson); (0, 1) without trials."
+    "Compute Wilson's interval of a share (eq-share-wilson); (0, 1) without trials. Raises `ValueError`."
+    if not 0 < level < 1: raise ValueError(f'level {level}: above 0 and below 1')
     if not trials: return 0., 1.
     deviate = float(norm.ppf((1 + level)/2))
     square = deviate*deviate

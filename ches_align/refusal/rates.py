@@ -24,7 +24,7 @@ from .judges import as_refused
 def refusal_rate(
     rows: Sequence[dict],    # from `judge_responses`
     by: str | None = None,   # a key of the rows: a line for each of its values
-    quantile: float = 1.96,  # of the normal; 1.96: 95% intervals
+    level: float = .95,      # of the intervals
 ) -> pd.DataFrame:           # rows, undecided, refused, rate, low, high, least, most
     "Refusal rates with Wilson's intervals. Raises `ChesError` without rows or without that key."
     if not rows or any('refused' not in row or (by and by not in row) for row in rows):
@@ -41,7 +41,7 @@ def refusal_rate(
         refused = sum(verdict is True for verdict in verdicts)
         undecided = sum(verdict is None for verdict in verdicts)
         decided = total - undecided
-        low, high = wilson(refused, decided, quantile)
+        low, high = wilson(refused, decided, level)
         lines.append({by or 'group': name, 'rows': total, 'undecided': undecided, 'refused': refused,
                       'rate': refused / decided if decided else math.nan, 'low': low, 'high': high,
                       'least': refused / total, 'most': (refused + undecided) / total})
