@@ -137,7 +137,7 @@ def _table(head: list, rows: Iterable) -> list[str]:
     return ['', row(head), f"|{'---|' * len(head)}", *map(row, rows)]
 
 def _card_markdown(
-    card: dict[str, Any], # from `drop_card`
+    card: dict[str, Any], # from `_drop_card`
 ) -> str:                 # Markdown; every value of the data, the model and the file stands there as literal text
     "The drop card as a page."
     def number(value): return '-' if value is None else f'{value:.4g}'
@@ -169,7 +169,7 @@ def _card_markdown(
 
 # %% ../../nbs/audit/410_card.ipynb #308eb246
 def length_text(
-    card: dict[str, Any], # from `drop_card`
+    card: dict[str, Any], # from `_drop_card`
 ) -> str:                 # without a full stop
     "How many kept rows TRL would cut, for a page and for a terminal."
     trl = card['trl']

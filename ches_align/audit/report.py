@@ -173,7 +173,7 @@ def worst_pairs(
     limit: int = 10,                     # how many; 0 or more
     highest: bool = True,                # False: from the other end
 ) -> list[dict]:                         # scores, percentile and `texts` (prompt, chosen, rejected) or None
-    "The pairs with the highest ln-CHES: most displacement foretold first."
+    "The pairs with the highest ln-CHES: most displacement predicted first."
     rows = _end_rows(scores, whole('worst', limit, 0) or 0, highest)
     wanted = {row['row_id'] for row in rows}
     def shown(row: int, pair: Pair) -> tuple | None: return pair_texts(pair) if row in wanted else None
@@ -195,7 +195,7 @@ def best_pairs(
     pairs: Iterable[Pair] | None = None, # from `load_pairs`; None = no texts
     limit: int = 10,                     # how many
 ) -> list[dict]:                         # as `worst_pairs`
-    "The pairs with the lowest ln-CHES: least displacement foretold first."
+    "The pairs with the lowest ln-CHES: least displacement predicted first."
     return worst_pairs(scores, pairs, limit, False)
 
 # %% ../../nbs/audit/420_report.ipynb #1656dda2

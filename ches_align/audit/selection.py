@@ -214,7 +214,7 @@ def select_pairs(
     size = _rows_to_keep(rule, scored.sum())
     codes = _strata_codes(scores, stratify, scored)
     if size is None:
-        assert threshold is not None  # else `rows_to_keep` names a size
+        assert threshold is not None  # else `_rows_to_keep` names a size
         size = int((values[scored] <= (-threshold if highest else threshold)).sum())
     if not size: raise ChesError(f'threshold {threshold}: no row of {by} lies on that side')
     global_cut = _take(values, ids, np.zeros_like(codes), np.array([size]), seed)

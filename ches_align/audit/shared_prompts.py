@@ -179,7 +179,7 @@ def _pair_states(
     return [both[k] for k in range(len(pairs))]
 
 def _largest_difference(
-    actual: Sequence[tuple[Tensor, ...]],   # states, as `pair_states` gives them
+    actual: Sequence[tuple[Tensor, ...]],   # states, as `_pair_states` gives them
     expected: Sequence[tuple[Tensor, ...]], # the same, made another way
 ) -> float:                                 # of a response, relative to the norm of what is expected
     "Measure how far two ways of reading responses are apart."
@@ -282,7 +282,7 @@ _SHARE = ('auto', 'yes', 'no')
 def choose_sharing(
     lm: ScoringModel,      # from `load_model`
     sizes: Sizes,          # of the whole data set
-    wish: str = 'auto',    # one of `SHARE`; 'yes' asks whether it holds, not whether it pays
+    wish: str = 'auto',    # one of `_SHARE`; 'yes' asks whether it holds, not whether it pays
     batch_tokens: int | None = None, # as for `stream_states`: so wide a row of many pairs may be
 ) -> tuple[bool, str]:     # compute prompts once in this run? And a sentence that says why
     "Decide by the model (does it hold?) and the data (does it pay?). Raises `ChesError` for an unknown wish."

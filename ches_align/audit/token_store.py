@@ -33,7 +33,7 @@ _SCHEMA = pa.schema(dict(
 class TokenStore:
     "Encoded pairs on disk: `sizes`, `data_hash` of rows, `token_hash` of token ids, `has_text`: one is plain text."
     def __init__(self,
-        path: Path,          # an Arrow file of `SCHEMA` in blocks of equal size
+        path: Path,          # an Arrow file of `_SCHEMA` in blocks of equal size
         sizes: Sequence[Sizes], # of each block
         data_hash: str,      # of row ids and contents, 16 hex digits
         token_hash: str,     # of the token ids and states of all pairs, 16 hex digits

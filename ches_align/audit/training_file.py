@@ -50,7 +50,7 @@ def _kind_of(
     return 'stamp' if _STAMP.fullmatch(value) else 'text'
 
 def _merge_kinds(
-    one: Any, # from `kind_of`
+    one: Any, # from `_kind_of`
     other: Any,
 ) -> Any:
     "The kind of a column that holds both."
@@ -103,7 +103,7 @@ def _with_base64(value: Any) -> Any:
 
 def _rewrite(
     value: Any, # a cell
-    how: str,   # from `how_to_write`
+    how: str,   # from `_how_to_write`
 ) -> Any:       # a plain value
     "Write a cell as its column needs it."
     if how == 'json': return _json_text(value)

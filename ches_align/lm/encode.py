@@ -147,7 +147,7 @@ def _split_ids(
     prompt: list[int],       # the tokenised prompt
     wholes: list[list[int]], # the tokenised conversations with the preferred and with the dispreferred response
     max_length: int | None,  # longest sequence, in tokens
-    close: Callable[[list[int]], list[int]] = list, # cuts what follows a response's end, as `end_response`
+    close: Callable[[list[int]], list[int]] = list, # cuts what follows a response's end, as `_end_response`
     decode: Callable[[list[int]], str] = str, # of the tokenizer, for what is left out
 ) -> EncodedPair:
     "Part responses from the prompt, apply the length limit and flag what cannot be scored."

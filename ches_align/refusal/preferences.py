@@ -70,7 +70,7 @@ def _asked(row: dict, number: int) -> dict[str, Any] | None:
     return None if empty else dict(id=name, prompt=prompt, category=category)
 
 def load_prompts(
-    source: Any = 'sample',      # 'sample', `SORRY_BENCH`, a path, a hub name or rows
+    source: Any = 'sample',      # 'sample', a path, a hub name (SORRY-Bench) or rows
     style: str | None = 'base',  # of SORRY-Bench's prompts; None: all
     split: str | None = None,    # which split, where there are several
     limit: int | None = None,    # at most so many

@@ -121,7 +121,7 @@ GRUE = {
 _SHIPPED = ('sample', 'countries', 'formats', 'visits')
 
 def task_rows(
-    source: Any,              # one of `SHIPPED`, 'grue/NAME', 'grue/NAME=FILE', or anything that `read_rows` takes
+    source: Any,              # a shipped task, 'grue/NAME', 'grue/NAME=FILE', or anything that `read_rows` takes
     split: str | None = None, # which split, where there are several
 ) -> Iterator[dict]:          # prompt and what else there is
     "Rows with a prompt each. Raises `ChesError` for an unknown name, or the row that lacks a column."

@@ -112,7 +112,7 @@ def update(
     raw_rewards: Sequence[float | None] | None = None, # before shaping
     step: int | None = None,         # of the trainer; None: the next
     groups: Sequence[Hashable] | None = None, # which group each response is of; None: one a prompt id
-) -> dict[str, Any]:                 # `step_spread`, and the alarms that are on
+) -> dict[str, Any]:                 # `_step_spread`, and the alarms that are on
     "Take one batch."
     groups = prompt_ids if groups is None else groups
     span = self._range_with(rewards)

@@ -92,7 +92,7 @@ class RefusalBench:
     "What the arms of a seed share."
     lm: ScoringModel                # the start
     prompts: list[dict]             # of the study, with `part`: train, test, or '' where no pair is usable
-    encoded: dict[int, EncodedPair] # train pairs from 0, held-out ones from `HELD`, gold ones from `GOLD`
+    encoded: dict[int, EncodedPair] # train pairs from 0, held-out ones from `_HELD`, gold ones from `_GOLD`
     scores: pd.DataFrame            # of the training pairs that can be scored, with their `kind`
     flagged: dict[str, int]         # pairs left out, by status
 

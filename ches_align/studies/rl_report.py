@@ -25,7 +25,7 @@ from .study import COLORS, Study, interval_dots, run_record, table_summary, writ
 
 # %% ../../nbs/studies/830_rl_report.ipynb #30181301
 def _reward_matrix(
-    measured: dict,              # from `measure_rewards`
+    measured: dict,              # from `_measure_rewards`
 ) -> Float[np.ndarray, "prompts samples"]: # NaN: failed
     "Take all rewards of an audit."
     return np.array([[np.nan if value is None else value for value in row] for row in measured['rewards']], float)

@@ -118,7 +118,7 @@ def memory_table(
     sizes: Sizes,                # from `measure_architecture`
     rows: int,                   # sequences of a forward pass, as given there
     length: int,                 # tokens of each
-    optimizer: str = 'rmsprop',  # a key of `STATES`
+    optimizer: str = 'rmsprop',  # sgd, rmsprop or adamw_torch
     checkpointing: bool = False, # gradient checkpointing
     gpus: tuple[int, ...] = (1, 2, 4), # how many share weights, gradients and state
 ) -> pd.DataFrame:               # gigabytes (1e9 bytes) on each GPU

@@ -92,7 +92,7 @@ def read_data(
 _FREE = ('output_dir', 'report_to', 'logging_steps', 'save_steps', 'save_total_limit', 'model', 'architecture')
 
 def _run_identity(
-    config: TrainConfig, # all but `FREE`: the model's name is free, its hash is not
+    config: TrainConfig, # all but `_FREE`: the model's name is free, its hash is not
     lm: ScoringModel,    # its hashes
     data: RunData,       # their hashes
 ) -> dict[str, Any]:     # JSON-able
