@@ -59,7 +59,7 @@ def numbering(root: Path) -> list[str]:
     faults += [f'{b.relative_to(root)}: exports to {name} as {a.relative_to(root)} does'
                for name, (a, *more) in homes.items() for b in more]
     front = (root/'README.md').read_text('utf-8') if (root/'README.md').exists() else None
-    faults += [f'{p.relative_to(root)}: its title stands in no chapter of README.md; run nbs/index.ipynb, then make readme'
+    faults += [f'{p.relative_to(root)}: no chapter of README.md has its title; run nbs/index.ipynb, make readme'
                for p in notebooks(root) if front is not None and number(p) and title(p) not in front]
     rank = {name: number(paths[0]) for name, paths in homes.items()}
     for path in notebooks(root):
