@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import refused
+from commands import refused, run
 from conftest import save_tiny
 
 CONFIG = dict(kind='single_prompt', pairs=[dict(chosen='Yes', rejected='No', behaviour='No'),
                                            dict(chosen='No', rejected='no')],
-              recipes=[dict(name='a', learning_rate=1e-4, steps=40)], seeds=[1, 2, 3])
+              recipes=[dict(name='a', learning_rate=1e-4, steps=12)], seeds=[1, 2, 3])
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
@@ -41,8 +41,7 @@ def save(where, name, **changes):
 
 def command(*args): return [sys.executable, '-m', 'ches_align', 'train', *args]
 
-def train(place, *args):
-    return subprocess.run(command(*args), cwd=place, capture_output=True, text=True, timeout=300)
+def train(place, *args): return run(place, 'train', *args)
 
 def lines(out):
     rows = [json.loads(x) for x in (out/'runs.jsonl').read_text().splitlines()]
