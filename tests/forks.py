@@ -20,9 +20,9 @@ LIMIT = 300  # seconds for a process
 def context():
     "How processes start; there is one server of forks in a test process, whoever asks first"
     fork = 'forkserver' in multiprocessing.get_all_start_methods()
-    made = multiprocessing.get_context('forkserver' if fork else 'spawn')
-    if fork: made.set_forkserver_preload(PRELOAD)
-    return made
+    method = multiprocessing.get_context('forkserver' if fork else 'spawn')
+    if fork: method.set_forkserver_preload(PRELOAD)
+    return method
 
 def _inside(function, words, place, env, out, err):
     "What a started process does: its folder, its environment, its outputs, then the call"

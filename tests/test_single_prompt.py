@@ -14,7 +14,7 @@ from conftest import save_tiny
 
 CONFIG = dict(kind='single_prompt', pairs=[dict(chosen='Yes', rejected='No', behaviour='No'),
                                            dict(chosen='No', rejected='no')],
-              recipes=[dict(name='a', learning_rate=1e-4, steps=12)], seeds=[1, 2, 3])
+              recipes=[dict(name='a', learning_rate=1e-4, steps=40)], seeds=[1, 2, 3])
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
