@@ -1,21 +1,29 @@
 "`ches` as a user runs it, in a process of its own, or in this one where only its words matter."
 import contextlib, io, json, os, signal, subprocess, sys, time
 
+from forks import forked
+
 ENV = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
 
 def command(*args): return [sys.executable, '-m', 'ches_align', *map(str, args)]
 
-def _run(place, command):
-    return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
+def main(words):
+    from ches_align.cli.main import main
+    main(words)
 
-def run(place, *args): return _run(place, command(*args))
+def run(place, *args): return forked(main, args, place, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
+
+def run_two(place, *args):
+    "The same in two processes, with what a launcher tells each of them"
+    return forked(main, args, place, 2, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
 
 def command_two(*args):
     "The same in two processes, as a launcher starts them"
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
     return [*launch, *command(*args)[1:]]
 
-def run_two(place, *args): return _run(place, command_two(*args))
+def launched_two(place, *args):
+    return subprocess.run(command_two(*args), cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
 
 def flags(**options):
     "Keywords as words of a command line; True is a flag, a list several words"

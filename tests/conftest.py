@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DURATIONS = ROOT/'benchmarks'/'records'/'test_durations.json'
 ALONE = {'test_notebooks', 'test_checks', 'test_types'}  # files whose tests share nothing
 LEAST = 0.1  # seconds: a test that takes less is not in the record
+# seconds without a record: what is long by itself comes first, then the files of many tests, then the short notebooks
+LONG = {'test_checks.py::test_pages[processing]': 60, 'test_types.py': 50, 'tutorials/': 40, '[audit/3': 30,
+        '[lm/3': 30, '[studies/': 30, '[experiments/': 30, 'test_callback.py': 10, 'test_train.py': 10,
+        'test_workers.py': 10, 'test_run_faults.py': 10, 'test_notebooks.py': 4}
 sys.path.insert(0, str(ROOT/'.ci'))
 
 def save_tiny(where: Path) -> Path:
@@ -57,9 +61,12 @@ def pytest_collection_modifyitems(items):
         if item.path.stem not in ALONE: item.add_marker(pytest.mark.xdist_group(item.path.stem))
     yield  # where `-m` takes away what is not asked for
     known = json.loads(DURATIONS.read_text())['seconds'] if DURATIONS.exists() else {}
+    guess = {} if known else LONG
     groups = {item: group(item) if item.path.stem not in ALONE else bare(item.nodeid) for item in items}
     seconds = defaultdict(float)
-    for item in items: seconds[groups[item]] += known.get(bare(item.nodeid), LEAST)
+    for item in items:
+        name = bare(item.nodeid)
+        seconds[groups[item]] += known.get(name, max([LEAST, *(took for part, took in guess.items() if part in name)]))
     items.sort(key=lambda item: -seconds[groups[item]])  # stable: within a file the order is the file's
 
 class Recorder:

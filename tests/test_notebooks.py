@@ -6,19 +6,14 @@ Cells with `#| full` run with `make test-all` alone: their notebook is a test tw
 """
 import contextlib
 import io
-import multiprocessing
 import signal
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+from forks import context
 from project import ROOT, cells, notebooks, settings
 
 LIMIT = 900  # seconds: a notebook takes 30 without flags; with them it may train
-# what a notebook imports directly or by the way; an extra that is not installed is imported by nobody
-PRELOAD = [
-    'nbdev.test', 'nbdev.showdoc', 'matplotlib.pyplot', 'seaborn', 'pandas', 'pyarrow.parquet', 'scipy.stats',
-    'datasets', 'torch', 'torch._dynamo', 'transformers.models.llama.modeling_llama', 'transformers.trainer', 'gguf',
-    'accelerate', 'peft', 'trl.trainer.dpo_trainer', 'trl.trainer.sft_trainer']
 
 def run(path, skip, force):
     "Execute a notebook; what it says on stderr, with the traceback of the cell that failed"
@@ -32,13 +27,6 @@ def run(path, skip, force):
         passed, _ = test.test_nb(path, skip_flags=skip, force_flags=force, basepath=str(ROOT))
     return passed, out.getvalue()[-5000:] + err.getvalue()
 
-@pytest.fixture(scope='module')
-def context():
-    fork = 'forkserver' in multiprocessing.get_all_start_methods()
-    ctx = multiprocessing.get_context('forkserver' if fork else 'spawn')
-    if fork: ctx.set_forkserver_preload(PRELOAD)
-    return ctx
-
 def asked():
     "Every notebook, and once more with its cells for `make test-all` where it has some"
     for path in notebooks(ROOT):
@@ -48,8 +36,9 @@ def asked():
             yield pytest.param(path, 'full', id=f'{name}, full', marks=pytest.mark.full)
 
 @pytest.mark.parametrize('path, flags', [*asked()])
-def test_notebook(path, flags, context, request):
+def test_notebook(path, flags, request):
     skip = settings(ROOT)['tst_flags'].split()
     force = request.config.getoption('flags').split() + flags.split()
-    with ProcessPoolExecutor(1, mp_context=context) as pool: passed, why = pool.submit(run, path, skip, force).result()
+    with ProcessPoolExecutor(1, mp_context=context()) as pool:
+        passed, why = pool.submit(run, path, skip, force).result()
     if not passed: pytest.fail(why, pytrace=False)

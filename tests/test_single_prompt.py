@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import refused
+from commands import refused, run
 from conftest import save_tiny
 
 CONFIG = dict(kind='single_prompt', pairs=[dict(chosen='Yes', rejected='No', behaviour='No'),
@@ -41,8 +41,7 @@ def save(where, name, **changes):
 
 def command(*args): return [sys.executable, '-m', 'ches_align', 'train', *args]
 
-def train(place, *args):
-    return subprocess.run(command(*args), cwd=place, capture_output=True, text=True, timeout=300)
+def train(place, *args): return run(place, 'train', *args)
 
 def lines(out):
     rows = [json.loads(x) for x in (out/'runs.jsonl').read_text().splitlines()]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import refused
+from commands import refused, run
 from conftest import save_tiny
 
 ENV = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
@@ -21,8 +21,7 @@ def place(tmp_path_factory):
 
 def command(*args): return [sys.executable, '-m', 'ches_align', 'train', 'study.yaml', *args]
 
-def train(place, *args):
-    return subprocess.run(command(*args), cwd=place, capture_output=True, text=True, timeout=300, env=ENV)
+def train(place, *args): return run(place, 'train', 'study.yaml', *args)
 
 def lines(out):
     rows = [json.loads(x) for x in (out/'runs.jsonl').read_text().splitlines()]

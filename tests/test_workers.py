@@ -3,7 +3,7 @@ import json, os, signal, subprocess, time
 
 import pandas as pd
 import pytest
-from commands import command_two, run, run_two, started
+from commands import command_two, launched_two, run, run_two, started
 from conftest import save_tiny
 
 from ches_align.lm.pairs import load_pairs
@@ -20,7 +20,7 @@ def place(tmp_path_factory):
     return where
 
 def test_two_processes_one_table(place):
-    done = run_two(place, 'score', 'pairs.jsonl', '--model', 'model', '--output_dir', 'two')
+    done = launched_two(place, 'score', 'pairs.jsonl', '--model', 'model', '--output_dir', 'two')
     assert done.returncode == 0 and done.stdout.count('pairs scored by model') == 1, done.stderr
     one = load_scores(place/'one')
     two = load_scores(place/'two')
