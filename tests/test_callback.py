@@ -184,14 +184,14 @@ def test_every_integration_gets_the_numbers(tmp_path, monkeypatch):
     assert ours == [2, 4] and any('loss' in logs for _, logs in Fake.run)
 
 def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch):
-    from ches_align.watch import tracker
-    real = tracker.write_files
+    from ches_align.watch import history
+    real = history.write_files
     watch = watcher(tmp_path/'seen')
     def full(files):
         if watch.tracker.metrics and watch.tracker.metrics[-1]['step'] > 0:
             raise ChesError('cannot be written: No space left')
         real(files)
-    monkeypatch.setattr(tracker, 'write_files', full)
+    monkeypatch.setattr(history, 'write_files', full)
     with pytest.warns(UserWarning, match='No space left.*training goes on'):
         trainer = dpo(tmp_path/'run', [watch], max_steps=4)
         trainer.train()

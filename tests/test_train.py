@@ -26,7 +26,8 @@ from ches_align.lm.weights import embedded_gguf, gguf_folder
 from ches_align.lm.models import load_model
 from ches_align.core.writing import write_files
 from ches_align.theory.losses import LOSSES
-from ches_align.core.config import ConfigError, load_config
+from ches_align.core.config import load_config
+from ches_align.core.fields import ConfigError
 from ches_align.training.train import make_trainer, read_data, train_preferences
 from ches_align.training.train_plan import Displacement, Lora, TrainConfig, check
 

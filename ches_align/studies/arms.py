@@ -21,7 +21,7 @@ from torch import nn
 from ..core.errors import ChesError
 from ..lm.encode import EncodedPair
 from ..core.workers import processes
-from ..core.config import PartOf, Settings, merged, naming
+from ..core.fields import PartOf, Settings, merged, naming
 from ..lm.batches import weights_dtype
 from ..watch.probes import measure_probes
 from ..training.train import RunData, load_trainable, make_trainer

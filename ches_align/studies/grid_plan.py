@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from ..theory.losses import LOSSES
 from ..core.errors import ChesError
-from ..core.config import Bounds, ConfigError, Distinct, NotEmpty, OneOf, Settings, naming
+from ..core.fields import Bounds, ConfigError, Distinct, NotEmpty, OneOf, Settings, naming
 from ..lm.adapters import model_parts
 from ..training.memory import (
     measure_architecture, memory_table, read_architecture, table_text)

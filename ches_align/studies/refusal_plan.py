@@ -15,7 +15,7 @@ from fastcore.basics import patch
 import pandas as pd
 
 from ..core.errors import ChesError
-from ..core.config import Bounds, ConfigError, Distinct, PartOf, Settings, merged, naming
+from ..core.fields import Bounds, ConfigError, Distinct, PartOf, Settings, merged, naming
 from ..audit.selection import (
     length_matched_control, optimiser_steps, random_control, select_pairs)
 from ..training.train_plan import (

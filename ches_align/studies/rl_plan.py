@@ -21,7 +21,7 @@ from ..spread.rewards import check_reward
 from ..lm.sampling import Sampling
 from ..spread.audit import load_tasks
 from ..spread.tasks import cut_prompt
-from ..core.config import Bounds, ConfigError, Distinct, NotEmpty, PartOf, Settings, merged, naming
+from ..core.fields import Bounds, ConfigError, Distinct, NotEmpty, PartOf, Settings, merged, naming
 from ..training.memory import read_architecture
 from ..training.train_plan import Count, Steps
 

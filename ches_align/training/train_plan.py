@@ -19,7 +19,7 @@ import torch
 from ..lm.pairs import load_pairs
 from ..core.errors import ChesError
 from ..theory.losses import LOSSES, PairLogps, PairLoss, combine, sft_mean, sft_sum
-from ..core.config import Bounds, ConfigError, OneOf, Settings, naming, unknown_name
+from ..core.fields import Bounds, ConfigError, OneOf, Settings, naming, unknown_name
 from ..watch.rules import Rule, check_rule
 from .pair_trainer import NO_TRL
 from .memory import measure_architecture, memory_table, read_architecture, table_text

@@ -25,8 +25,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..core.errors import ChesError
 from ..core.workers import on_main
+from .history import OtherRun, reason, say
 from .probes import ProbeState, join_states, read_probes
-from .tracker import DisplacementTracker, OtherRun, check_watch, reason, say
+from .tracker import DisplacementTracker, check_watch
 
 # %% ../../nbs/watch/490_callback.ipynb #039f8886
 _RUNNING: WeakSet = WeakSet() # callbacks; two of one trainer must not write to one place
