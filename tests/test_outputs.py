@@ -88,7 +88,7 @@ def test_no_command_writes_over_what_it_reads(tmp_path, model, monkeypatch):
     os.symlink('kept.jsonl', 'link.jsonl')
     os.link('kept.jsonl', 'hard.jsonl')
     for output in ('link.jsonl', 'hard.jsonl', 'o/../kept.jsonl', 'o/manifest.json', 'o/scores/x.parquet'):
-        assert 'name another --output' in refused('filter', 'o', output=output), output
+        assert 'name another place' in refused('filter', 'o', output=output), output
     for folder, name in (('a', 'kept.jsonl'), ('b', 'report.json')):
         (tmp_path/folder).mkdir()
         lines_of(tmp_path/folder/name, TEXT) if name == 'kept.jsonl' else \

@@ -15,7 +15,7 @@ from typing import Any
 from ..core.errors import ChesError
 from ..core.rows import read_rows
 from ..core.options import named, one_of, only_with, path_of, real, say, whole
-from ..core.writing import json_bytes, plain, read_object, refuse_sources, refuse_strangers, write_files
+from ..core.writing import json_bytes, plain, refuse_sources, refuse_strangers, write_files
 from .main import GeneratorOptions, PromptOptions, SamplingOptions, UsageError, quiet_libraries
 
 # %% ../../nbs/cli/860_refusal.ipynb #23be2eab
@@ -166,8 +166,8 @@ def _judge(rows: list[dict], judge: Any, folder: Path, about: dict) -> dict:
 # %% ../../nbs/cli/860_refusal.ipynb #e4494d1f
 def _origin(source: str | Path) -> dict:
     "Who wrote the responses of a folder, and how"
-    path = Path(source).expanduser()/'manifest.json'
-    manifest = read_object(path) if path.exists() else {}
+    from ches_align.core.run import read_manifest
+    manifest = read_manifest(source) if Path(source).expanduser().is_dir() else {}
     return dict(responses=str(source), model=manifest.get('model'), sampling=manifest.get('sampling'))
 
 def judge(

@@ -6,6 +6,7 @@
 __all__ = ['SpreadOptions', 'TaskOptions', 'spread']
 
 # %% ../../nbs/cli/870_spread.ipynb #d0ae3a5d
+import hashlib
 import sys
 import warnings
 from contextlib import contextmanager
@@ -104,7 +105,7 @@ def _check_places(prompts: str, output_dir: str, reward: str | None, against: st
     named(prompts=prompts, against=against)
     files = [folder/name for name in 'table.csv rows.jsonl summary.json report.html report.md'.split()]
     refuse_sources([*files, folder/'rewards.jsonl', folder/'manifest.json'], [prompts])
-    refuse_strangers(files, folder/('manifest.json' if reward else 'summary.json'), ['tasks' if reward else 'advice'])
+    refuse_strangers(files, folder/'manifest.json', ['format'])  # whose run it is says the run itself
     if against and Path(against).expanduser().resolve() == folder.resolve():
         raise ChesError(f'--against {against}: the folder that this run writes; name another --output_dir')
     if against and not (Path(against).expanduser()/'table.csv').is_file():
@@ -151,6 +152,12 @@ def _dumped(prompts: str, split: str | None, limit: int | None, names: dict[str,
     if len(steps) > 1: print(f'{len(seen)} prompts in {len(steps)} steps; each step of a prompt is judged by itself')
     return rows
 
+def _log_identity(rows: list[dict], asked: SpreadOptions) -> dict[str, Any]:
+    "What an audit of a log must share with the one that its folder holds"
+    from ches_align.core.run import line_bytes
+    asks = dict(threshold=asked.threshold, group=asked.group, reward_range=asked.reward_range)
+    return dict(log_hash=hashlib.sha256(line_bytes(rows)).hexdigest()[:16], rows=len(rows), **asks)
+
 # %% ../../nbs/cli/870_spread.ipynb #spread-warnings
 def _named(columns: str | None, reward: str | None) -> dict[str, str]:
     "Which column is which; a reward that is named needs the prompt alone"
@@ -184,22 +191,29 @@ def spread(
     module:function or FILE.py:function for one of your own (in TRL's form). Without one, PROMPTS is a log of rewards:
     TRL's output folder, verl's or OpenRLHF's files, or a table."""
     with _plain_warnings():
+        from ches_align.spread.tasks import names_tasks
         names = _named(tasks.columns, asked.reward)
+        if asked.reward is None and names_tasks(prompts):
+            raise ChesError(f'{prompts}: prompts without rewards; give --reward and --model')
         for name in ('model', 'device', 'adapter', 'revision'):
             only_with(name, getattr(model, name), asked.reward, '--reward')
         only_with('batch_tokens', drawn.batch_tokens, asked.reward, '--reward')
         loaded = model.name_for(prompts) if asked.reward else ''
         folder = _check_places(prompts, output_dir, asked.reward, against)
         quiet_libraries()
+        from ches_align.core.run import open_run
         from ches_align.core.workers import leave, processes
         from ches_align.spread.table import spread_table
         if asked.reward is None:
             rows = _dumped(prompts, tasks.split, tasks.limit, names)
             table = spread_table(rows, asked.reward_range, asked.threshold, group=asked.group)
+            with open_run(folder, _log_identity(rows, asked), dict(log=prompts), what='audit') as run:
+                if processes().is_main_process: _written(table, rows, folder, prompts, against, drawn=False)
+                run.finish()
         else:
             read = dict(split=tasks.split, limit=tasks.limit) | names
             table, rows = _audited(prompts, loaded, folder, read, asked, model, drawn)
-        if processes().is_main_process: _written(table, rows, folder, prompts, against, asked.reward is not None)
+            if processes().is_main_process: _written(table, rows, folder, prompts, against, drawn=True)
         leave()
 
 # %% ../../nbs/cli/870_spread.ipynb #22a9cb54

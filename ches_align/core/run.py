@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'differences', 'refuse_other', 'versions_of', 'precision_flags', 'provenance', 'check_format',
-           'earlier_manifest', 'line_bytes', 'write_lines', 'run_rows', 'Run', 'open_run']
+           'read_manifest', 'earlier_manifest', 'line_bytes', 'write_lines', 'run_rows', 'Run', 'open_run']
 
 # %% ../../nbs/core/160_run.ipynb #run-impo
 import json
@@ -54,8 +54,9 @@ def refuse_other(
     what: str = 'run',   # what they are identities of
 ) -> None:
     "Refuse to continue something else. Raises `ChesError` that names the first differences."
-    keys = [k for k in now if k != 'token_hash' or then.get('data_hash') == now.get('data_hash')]
-    changes = differences({k: then.get(k) for k in keys}, {k: now[k] for k in keys})
+    same_texts = all(then.get(name) == now.get(name) for name in ('data_hash', 'prompts_hash'))
+    keys = [name for name in now if name != 'token_hash' or same_texts]  # of other texts, ids differ anyhow
+    changes = differences({name: then.get(name) for name in keys}, {name: now[name] for name in keys})
     if not changes: return
     more = f'; and {len(changes) - 3} more' if len(changes) > 3 else ''
     kind = 'file' if Path(place).is_file() else 'folder'
@@ -108,7 +109,17 @@ def check_format(
     form = manifest.get('format', 1)
     if form != FORMAT:
         raise ChesError(f'{place}: its manifest is of format {form}, this version reads format {FORMAT}: name another '
-                         '--output_dir, or use the version that made it')
+                         'folder, or use the version that made it')
+
+def read_manifest(
+    folder: str | Path, # of a run
+) -> dict[str, Any]:    # {}: there is none
+    "Read what a run says of itself. Raises `ChesError` for another form, or a file that is damaged."
+    path = Path(folder).expanduser()/'manifest.json'
+    if not path.exists(): return {}
+    manifest = read_object(path)
+    check_format(manifest, folder)
+    return manifest
 
 def earlier_manifest(
     folder: Path,               # of a run
@@ -122,8 +133,7 @@ def earlier_manifest(
         left = next((file for pattern in files for file in sorted(folder.glob(pattern))), None)
         if left: raise ChesError(f'{folder}: {left.name} without a manifest; name another --output_dir')
         return {}
-    then = read_object(path)
-    check_format(then, folder)
+    then = read_manifest(folder)
     refuse_other(folder, then, identity, what)
     return then
 

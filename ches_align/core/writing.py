@@ -129,10 +129,10 @@ def refuse_sources(
         for files, folders in known:
             if any(_same(target, file) for file in files):
                 raise ChesError(f'{target} is read by this command and would be written over: '
-                                 'name another --output_dir')
+                                 'name another place for it')
             if _is_data(target) and any(_is_below(target, folder) for folder in folders):
                 raise ChesError(f'{target} would lie in a folder of which all files are read as data: '
-                                 'name another --output_dir')
+                                 'name another place for it')
 
 # %% ../../nbs/core/130_writing.ipynb #30645899
 def refuse_strangers(
@@ -143,11 +143,11 @@ def refuse_strangers(
     "Refuse to take the place of a file that no earlier run of the command made. Raises `ChesError`."
     there = []
     for target in [Path(t).expanduser() for t in targets]:
-        if target.is_dir(): raise ChesError(f'{target} is a folder, not a file: name another --output_dir')
+        if target.is_dir(): raise ChesError(f'{target} is a folder, not a file: name another place')
         if target.exists() and target.stat().st_size: there.append(target)
     if there and not (sign and _has_keys(Path(sign).expanduser(), keys)):
         raise ChesError(f'{there[0]} exists and is not of an earlier run of this command: '
-                         'name another --output_dir, or move it away')
+                         'name another place, or move it away')
 
 def _has_keys(sign: Path, keys: Iterable[str]) -> bool:
     try:

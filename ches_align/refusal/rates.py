@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..core.errors import ChesError
 from ..core.writing import json_bytes, plain, read_object
+from ..core.run import read_manifest
 from ..core.stats import wilson
 from ..lm.texts import prompt_hash
 from .judges import as_refused
@@ -109,6 +110,7 @@ def compare_summaries(
     folders: Sequence[str | Path], # each with a `refusals.json`
 ) -> str:                          # a table, and what keeps the folders from being compared
     "Finished folders side by side. Raises `ChesError` for one that is none."
+    for folder in folders: read_manifest(folder)
     summaries = [read_object(Path(folder).expanduser()/'refusals.json') for folder in folders]
     try:
         lines = [dict(folder=folder, model=summary['model'] or '-', judge=summary['judge']) | _shares(summary)

@@ -16,8 +16,8 @@ from jinja2 import Environment, PackageLoader
 import numpy as np
 import pandas as pd
 
-from ..core.writing import json_bytes, plain, read_object, write_files
-from ..core.run import line_bytes
+from ..core.writing import json_bytes, plain, write_files
+from ..core.run import line_bytes, read_manifest
 from ..core.page import figure_png, md_escape, percent, short_number
 from ..lm.texts import dialogue_text
 from .tasks import name_groups
@@ -148,7 +148,7 @@ def spread_report(
 ) -> list[Path]:            # what was written
     "Write the page. Raises `ChesError` for a folder that cannot be written."
     folder = Path(output_dir).expanduser()
-    manifest = read_object(folder/'manifest.json') if (folder/'manifest.json').exists() else {}
+    manifest = read_manifest(folder)
     facts = {name: json.dumps(value) if isinstance(value, (dict, list)) else value
              for name, value in manifest.items() if value is not None}
     span = table.attrs['reward_range']

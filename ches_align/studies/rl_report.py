@@ -15,8 +15,7 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from ..core.errors import ChesError
-from ..core.run import run_rows
-from ..core.writing import read_object
+from ..core.run import read_manifest, run_rows
 from ..core.stats import bootstrap
 from ..spread.table import spread_summary, spread_table
 from .rl_plan import RLStudy, check_rl
@@ -187,7 +186,7 @@ def _write_rl(
 ) -> list[Path]:            # what was written
     "Write table and figure of a study. Raises `ChesError`."
     folder = Path(output_dir).expanduser()
-    study = read_object(folder/'manifest.json')['study']
+    study = read_manifest(folder)['study']
     low, high = study['reward_range']
     table = stage_table(run_rows(folder), (low, high), study['threshold'])
     return write_report(folder, table, dict(stages=plot_stages(table)))

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..core.errors import ChesError
 from ..core.options import path_of, say
 from ..core.page import md_escape
-from ..core.run import Run, run_rows
+from ..core.run import Run, read_manifest, run_rows
 from ..core.writing import plain, read_object, refuse_sources, write_files
 from ..core.workers import processes
 from ..core.config import load_config
@@ -111,8 +111,7 @@ def run_record(
     "Give what is committed of a study. Raises `ChesError` where nothing has been run."
     folder = Path(output_dir).expanduser()
     runs = run_rows(folder)
-    manifest = read_object(folder/'manifest.json')
-    return plain(manifest | dict(seconds=round(sum(row['seconds'] for row in runs)), runs=runs))
+    return plain(read_manifest(folder) | dict(seconds=round(sum(row['seconds'] for row in runs)), runs=runs))
 
 # %% ../../nbs/studies/700_study.ipynb #56c4cab4
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +133,7 @@ def _preference() -> Study:
     def run(plan: Any, resume: bool = False) -> list[dict]: return [train_preferences(plan, resume)]
     return Study(
         plan=TrainConfig, check=check, run=run, report=lambda folder: [],
-        record=lambda folder: read_object(Path(folder).expanduser()/'manifest.json'),
+        record=read_manifest,
         summary=lambda plan, rows, files: run_summary(rows[0]))
 
 # %% ../../nbs/studies/700_study.ipynb #8dba9731
