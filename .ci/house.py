@@ -20,11 +20,10 @@ LONGEST = 40 # lines of an exported cell
 WINDOW = 6   # equal lines in a row that count as a duplicate
 Fault = tuple[int, str]
 
-def is_swap(targets: list[ast.expr], values: list[ast.expr]) -> bool:
-    "Whether the values of an assignment use its targets, as in `a, b = b, a + b`, which no two lines can say"
-    names = {ast.unparse(target) for target in targets}
-    used = {ast.unparse(node) for value in values for node in ast.walk(value) if isinstance(node, ast.expr)}
-    return bool(names & used)
+def needs_both(targets: list[ast.expr], values: list[ast.expr]) -> bool:
+    "Whether two lines could not say it, as in `a, b = b, a + b`: a later value uses what an earlier target had"
+    used = [{ast.unparse(node) for node in ast.walk(value) if isinstance(node, ast.expr)} for value in values]
+    return any(ast.unparse(target) in later for i, target in enumerate(targets) for later in used[i + 1:])
 
 def packed(tree: ast.AST) -> Iterator[Fault]:
     "Statements that hold more than one"
@@ -33,7 +32,7 @@ def packed(tree: ast.AST) -> Iterator[Fault]:
             yield from packed_try(node)
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
             target = node.targets[0]
-            if isinstance(target, ast.Tuple) and not is_swap(target.elts, node.value.elts):
+            if isinstance(target, ast.Tuple) and not needs_both(target.elts, node.value.elts):
                 yield node.lineno, f'packed assignment: {ast.unparse(node)[:60]}'
         if isinstance(node, ast.IfExp) and any(isinstance(part, ast.Lambda) for part in (node.body, node.orelse)):
             yield node.lineno, 'conditional lambda'

@@ -51,7 +51,8 @@ def outputs(cell, images: dict[str, bytes]) -> list[str]:
             plain += data.get('text/plain', '') + '\n'
             continue
         if plain.strip(): parts.append(fence(plain.strip('\n')))
-        parts, plain = [*parts, new], ''
+        parts = [*parts, new]
+        plain = ''
     return parts + ([fence(plain.strip('\n'))] if plain.strip() else [])
 
 def readme(path: Path) -> tuple[str, dict[str, bytes]]:

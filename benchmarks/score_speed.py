@@ -49,10 +49,12 @@ def papers_worker(pipe, folder):
     while (pairs := pipe.recv()) is not None: pipe.send(papers_way(model, pairs))
 
 def papers_edit(one, other):
-    one, other = torch.tensor(one), torch.tensor(other)
+    one = torch.tensor(one)
+    other = torch.tensor(other)
     row = list(range(len(other) + 1))
     for i, token in enumerate(one, 1):
-        left, row[0] = row[0], i
+        left = row[0]
+        row[0] = i
         for j, candidate in enumerate(other, 1):
             left, row[j] = row[j], min(row[j] + 1, row[j-1] + 1, left + int(token != candidate))
     return row[-1]

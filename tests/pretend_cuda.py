@@ -95,7 +95,10 @@ class PretendCuda(TorchFunctionMode):
         asked = asked_for(args[1:], kwargs)
         like = next(tensors((args[1:], kwargs)), None)
         goal = said(like) if like is not None else asked or said(tensor)
-        if name == 'cuda': func, args, goal = torch.Tensor.to, (tensor, CPU), goal if asked else torch.device('cuda', 0)
+        if name == 'cuda':
+            func = torch.Tensor.to
+            args = tensor, CPU
+            if not asked: goal = torch.device('cuda', 0)
         if name == 'cpu': goal = CPU
         moved = func(*without(args), **without(kwargs))
         if moved is tensor and goal != said(tensor): moved = tensor.clone()  # another device is another memory

@@ -25,6 +25,7 @@ from ..core.errors import ChesError
 from ..core.page import (
     figure_png, histogram, length_scatter, mark_differences, md_escape, percent, short_number)
 from ..core.options import path_of, printable, whole
+from ..core.stats import wilson
 from ..core.writing import plain, refuse_sources, refuse_strangers, write_files
 
 # %% ../../nbs/audit/420_report.ipynb #a5bdbfa0
@@ -139,13 +140,6 @@ def _groups(matched: dict[int, dict], by: str | None = None) -> tuple[str | None
     return None, {}
 
 # %% ../../nbs/audit/420_report.ipynb #a2b3dbb2
-def _wilson(k: float, trials: int, deviate: float = 1.959964) -> tuple[float, float]:
-    "Wilson's interval for k of so many trials; k need not be whole, where a tie was broken at random"
-    square = deviate*deviate
-    middle = (k + square/2) / (trials + square)
-    half = deviate / (trials + square) * math.sqrt(k*(trials - k)/trials + square/4)
-    return max(0., middle - half), min(1., middle + half)
-
 def composition(
     scores: pd.DataFrame,   # from `load_scores`
     groups: dict[int, str], # row_id -> group
@@ -159,7 +153,7 @@ def composition(
     for group, part in table[table.index.isin(scores.row_id)].groupby('group'):
         scored = int(part.percentile.count())
         k = round(float(part.top.sum()), 9)
-        low, high = _wilson(k, scored) if scored else (None, None)
+        low, high = wilson(k, scored) if scored else (None, None)
         result.append(dict(group=group, rows=len(part), scored=scored,
                            median_percentile=part.percentile.dropna().median(),
                            in_top=int(k) if k.is_integer() else k,
@@ -228,7 +222,8 @@ def collect_report(
     title: str | None = None,        # heading; None = named after the data
 ) -> dict:                           # every number, and `worst` and `best` with their texts; they never share a pair
     "Collect the content of a report, in one pass over the data. Raises `ChesError`: pairs of other data, ..."
-    worst, summary = whole('worst', worst, 0) or 0, summarise(scores)
+    worst = whole('worst', worst, 0) or 0
+    summary = summarise(scores)
     ends = dict(worst=_end_rows(scores, min(worst, (summary['scored'] + 1) // 2), True),
                 best=_end_rows(scores, min(worst, summary['scored'] // 2), False))
     wanted = {row['row_id'] for rows in ends.values() for row in rows}

@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 from ..theory.ches import CONVENTIONS
 from ..core.errors import ChesError
 from ..core.writing import (
-    plain, read_object, refuse_sources, refuse_unwritable, write_files)
-from ..core.options import named, one_of, only_with, path_of, whole
+    plain, refuse_sources, refuse_unwritable, write_files)
+from ..core.options import check_limit, named, one_of, path_of, whole
 from ..core.workers import errors_of_all, on_main, processes, shared_counter
-from ..core.run import Run, check_format, open_run, versions_of
+from ..core.run import Run, open_run, read_manifest, versions_of
 from ..lm.pairs import Pair, PairSource, iter_pairs
 from ..lm.model_checks import behaves_as, behaviour, check_lengths, token_limit
 from ..lm.model_identity import number_switches
@@ -92,9 +92,7 @@ def load_scores(
         raise ChesError(f'{path}: row {frame.row_id[twice].iloc[0]} is there twice')
     frame.attrs['path'] = str(path)
     home = next((d for d in (folder, folder.parent) if (d/'manifest.json').exists()), None)
-    manifest = read_object(home/'manifest.json') if home else {}
-    if home: check_format(manifest, home)
-    frame.attrs['manifest'] = manifest
+    frame.attrs['manifest'] = read_manifest(home) if home else {}
     return frame
 
 # %% ../../nbs/audit/380_scoring.ipynb #00f52e3e
@@ -167,9 +165,7 @@ def check_scoring(
     whole('batch_tokens', batch_tokens)
     one_of('convention', convention, CONVENTIONS)
     one_of('share_prompt', share_prompt, ('auto', 'yes', 'no'))
-    whole('limit', loading.get('limit'))
-    whole('limit_seed', loading.get('limit_seed'), 0)
-    only_with('limit_seed', loading.get('limit_seed'), loading.get('limit'), '--limit')
+    check_limit(loading.get('limit'), loading.get('limit_seed'))
     named(data=data, split=loading.get('split'), columns=loading.get('columns'))
     if path_of('output_dir', output_dir) is None: return
     folder = Path(output_dir).expanduser()

@@ -248,7 +248,8 @@ def _split(lengths: Float[np.ndarray, "rows 2"], rows: Int[np.ndarray, "some"], 
 
 def _control(selection: pd.DataFrame, seed: int, cell: int | None) -> pd.DataFrame:
     "Draw from each stratum, or from each cell of like lengths within it, as many rows as are selected there"
-    rule, seed = selection.attrs.get('selection'), whole('seed', seed, 0) or 0
+    rule = selection.attrs.get('selection')
+    seed = whole('seed', seed, 0) or 0
     if not rule: raise ChesError('a control needs a selection made by select_pairs')
     scored = selection.reason.isin(RANKED).to_numpy()
     again = rule['by'] == 'random' and rule['seed'] == seed  # the same order would draw the same rows

@@ -64,10 +64,9 @@ def score(
     scoring: ScoringOptions = ScoringOptions(),
 ) -> None:
     "Score every pair of a preference data set by how far training on it would displace the preferred response."
-    from ches_align.audit.scoring import check_scoring, score_dataset
+    from ches_align.audit.scoring import score_dataset
     from ches_align.core.workers import leave, processes
     name = model.name_for(data)
-    check_scoring(data, output_dir, scoring.max_length, scoring.batch_tokens, 'paper', scoring.share_prompt, vars(rows))
     quiet_libraries()
     scores = score_dataset(data, name, output_dir, **scoring.arguments(), dtype=model.dtype, device=model.device,
                            model_options=model.extras(), **vars(rows))
@@ -226,10 +225,9 @@ def audit(
     scoring: ScoringOptions = ScoringOptions(),
 ) -> None:
     "Score, report and filter in one go; prints the ten worst pairs."
-    from ches_align.audit.audit import NothingKept, audit_dataset, check_audit
+    from ches_align.audit.audit import NothingKept, audit_dataset
     from ches_align.core.workers import leave, processes
     name = model.name_for(data)
-    check_audit(output_dir, data, by, keep)
     quiet_libraries()
     try:
         audited = audit_dataset(data, name, output_dir, by=by, keep=keep, **vars(rows), **scoring.arguments(),

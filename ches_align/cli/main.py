@@ -30,7 +30,7 @@ from fastcore.docments import docments
 
 from .. import __version__
 from ..core.errors import ChesError
-from ..core.options import named, one_of, only_with, printable, real, whole
+from ..core.options import check_limit, named, one_of, only_with, printable, real, whole
 
 # %% ../../nbs/cli/840_main.ipynb #564870ee
 COMMANDS = {  # name: (module:function, what it is for)
@@ -125,9 +125,7 @@ class DataOptions:
     def check(self) -> None:
         "Refuse what no rows could be read with. Raises `ChesError`."
         named(split=self.split, columns=self.columns)
-        whole('limit', self.limit)
-        whole('limit_seed', self.limit_seed, 0)
-        only_with('limit_seed', self.limit_seed, self.limit, '--limit')
+        check_limit(self.limit, self.limit_seed)
         one_of('apply_chat_template', self.apply_chat_template, ('auto', 'yes', 'no'))
 
 @dataclass(frozen=True)
@@ -141,9 +139,7 @@ class PromptOptions:
     def check(self) -> None:
         "Refuse what no prompts could be read with. Raises `ChesError`."
         named(split=self.split, style=self.style)
-        whole('limit', self.limit)
-        whole('limit_seed', self.limit_seed, 0)
-        only_with('limit_seed', self.limit_seed, self.limit, '--limit')
+        check_limit(self.limit, self.limit_seed)
 
     def reading(self) -> dict[str, Any]:
         "Keyword arguments of `load_prompts`."

@@ -15,13 +15,11 @@ from typing import Any
 from ..core.errors import ChesError
 from ..core.rows import read_rows
 from ..core.options import named, one_of, only_with, path_of, real, say, whole
-from ..core.writing import json_bytes, plain, refuse_sources, refuse_strangers, write_files
+from ..core.writing import (
+    json_bytes, line_bytes, refuse_sources, refuse_strangers, write_files, write_lines)
 from .main import GeneratorOptions, PromptOptions, SamplingOptions, UsageError, quiet_libraries
 
 # %% ../../nbs/cli/860_refusal.ipynb #23be2eab
-def _lines(rows: list[dict]) -> bytes:
-    return ''.join(json.dumps(plain(row), ensure_ascii=False) + '\n' for row in rows).encode()
-
 def _fault(row: dict, needs: tuple) -> str:
     "What keeps a row from being used"
     if lost := [k for k in needs if k not in row]: return f"no {lost[0]}; it has {', '.join(sorted(map(str, row)))}"
@@ -67,7 +65,7 @@ def _generate(prompts: str, model: str, folder: Path, read: PromptOptions, loade
     rows = generate_responses(load_generator(model, **loaded.loading()), [p['prompt'] for p in asked], sampling, folder,
                               **drawn.running())
     complete = [{k: asked[row['prompt_index']][k] for k in ('id', 'category')} | row for row in rows]
-    write_files({folder/'rows.jsonl': _lines(complete)})
+    write_lines(folder/'rows.jsonl', complete)
     return complete
 
 def _generated(rows: list[dict], model: str, output_dir: str, longest: int) -> str:
@@ -132,7 +130,8 @@ def _make_judge(options: JudgeOptions, load: dict) -> Any:
     "rule, sorry, or a model by name"
     from ches_align.lm.weights import LoadError
     from ches_align.refusal.judges import JUDGE_PROMPT, SORRY_JUDGE, ChatJudge, RuleJudge, sorry_judge
-    text, load = _question(options), load | dict(quantize=options.quantize)
+    text = _question(options)
+    load = load | dict(quantize=options.quantize)
     if options.judge == 'rule': return RuleJudge()
     if options.judge == 'sorry': return sorry_judge(options.template, options.judge_path or SORRY_JUDGE, **load)
     try:
@@ -160,14 +159,14 @@ def _judge(rows: list[dict], judge: Any, folder: Path, about: dict) -> dict:
     from ches_align.refusal.rates import refusal_summary
     judged = judge_responses(rows, judge, folder)
     summary = refusal_summary(judged, about | dict(judge=judge.name, template=judge.identity.get('template')))
-    write_files({folder/'rows.jsonl': _lines(judged), folder/'refusals.json': json_bytes(summary)})
+    write_files({folder/'rows.jsonl': line_bytes(judged), folder/'refusals.json': json_bytes(summary)})
     return summary
 
 # %% ../../nbs/cli/860_refusal.ipynb #e4494d1f
 def _origin(source: str | Path) -> dict:
     "Who wrote the responses of a folder, and how"
     from ches_align.core.run import read_manifest
-    manifest = read_manifest(source) if Path(source).expanduser().is_dir() else {}
+    manifest = read_manifest(source)
     return dict(responses=str(source), model=manifest.get('model'), sampling=manifest.get('sampling'))
 
 def judge(

@@ -16,7 +16,7 @@ from typing import Any, Iterator
 
 from ..core.errors import ChesError
 from ..core.options import named, only_with, path_of, real, say, whole
-from ..core.writing import refuse_sources, refuse_strangers
+from ..core.writing import line_bytes, refuse_sources, refuse_strangers
 from .main import GeneratorOptions, SamplingOptions, quiet_libraries
 
 # %% ../../nbs/cli/870_spread.ipynb #bcf5ef04
@@ -99,7 +99,7 @@ class TaskOptions:
         whole('limit', self.limit)
 
 # %% ../../nbs/cli/870_spread.ipynb #spread-places
-def _check_places(prompts: str, output_dir: str, reward: str | None, against: str | None) -> Path:
+def _check_places(prompts: str, output_dir: str, against: str | None) -> Path:
     "The folder to be written, once it is known that nothing is lost there"
     folder = Path(path_of('output_dir', output_dir) or '').expanduser()
     named(prompts=prompts, against=against)
@@ -154,7 +154,6 @@ def _dumped(prompts: str, split: str | None, limit: int | None, names: dict[str,
 
 def _log_identity(rows: list[dict], asked: SpreadOptions) -> dict[str, Any]:
     "What an audit of a log must share with the one that its folder holds"
-    from ches_align.core.run import line_bytes
     asks = dict(threshold=asked.threshold, group=asked.group, reward_range=asked.reward_range)
     return dict(log_hash=hashlib.sha256(line_bytes(rows)).hexdigest()[:16], rows=len(rows), **asks)
 
@@ -199,7 +198,7 @@ def spread(
             only_with(name, getattr(model, name), asked.reward, '--reward')
         only_with('batch_tokens', drawn.batch_tokens, asked.reward, '--reward')
         loaded = model.name_for(prompts) if asked.reward else ''
-        folder = _check_places(prompts, output_dir, asked.reward, against)
+        folder = _check_places(prompts, output_dir, against)
         quiet_libraries()
         from ches_align.core.run import open_run
         from ches_align.core.workers import leave, processes
@@ -219,8 +218,7 @@ def spread(
 # %% ../../nbs/cli/870_spread.ipynb #22a9cb54
 def _written(table: Any, rows: list, folder: Path, prompts: str, against: str | None, drawn: bool) -> None:
     "Write table and page, and say what they hold"
-    from ches_align.spread.report import write_spread
-    from ches_align.spread.report import spread_report
+    from ches_align.spread.report import spread_report, write_spread
     summary = write_spread(table, rows, folder)
     spread_report(table, rows, summary, folder, f'Reward spread: {Path(prompts).name}')
     say(_said(summary | (dict(samples=int(table.n.sum())) if drawn else {})))

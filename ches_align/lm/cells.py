@@ -76,7 +76,9 @@ def read_message(
         content = message['value']
         rest = {k: v for k, v in message.items() if k not in ('from', 'value')}
         calls = _tool_calls(content) if name == 'function_call' else None
-        if calls: content, rest = '', rest | dict(tool_calls=calls)
+        if calls:
+            content = ''
+            rest = rest | dict(tool_calls=calls)
         return dict(role=(_ROLES | _SHAREGPT).get(name, message['from']), content=content, **rest), 'from/value'
     role = message.get('role')
     known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None

@@ -80,7 +80,8 @@ def _with_system(row: dict, parts: tuple[Text, Text, Text], column: str | None =
 def _explicit(prompt: Text, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     "A prompt column beside responses; messages win over text where the two are mixed"
     if not any(isinstance(v, list) for v in (prompt, chosen, rejected)): return prompt, chosen, rejected
-    chosen, rejected = _as_messages(chosen, 'assistant'), _as_messages(rejected, 'assistant')
+    chosen = _as_messages(chosen, 'assistant')
+    rejected = _as_messages(rejected, 'assistant')
     shared, rest_c, rest_r = split_messages(chosen, rejected)
     if not shared or shared[0].get('role') == 'assistant':  # responses, of several turns even where they begin alike
         return _as_messages(prompt, 'user'), chosen, rejected

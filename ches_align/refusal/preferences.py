@@ -19,8 +19,7 @@ from typing import Any, Callable, Iterable, Sequence
 
 from ..core.errors import ChesError
 from ..core.rows import read_rows
-from ..core.writing import json_bytes, write_files
-from ..core.run import line_bytes, write_lines
+from ..core.writing import json_bytes, line_bytes, write_files, write_lines
 from ..lm.texts import (
     Text, is_refusal, message_text, parse_dialogue, prompt_hash, row_seed)
 from .judges import as_refused

@@ -16,8 +16,8 @@ from jinja2 import Environment, PackageLoader
 import numpy as np
 import pandas as pd
 
-from ..core.writing import json_bytes, plain, write_files
-from ..core.run import line_bytes, read_manifest
+from ..core.writing import json_bytes, line_bytes, plain, write_files
+from ..core.run import read_manifest
 from ..core.page import figure_png, md_escape, percent, short_number
 from ..lm.texts import dialogue_text
 from .tasks import name_groups

@@ -19,7 +19,8 @@ import pandas as pd
 
 from ..core.errors import ChesError
 from ..core.workers import processes
-from ..core.run import differences, open_run, write_lines
+from ..core.run import differences, open_run
+from ..core.writing import write_lines
 from ..core.config import config_dict
 from ..core.fields import Bounds, ConfigError, Distinct, Settings
 from ..lm.pairs import Pair, load_pairs, template_columns

@@ -28,8 +28,8 @@ from ..core.errors import ChesError
 from ..lm.encode import EncodedPair
 from ..lm.weights import EMBEDDED
 from ..lm.models import ScoringModel, load_model, read_head
-from ..core.run import Run, open_run, write_lines
-from ..core.writing import plain, refuse_sources
+from ..core.run import Run, open_run
+from ..core.writing import plain, refuse_sources, write_lines
 from ..audit.token_store import token_hash
 from ..watch.callback import DisplacementCallback
 from ..core.config import config_dict

@@ -124,7 +124,8 @@ def _log_distribution(logps: Tensor, name: str) -> Tensor:
     return logps
 
 def _two_distributions(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    before, after = _log_distribution(before, 'before'), _log_distribution(after, 'after')
+    before = _log_distribution(before, 'before')
+    after = _log_distribution(after, 'after')
     if len(before) != len(after): raise ValueError(f'vocabularies of {len(before)} and {len(after)} tokens')
     return before, after.to(before.device)
 
