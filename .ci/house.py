@@ -12,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Iterable, Iterator
 
-from project import ROOT, settings
+from project import EXPORT, ROOT, cells, notebooks, settings
 
 INDICES = {'i', 'j', 'k', '_'}
 VAGUE = {'made', 'found', 'said', 'told'}
@@ -116,9 +116,22 @@ def long_cells(path: Path) -> Iterator[Fault]:
 
 def density(root: Path, inside: Iterable[Path] = ()) -> list[str]:
     "What breaks the rule, a line each; `inside`: only in these files and folders"
-    kept = [path for path in sources(root) if not inside or any(path.is_relative_to(part) for part in inside)]
-    return [f'{path.relative_to(root)}:{line}: {why}' for path in kept
-            for line, why in [*faults(path, root), *long_cells(path)]]
+    def is_asked(path: Path) -> bool: return not inside or any(path.is_relative_to(part) for part in inside)
+    modules = [f'{path.relative_to(root)}:{line}: {why}' for path in filter(is_asked, sources(root))
+               for line, why in [*faults(path, root), *long_cells(path)]]
+    pages = [f'{path.relative_to(root)}: cell {i}: line {line}: {why}' for path in filter(is_asked, notebooks(root))
+             for i, line, why in packed_cells(path)]
+    return modules + pages
+
+def packed_cells(path: Path) -> Iterator[tuple[int, int, str]]:
+    "Packed statements of a page's own cells; those that are exported are looked at in their module"
+    for i, cell in enumerate(cells(path)):
+        if cell.cell_type != 'code' or EXPORT & set(cell.marks): continue
+        try:
+            tree = ast.parse(cell.source)
+        except SyntaxError:
+            continue  # a shell line, or what the run of the page tells
+        for line, why in packed(tree): yield i, line, why
 
 def duplicates(paths: list[Path]) -> int:
     "Pairs of places that share `WINDOW` equal lines of code or more, each pair once however long"

@@ -116,7 +116,7 @@ def watched(seed, start, name, out):
     return tracker
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('seed', [0, 1])
+@pytest.mark.parametrize('seed', [0, pytest.param(1, marks=pytest.mark.full)])
 def test_default_alarm(tmp_path, seed):
     before = torch.get_num_threads()
     torch.set_num_threads(1)

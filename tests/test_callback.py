@@ -72,7 +72,7 @@ def one_thread():
     yield
     torch.set_num_threads(before)
 
-@pytest.mark.parametrize('kind', ['full', 'lora', 'bf16'])
+@pytest.mark.parametrize('kind', ['full', 'lora', pytest.param('bf16', marks=pytest.mark.full)])
 def test_training_is_bit_equal_with_and_without(tmp_path, kind):
     settings = dict(lora=kind == 'lora', bf16=kind == 'bf16', gradient_accumulation_steps=2, max_steps=4)
     # where a processor has no bf16, its products take forty times as long
@@ -287,6 +287,7 @@ def test_one_process_fails_and_none_waits(tmp_path):
     assert [r['step'] for r in ranks] == [3, 3] and ranks[0]['budget'] == ranks[1]['budget'] == 768 // 2
     assert done.stdout.count('1 measurements FAILED') == 1
 
+@pytest.mark.full
 def test_a_probe_that_always_fails_is_left_out_by_all_processes(tmp_path):
     done = forked(begin, ['one', tmp_path], tmp_path, 2, CUDA_VISIBLE_DEVICES='')
     assert done.returncode == 0, done.stderr[-3000:]

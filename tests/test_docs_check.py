@@ -243,6 +243,11 @@ def test_structure_check_refuses_packed_code(mini):
     assert faults == ['tests/test_x.py:1: packed assignment: one, two = ([1], {})',
                       '.ci/x.py:1: several statements on a line']
 
+def test_structure_check_refuses_packed_cells_of_pages(mini):
+    mini.two('one = 1; two = 2')
+    faults = [fault for fault in structure_check.check(mini.root) if 'several statements' in fault]
+    expect(faults, 'nbs/part/02_two.ipynb: cell ', 'line 1: several statements on a line')
+
 PLAIN = {
     'index': ('tests/test_x.py', 'for i, row in enumerate("ab"): print(i, row)\n'),
     'swap': ('tests/test_x.py', 'one = two = 1\none, two = two, one + two\n'),

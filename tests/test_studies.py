@@ -45,6 +45,7 @@ def test_killed_and_run_again(place):
     assert lines(place/'killed') == lines(place/'whole')
     assert (place/'killed'/'points.png').exists()
 
+@pytest.mark.full
 def test_two_processes(place):
     "With the same pairs a step, two processes train an arm to the weights of one: the changes agree"
     asked = train(place, '--set', 'output_dir=two', 'train.gradient_accumulation_steps=1')

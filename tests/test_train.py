@@ -237,6 +237,7 @@ def test_committed_launch_files_parse():
     assert {k: v.num_processes for k, v in launches.items()} == dict(one_gpu=1, ddp_2gpu=2, fsdp_2gpu=2, fsdp_4gpu=4)
     assert all(v.fsdp_config['fsdp_version'] == 2 for k, v in launches.items() if k.startswith('fsdp'))
 
+@pytest.mark.full
 def test_one_process_where_two_were_asked_for_is_told(home, tmp_path):
     (tmp_path/'run.yaml').write_text(f"kind: preference\nmodel: {home/'tiny'}\ndata: {home/'pairs.jsonl'}\n"
                                      'per_device_train_batch_size: 2\n'

@@ -33,29 +33,43 @@ def place(tmp_path_factory):
     (place/'pairs.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     return place
 
-def train(place, config, *flags):
-    (place/'start.py').write_text(BLOCK + 'from ches_align.cli.main import main; main()')
-    return subprocess.run([sys.executable, place/'start.py', 'train', config, *flags], capture_output=True, text=True,
-                          timeout=240, env=os.environ | dict(OMP_NUM_THREADS='1'))
+START = """
+import json, os, sys
+sys.path.insert(0, os.path.join(sys.argv[1], 'tests'))
+from commands import ches
+print(json.dumps([ches('train', *words) for words in json.loads(sys.argv[2])]))
+"""
 
-def preference(place, **changed):
+@pytest.fixture(scope='module')
+def ended(place):
+    "The command with several command lines, in one process without the libraries: name -> code, stdout, stderr"
+    asked = dict(checked=[preference(place, 'plain'), '--check'], trained=[preference(place, 'plain')],
+                 adapter=[preference(place, 'adapter', lora={}), '--check'])
+    asked |= {name: [ROOT/'configs'/name, '--check'] for name in OTHERS}
+    words = [list(map(str, line)) for line in asked.values()]
+    done = python(START, ROOT, json.dumps(words))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(asked, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+OTHERS = ('persona/smollm2_dpo.yaml', 'grue/smollm2_heuristics.yaml')
+
+def preference(place, name, **changed):
     settings = dict(kind='preference', model=str(place/'tiny'), data=str(place/'pairs.jsonl'),
                     output_dir=str(place/'out'))
-    (place/'run.yaml').write_text(yaml.safe_dump(settings | changed))
-    return place/'run.yaml'
+    (place/f'{name}.yaml').write_text(yaml.safe_dump(settings | changed))
+    return place/f'{name}.yaml'
 
-def test_a_preference_run_is_checked_and_training_says_what_is_missing(place):
-    done = train(place, preference(place), '--check')
-    assert done.returncode == 0 and '8 of 8 pairs usable' in done.stdout, done.stderr[-2000:]
-    done = train(place, preference(place))
-    assert done.returncode == 1 and 'Traceback' not in done.stderr, done.stderr[-2000:]
-    assert "TRL is not installed, and training needs it: pip install 'ches_align[train]'" in done.stderr
-    done = train(place, preference(place, lora={}), '--check')
-    assert done.returncode == 1 and 'PEFT is not installed' in done.stderr and 'Traceback' not in done.stderr
+def test_a_preference_run_is_checked_and_training_says_what_is_missing(ended):
+    code, out, err = ended['checked']
+    assert code == 0 and '8 of 8 pairs usable' in out, err
+    code, _, err = ended['trained']
+    assert code == 1 and 'Traceback' not in err, err
+    assert "TRL is not installed, and training needs it: pip install 'ches_align[train]'" in err
+    code, _, err = ended['adapter']
+    assert code == 1 and 'PEFT is not installed' in err and 'Traceback' not in err
 
-@pytest.mark.parametrize('path', ['persona/smollm2_dpo.yaml', 'grue/smollm2_heuristics.yaml'])
-def test_other_kinds_are_checked(place, path):
-    done = train(place, ROOT/'configs'/path, '--check')
-    print(done.stdout, done.stderr)
-    assert 'No module named' not in done.stderr and 'is not installed' not in done.stderr, done.stderr[-2000:]
-    assert 'Traceback' not in done.stderr and (done.stdout or done.stderr.startswith('ches train: '))
+@pytest.mark.parametrize('name', OTHERS)
+def test_other_kinds_are_checked(ended, name):
+    _, out, err = ended[name]
+    assert 'No module named' not in err and 'is not installed' not in err, err
+    assert 'Traceback' not in err and (out or err.startswith('ches train: '))

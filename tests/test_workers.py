@@ -19,11 +19,13 @@ def place(tmp_path_factory):
     assert run(where, 'score', 'pairs.jsonl', '--model', 'model', '--output_dir', 'one').returncode == 0
     return where
 
-def test_two_processes_one_table(place):
-    done = launched_two(place, 'score', 'pairs.jsonl', '--model', 'model', '--output_dir', 'two')
+@pytest.mark.parametrize('start', [run_two, pytest.param(launched_two, marks=pytest.mark.full)])
+def test_two_processes_one_table(place, start):
+    out = start.__name__
+    done = start(place, 'score', 'pairs.jsonl', '--model', 'model', '--output_dir', out)
     assert done.returncode == 0 and done.stdout.count('pairs scored by model') == 1, done.stderr
     one = load_scores(place/'one')
-    two = load_scores(place/'two')
+    two = load_scores(place/out)
     pd.testing.assert_frame_equal(one, two, check_exact=True)
     assert [s.attrs['manifest']['processes'] for s in (one, two)] == [1, 2] and two.attrs['manifest']['complete']
 
@@ -49,7 +51,7 @@ def test_a_killed_process_loses_its_open_shard(place):
 
 @pytest.mark.parametrize('args, words', [
     (['--limit', '5', '--output_dir', 'one'], 'holds another run'),
-    (['--output_dir', '/proc/no'], 'cannot be written')], ids=['other', 'folder'])
+    pytest.param(['--output_dir', '/proc/no'], 'cannot be written', marks=pytest.mark.full)], ids=['other', 'folder'])
 def test_what_cannot_work_ends_both(place, args, words):
     done = run_two(place, 'score', 'pairs.jsonl', '--model', 'model', *args)
     assert done.returncode != 0, done.stderr
