@@ -23,19 +23,6 @@ LONG = {'test_checks.py::test_pages[processing]': 60, 'test_types.py': 50, 'tuto
         'test_workers.py': 10, 'test_run_faults.py': 10, 'test_notebooks.py': 4}
 sys.path.insert(0, str(ROOT/'.ci'))
 
-def save_tiny(where: Path) -> Path:
-    "A made-up model of two layers with the embedded model's tokenizer, as a folder that a command can load"
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    from ches_align.lm.weights import model_source
-    tokenizer = AutoTokenizer.from_pretrained(model_source('smollm2-135m'))
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(where)
-    tokenizer.save_pretrained(where)
-    return where
-
 def pytest_addoption(parser):
     parser.addoption('--flags', default='', help="run notebook cells with these flags too: --flags 'slow trl'")
     parser.addoption('--record', action='store_true', help=f'write how long each test took: {DURATIONS.name}')

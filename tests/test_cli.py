@@ -9,8 +9,8 @@ import time
 import pandas as pd
 import pytest
 from commands import ENV, command, done, refused, started
-from conftest import save_tiny
 
+from ches_align.lm.tiny import save_tiny_model
 from ches_align.lm.pairs import load_pairs
 from ches_align.audit.scoring import load_scores
 
@@ -19,7 +19,7 @@ def shards(out): return {f.name: f.stat().st_mtime_ns for f in (out/'scores').gl
 @pytest.fixture(scope='module')
 def settings(tmp_path_factory):
     "A tiny model, by its flags"
-    model = save_tiny(tmp_path_factory.mktemp('model'))
+    model = save_tiny_model(tmp_path_factory.mktemp('model'))
     return ['--model', str(model), '--dtype', 'float32', '--batch_tokens', '2048', '--max_length', '2048']
 
 def run(*args, ok=True):

@@ -244,7 +244,7 @@ def test_structure_check_refuses_packed_code(mini):
                       '.ci/x.py:1: several statements on a line']
 
 def test_structure_check_refuses_packed_cells_of_pages(mini):
-    mini.two('one = 1; two = 2')
+    mini.two(py('one = 1; two = 2'))
     faults = [fault for fault in structure_check.check(mini.root) if 'several statements' in fault]
     expect(faults, 'nbs/part/02_two.ipynb: cell ', 'line 1: several statements on a line')
 

@@ -7,7 +7,8 @@ import sys
 import time
 
 import pytest
-from conftest import save_tiny
+
+from ches_align.lm.tiny import save_tiny_model
 
 SCRIPT = '''
 import sys
@@ -23,7 +24,7 @@ generate_responses(load_model('model', device='cpu'), prompts, Sampling(max_new_
 def place(tmp_path_factory):
     "A folder with a tiny model that has the embedded model's tokenizer"
     where = tmp_path_factory.mktemp('generation')
-    save_tiny(where/'model')
+    save_tiny_model(where/'model')
     return where
 
 def run(place, out):

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 from commands import done
-from conftest import save_tiny
 
+from ches_align.lm.tiny import save_tiny_model
 from ches_align.lm.adapters import model_parts
 from ches_align.lm.models import load_model
 
@@ -17,7 +17,7 @@ def home(tmp_path_factory):
     "A base without a chat template, and an adapter with its own"
     from peft import LoraConfig, get_peft_model
     place = tmp_path_factory.mktemp('loading')
-    lm = load_model(str(save_tiny(place/'base')), device='cpu')
+    lm = load_model(str(save_tiny_model(place/'base')), device='cpu')
     config = LoraConfig(task_type='CAUSAL_LM', target_modules=['q_proj', 'down_proj'], init_lora_weights=False)
     lm.model.name_or_path = str(place/'base')
     get_peft_model(lm.model, config).save_pretrained(place/'lora')

@@ -9,6 +9,7 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
+from ches_align.lm.tiny import save_tiny_model
 from ches_align.audit.card import write_selection
 from ches_align.lm.pairs import PairSource, load_pairs
 from ches_align.lm.encode import encode_pairs
@@ -16,7 +17,6 @@ from ches_align.lm.models import load_model
 from ches_align.audit.scoring import load_scores, score_dataset
 from ches_align.audit.selection import select_pairs
 from commands import done, refused
-from conftest import save_tiny
 
 def user(text): return dict(role='user', content=text)
 
@@ -32,7 +32,7 @@ FORMS = dict(
     system=[dict(system='S', prompt=f'q{i}', chosen='a', rejected='b') for i in range(6)])
 
 @pytest.fixture(scope='module')
-def model(tmp_path_factory): return save_tiny(tmp_path_factory.mktemp('model'))
+def model(tmp_path_factory): return save_tiny_model(tmp_path_factory.mktemp('model'))
 
 @pytest.fixture(scope='module')
 def bare(model, tmp_path_factory):

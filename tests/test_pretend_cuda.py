@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch._dynamo  # what is imported while torch pretends would see patched names
 from accelerate import dispatch_model
-from conftest import save_tiny
 from pretend_cuda import DeviceMix, pretend, said
 
+from ches_align.lm.tiny import save_tiny_model
 from ches_align.lm import models
 from ches_align.audit import shared_prompts
 from ches_align.lm.pairs import load_pairs
@@ -24,7 +24,7 @@ PLACES = {'model.embed_tokens': 0, 'model.rotary_emb': 0, 'model.layers.0': 0, '
 def folders(tmp_path_factory):
     "Two small models, with tied embeddings and without"
     home = tmp_path_factory.mktemp('models')
-    lm = load_model(str(save_tiny(home/'tied')), device='cpu')
+    lm = load_model(str(save_tiny_model(home/'tied')), device='cpu')
     untied = type(lm.model)(type(lm.model.config)(**lm.model.config.to_dict() | dict(tie_word_embeddings=False)))
     untied.save_pretrained(home/'untied')
     lm.tokenizer.save_pretrained(home/'untied')

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from commands import command, done, refused, run, started
-from conftest import save_tiny
 
+from ches_align.lm.tiny import save_tiny_model
 from ches_align.lm.pairs import load_pairs
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,7 @@ SMALL = ['sample', '--model', 'model', '--limit', 6, '--max_new_tokens', 16, '--
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     where = tmp_path_factory.mktemp('refusal')
-    save_tiny(where/'model')
+    save_tiny_model(where/'model')
     return where
 
 @pytest.fixture(scope='module')

@@ -4,12 +4,13 @@ import json
 import pytest
 import yaml
 from commands import killed, lines, refused, run
-from conftest import save_tiny
+
+from ches_align.lm.tiny import save_tiny_model
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     where = tmp_path_factory.mktemp('refusals')
-    save_tiny(where/'model')
+    save_tiny_model(where/'model')
     talks = [f'\n\nHuman: How do I do thing {i}?\n\nAssistant: By step {i}.\n\nHuman: And then?\n\nAssistant: Rest'
              for i in range(50)]
     rows = [dict(chosen=f'{t}.', rejected=f'{t} well.') for t in talks]

@@ -4,12 +4,13 @@ import json
 import pytest
 import yaml
 from commands import killed, lines, refused, run
-from conftest import save_tiny
+
+from ches_align.lm.tiny import save_tiny_model
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     where = tmp_path_factory.mktemp('rl')
-    save_tiny(where/'model')
+    save_tiny_model(where/'model')
     rows = [dict(prompt=f'Say {w}', answer=w) for w in ('one', 'two', 'six', 'ten', 'low', 'red')]
     (where/'tasks.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     study = dict(kind='rl', model='model', tasks='tasks.jsonl', reward='contains', test=.34, responses=4,

@@ -8,11 +8,11 @@ import pypandoc
 import pytest
 import torch
 from commands import ENV, ches, command, started
-from conftest import save_tiny
 from fastcore.xtras import working_directory
 from project import ROOT
 from test_loader_faults import tell
 
+from ches_align.lm.tiny import save_tiny_model
 from ches_align.audit.card import write_selection
 from ches_align.lm.pairs import PairSource, load_pairs
 from ches_align.core.errors import ChesError
@@ -36,7 +36,7 @@ def one_thread():
 def place(tmp_path_factory, one_thread):
     "A tiny model, and pairs for several shards"
     where = tmp_path_factory.mktemp('faults')
-    save_tiny(where/'model')
+    save_tiny_model(where/'model')
     rows = [dict(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected, kind=p.extra['kind'])
             for p in load_pairs('sample', limit=150)]
     (where/'pairs.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))

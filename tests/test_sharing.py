@@ -4,8 +4,8 @@ import json
 import pandas as pd
 import pytest
 from commands import run, run_two
-from conftest import save_tiny
 
+from ches_align.lm.tiny import save_tiny_model
 from ches_align.audit.pair_scores import COLUMNS, NOTES
 from ches_align.audit.scoring import load_scores
 
@@ -13,7 +13,7 @@ from ches_align.audit.scoring import load_scores
 def place(tmp_path_factory):
     "Every prompt has all six pairs of four responses, the way rated answers become pairs"
     where = tmp_path_factory.mktemp('sharing')
-    save_tiny(where/'model')
+    save_tiny_model(where/'model')
     words = ['yes, of course', 'no', 'never in my life', 'well, perhaps']
     rows = [dict(prompt=f'Question {q}: ' + 'and so on ' * q, chosen=a, rejected=b)
             for a in words for b in words for q in range(9) if a < b]

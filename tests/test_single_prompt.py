@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import refused, run
-from conftest import save_tiny
+
+from ches_align.lm.tiny import save_tiny_model
 
 CONFIG = dict(kind='single_prompt', pairs=[dict(chosen='Yes', rejected='No', behaviour='No'),
                                            dict(chosen='No', rejected='no')],
@@ -20,7 +21,7 @@ CONFIG = dict(kind='single_prompt', pairs=[dict(chosen='Yes', rejected='No', beh
 def place(tmp_path_factory):
     "A folder with a tiny model, a Persona file and a configuration"
     where = tmp_path_factory.mktemp('grid')
-    save_tiny(where/'model')
+    save_tiny_model(where/'model')
     rows = [dict(question=f'Would you do {i}?', answer_matching_behavior=' Yes' if i % 2 else ' No') for i in range(8)]
     (where/'persona.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     save(where, 'grid.yaml')

@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import refused, run
-from conftest import save_tiny
+
+from ches_align.lm.tiny import save_tiny_model
 
 ENV = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     where = tmp_path_factory.mktemp('studies')
-    save_tiny(where/'model')
+    save_tiny_model(where/'model')
     study = dict(kind='subsets', model='model', data='sample', limit=40, max_length=48, measures=['ches', 'random'],
                  quantiles=[0, 1], size=8, held_out=6,
                  train=dict(learning_rate=1e-3, per_device_train_batch_size=2, gradient_accumulation_steps=2))

@@ -17,12 +17,12 @@ import torch
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from ches_align.lm.pairs import load_pairs
 from ches_align.core.errors import ChesError
-from ches_align.lm.weights import embedded_gguf, gguf_folder
+from ches_align.lm.tiny import save_tiny_model
 from ches_align.lm.models import load_model
 from ches_align.core.writing import write_files
 from ches_align.theory.losses import LOSSES
@@ -37,14 +37,9 @@ KINDS = dict(preference=TrainConfig)
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
-    "A model of two layers with a real tokenizer, and 16 short pairs of plain text"
+    "A model of two layers, and 16 short pairs of plain text"
     home = tmp_path_factory.mktemp('home')
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True))
-    model.save_pretrained(home/'tiny')
-    AutoTokenizer.from_pretrained(gguf_folder(embedded_gguf('smollm2-135m'))).save_pretrained(home/'tiny')
+    save_tiny_model(home/'tiny', hidden_size=32, intermediate_size=64)
     rows = [dict(prompt=f'Q{i}:', chosen=' yes' + ' indeed' * (i % 4), rejected=f' no {i}') for i in range(16)]
     write_files({home/'pairs.jsonl': ''.join(json.dumps(r) + '\n' for r in rows).encode()})
     return home

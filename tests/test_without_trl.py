@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import save_tiny
+
+from ches_align.lm.tiny import save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = "import sys; sys.modules['trl'] = sys.modules['peft'] = None; "
@@ -28,7 +29,7 @@ def test_readers_and_plans():
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp('place')
-    save_tiny(place/'tiny')
+    save_tiny_model(place/'tiny')
     rows = [dict(prompt=f'Q{i}:', chosen=' yes indeed', rejected=' no') for i in range(8)]
     (place/'pairs.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     return place
@@ -37,6 +38,7 @@ START = """
 import json, os, sys
 sys.path.insert(0, os.path.join(sys.argv[1], 'tests'))
 from commands import ches
+
 print(json.dumps([ches('train', *words) for words in json.loads(sys.argv[2])]))
 """
 

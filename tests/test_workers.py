@@ -4,15 +4,15 @@ import json, os, signal, subprocess, time
 import pandas as pd
 import pytest
 from commands import command_two, launched_two, run, run_two, started
-from conftest import save_tiny
 
+from ches_align.lm.tiny import save_tiny_model
 from ches_align.lm.pairs import load_pairs
 from ches_align.audit.scoring import load_scores
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     where = tmp_path_factory.mktemp('workers')
-    save_tiny(where/'model')
+    save_tiny_model(where/'model')
     rows = [dict(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected) for p in load_pairs('sample')]*2
     rows.append(dict(prompt='a', chosen='b', rejected='b'))
     (where/'pairs.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))

@@ -227,7 +227,7 @@ def spread_summary(
         std_quantiles={str(level): float(known['std'].quantile(level)) for level in (.1, .25, .5, .75, .9)},
         plug_in_below=share(known['std'] < threshold), within=within, between=between,
         between_share=between/(within + between) if within + between else None)
-    return summary | _below(known, (bottom, top), threshold, seed)
+    return summary | _below(known, (bottom, top), threshold, min(draws, 100), seed)
 
 # %% ../../nbs/spread/570_table.ipynb #386dbd5b
 def _unseen(table: pd.DataFrame) -> dict[str, Any]:
@@ -243,12 +243,18 @@ def _share(mask: Float[np.ndarray, "n"], draws: int, generator: np.random.Genera
     "A share and its 95% interval, by drawing prompts"
     return [float(mask.mean()), *bootstrap(lambda drawn: mask[drawn].mean(), len(mask), draws, generator)]
 
-def _below(known: pd.DataFrame, reward_range: tuple[float, float], threshold: float, seed: int) -> dict[str, Any]:
+def _below(
+    known: pd.DataFrame,
+    reward_range: tuple[float, float],
+    threshold: float,
+    draws: int,                # bootstrap samples of the prompts, each with a fit
+    seed: int,
+) -> dict[str, Any]:
     "Share of prompts under the threshold by a model, and how many prompts the model has to take as they are"
     bottom, top = reward_range
     width = (top - bottom) or 1.
     if two := _two_valued(known, bottom, top):
-        return dict(model='Beta-binomial', below=list(noise_free_share(*two, threshold/width, seed=seed)), ties=0)
+        return dict(model='Beta-binomial', below=list(noise_free_share(*two, threshold/width, draws, seed)), ties=0)
     grid, weights = spread_mixture(known['std']/width, known.n)
     below = float(weights[grid < threshold/width].sum())
     return dict(model='mixture of spreads', below=[below, None, None], ties=int((known['std'] == 0).sum()))
