@@ -32,7 +32,7 @@ from ..lm.models import ScoringModel, load_model, model_now
 from ..lm.batches import default_budget, out_of_memory
 from .shared_prompts import Sizes, choose_sharing
 from .token_store import TokenStore, token_store
-from .pair_scores import COLUMNS, NOTES, blank_row, score_block
+from .pair_scores import COLUMNS, GRAM, NOTES, blank_row, score_block
 
 # %% ../../nbs/audit/380_scoring.ipynb #c53a5780
 def _run_identity(
@@ -58,7 +58,7 @@ def _check_behaviour(run: Run, now: Any) -> None:
 # %% ../../nbs/audit/380_scoring.ipynb #fef3a240
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:
     "By row_id, every column of its type; notes are empty where a table has none"
-    for name, nothing in dict(prompt_cut=0, detail='').items():
+    for name, nothing in (dict(prompt_cut=0, detail='') | dict.fromkeys(GRAM, math.nan)).items():
         frame[name] = frame[name].fillna(nothing) if name in frame else nothing
     return frame.astype(COLUMNS | NOTES).sort_values('row_id', ignore_index=True)
 

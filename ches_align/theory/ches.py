@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CONVENTIONS', 'predicting_mask', 'response_sum', 'PairScores', 'ches_from_sums', 'summed_mask', 'pair_scores',
-           'ches_scores', 'last_hidden_inner', 'neg_edit_distance', 'Head', 'token_grams', 'HeadScores', 'head_ches',
-           'head_ches_of']
+           'ches_scores', 'last_hidden_inner', 'neg_edit_distance', 'Head', 'block_logits', 'token_grams', 'HeadScores',
+           'head_ches', 'head_ches_of']
 
 # %% ../../nbs/theory/050_ches.ipynb #6cb0e956
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -144,8 +144,12 @@ class Head(NamedTuple):
     scale: float = 1.             # Cohere multiplies its logits, Granite divides them
     softcap: float | None = None  # Gemma 2 bounds its logits
 
-def _block_logits(head: Head, hidden: Tensor, rows) -> tuple[Tensor, Tensor | None]:
-    "Logits of some vocabulary rows and their slope against `weight @ h` (None: constant)"
+def block_logits(
+    head: Head,                     # the output layer
+    hidden: Float[Tensor, "n dim"], # states, fp32 or better
+    rows: Any,                      # index of vocabulary rows: a slice or ids
+) -> tuple[Float[Tensor, "n rows"], Float[Tensor, "n rows"] | None]:
+    "Compute logits of some vocabulary rows, and their slope against `weight @ h` (None: `head.scale`)."
     z = hidden @ head.weight[rows].to(hidden.dtype).T
     if head.bias is not None: z += head.bias[rows].to(z.dtype)
     z *= head.scale
@@ -171,7 +175,7 @@ def token_grams(
     mass = H.new_zeros(len(H))
     inner = [H.new_zeros(n, len(h)) for h, _, n in groups]
     for start in range(0, len(head.weight), block):
-        z, slope = _block_logits(head, H, slice(start, start + block))
+        z, slope = block_logits(head, H, slice(start, start + block))
         new_top = torch.maximum(top, z.amax(1))
         shrink = (top - new_top).exp_()
         p = z.sub_(new_top[:, None]).exp_()
@@ -188,7 +192,7 @@ def token_grams(
 def _gram(head: Head, H: Tensor, ids: Tensor, n: int, ln_mass: Tensor, mass: Tensor, inner: Tensor,
 ) -> tuple[Tensor, Tensor]:
     "What is left when a group's sums over the vocabulary are known"
-    z, slope = _block_logits(head, H, ids)       # row k, column k': the logit of token y_k' at step k
+    z, slope = block_logits(head, H, ids)       # row k, column k': the logit of token y_k' at step k
     slope = torch.full_like(z, head.scale) if slope is None else slope
     logps = z - ln_mass[:, None]
     p = logps.exp() * slope * slope.diagonal()   # p_k(y_k') s_k(y_k') s_k'(y_k')
@@ -199,10 +203,11 @@ def _gram(head: Head, H: Tensor, ids: Tensor, n: int, ln_mass: Tensor, mass: Ten
 
 # %% ../../nbs/theory/050_ches.ipynb #a9989edb
 class HeadScores(NamedTuple):
-    "Head-gradient CHES of one pair and the log-probabilities of its tokens."
+    "What one pair's gradients in the output layer give, and the log-probabilities of its tokens."
     head_ches: Tensor       # [] head-gradient CHES: positive = a step on the head lowers ln pi(y+)
     chosen_logps: Tensor    # [n] ln pi(y+_k | x, y+_<k), nats
     rejected_logps: Tensor  # [n'] ln pi(y-_k | x, y-_<k), nats
+    gram: Tensor            # [3] |g+|^2, <g+, g->, |g-|^2 of the responses' gradients g; fp64
 
 def head_ches(
     head: Head,                               # the output layer
@@ -221,9 +226,11 @@ def head_ches_of(
     block: int = 8192,                                      # vocabulary rows at a time
 ) -> list[HeadScores]:                                      # one a pair
     "Head-gradient CHES (@eq-headches) of several pairs; the matrix is read and converted to fp32 once for all."
-    groups = [(torch.cat([h, h2]), torch.cat([y, y2]), len(y)) for h, y, h2, y2 in pairs]
+    groups = [(torch.cat([h, h2]), torch.cat([y, y2]), len(y) + len(y2)) for h, y, h2, y2 in pairs]
     scores = []
-    for (terms, logps), (_, _, n) in zip(token_grams(head, groups, block), groups):
-        total = terms[:, n:].sum(dtype=torch.float64) - terms[:, :n].sum(dtype=torch.float64)
-        scores.append(HeadScores(total, logps[:n], logps[n:]))
+    for (terms, logps), (_, y, _, _) in zip(token_grams(head, groups, block), pairs):
+        n = len(y)
+        blocks = terms[:n, :n], terms[:n, n:], terms[n:, n:]
+        gram = torch.stack([block.sum(dtype=torch.float64) for block in blocks])
+        scores.append(HeadScores(gram[1] - gram[0], logps[:n], logps[n:], gram))
     return scores
