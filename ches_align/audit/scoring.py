@@ -10,6 +10,7 @@ import hashlib
 import math
 import time
 import warnings
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Sequence
@@ -22,16 +23,20 @@ from ..theory.ches import CONVENTIONS
 from ..core.errors import ChesError
 from ..core.writing import (
     plain, refuse_sources, refuse_unwritable, write_files)
-from ..core.options import check_limit, named, one_of, path_of, whole
+from ..core.options import check_limit, named, one_of, path_of, real, whole
 from ..core.workers import errors_of_all, on_main, processes, shared_counter
 from ..core.run import Run, open_run, read_manifest, versions_of
 from ..lm.pairs import Pair, PairSource, iter_pairs
 from ..lm.model_checks import behaves_as, behaviour, check_lengths, token_limit
 from ..lm.model_identity import number_switches
+from ..lm.encode import EncodedPair
 from ..lm.models import ScoringModel, load_model, model_now
 from ..lm.batches import default_budget, out_of_memory
 from .shared_prompts import Sizes, choose_sharing
 from .token_store import TokenStore, token_store
+from .influence import (
+    Lora, Pull, fresh_adapter, influence_block, load_pull, make_pull, movable, save_pull, trained_weights)
+from .protected import Protected, influence_columns, overlaps, protected_sources, read_protected
 from .pair_scores import COLUMNS, GRAM, NOTES, blank_row, score_block
 
 # %% ../../nbs/audit/380_scoring.ipynb #c53a5780
@@ -60,13 +65,15 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
     "By row_id, every column of its type; notes are empty where a table has none"
     for name, nothing in (dict(prompt_cut=0, detail='') | dict.fromkeys(GRAM, math.nan)).items():
         frame[name] = frame[name].fillna(nothing) if name in frame else nothing
-    return frame.astype(COLUMNS | NOTES).sort_values('row_id', ignore_index=True)
+    more = dict.fromkeys(influence_columns(frame), 'float64')
+    return frame.astype(COLUMNS | NOTES | more).sort_values('row_id', ignore_index=True)
 
 def score_table(
     rows: Sequence[dict[str, Any]], # rows of `blank_row` or `score_block`; none is fine
 ) -> pd.DataFrame:                  # `COLUMNS` and `NOTES` with their types, by row_id
     "Rows as a table; the types do not depend on what is in them."
-    return _typed(pd.DataFrame(rows, columns=list(COLUMNS | NOTES)))
+    more = influence_columns(rows[0]) if rows else []
+    return _typed(pd.DataFrame(rows, columns=[*COLUMNS | NOTES, *more]))
 
 def load_scores(
     path: str | Path,  # a run's folder, its `scores` folder, or one Parquet file
@@ -122,7 +129,20 @@ def _less_memory(shard: int, batch_tokens: int, longest: int) -> str:
             '--dtype bfloat16, each with another --output_dir')
 
 # %% ../../nbs/audit/380_scoring.ipynb #score-shards
-def _score_shards(lm, store: TokenStore, plan, run: Run, settings, progress) -> list[dict]:
+class _Influence(NamedTuple):
+    "What adds the columns of protected sets"
+    lm: ScoringModel  # whose weights can move
+    pulls: list[Pull] # one a set
+
+def _scored_rows(lm, encoded, settings, influence: _Influence | None) -> list[dict]:
+    "The rows of a shard, with the columns of protected sets"
+    scored = score_block(lm, encoded, **settings) if encoded[0].status == 'ok' else [*map(blank_row, encoded)]
+    if influence is None: return scored
+    sharing = {name: settings[name] for name in ('share_prompt', 'batch_tokens')}
+    more = influence_block(influence.lm, encoded, influence.pulls, **sharing)
+    return [row | columns for row, columns in zip(scored, more)]
+
+def _score_shards(lm, store: TokenStore, plan, run: Run, settings, progress, influence=None) -> list[dict]:
     "Score what has no shard yet; rows come back only where there is no folder. The bar counts tokens"
     costs = [0] + [int(2 * store.sizes.length[shard].sum()) for shard in plan[1:]]
     rows: list[dict] = []
@@ -138,7 +158,7 @@ def _score_shards(lm, store: TokenStore, plan, run: Run, settings, progress) -> 
             continue
         encoded = store.rows(plan[k])
         try:
-            scored = score_block(lm, encoded, **settings) if k else [blank_row(row) for row in encoded]
+            scored = _scored_rows(lm, encoded, settings, influence) if encoded else []
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error): raise
             longest = max(row.length for row in encoded)
@@ -185,12 +205,17 @@ def score_dataset(
     device: str | None = None,       # where, when `model` is a name
     model_options: dict | None = None, # more for `load_model`: adapter, revision, quantize, trust_remote_code
     share_prompt: str = 'auto',      # compute each prompt once: 'yes', 'no', or where it pays
+    protect: Any = None,             # what must not fall, for `protected_sources`: adds columns of influence
+    influence_step: float | None = None, # length of its step in the weights; None: found by agreement
+    lora: Lora | None = None,        # a fresh adapter as the weights that move; None: the model's adapter, or all
     progress: bool = True,           # a bar with rate and remaining time, on a terminal
     **loading,                       # for `load_pairs`: split, columns, limit, limit_seed, apply_chat_template
 ) -> pd.DataFrame:                   # a row a pair, `COLUMNS`; the manifest in `attrs['manifest']`
     "Score every pair of a data set; with `output_dir`, continue what is there. Raises `ChesError` for bad input."
     source, loading = _as_source(data, loading)
     check_scoring(source, output_dir, max_length, batch_tokens, convention, share_prompt, loading)
+    sources = protected_sources(protect)
+    real('influence_step', influence_step, 0, above=True)
     given = isinstance(data, list) and data and isinstance(data[0], Pair)
     if given and any(v not in (None, 'auto') for v in loading.values()):
         raise ChesError(f"{', '.join(loading)}: pairs that are loaded already are scored as they are")
@@ -204,12 +229,16 @@ def score_dataset(
     start = time.time()
     max_length = max_length or lm.max_length
     limit = token_limit(lm.model, lm.head)
+    sets = [read_protected(where, lm.tokenizer, max_length, name, convention) for name, where in sources.items()]
     with token_store(pairs, lm.tokenizer, max_length, convention, progress=progress, limit=limit) as store:
         _check_tokens(lm, store, limit)
         asked = dict(convention=convention, head=head, batch_tokens=batch_tokens or default_budget(lm))
         work = _plan_work(lm, store, asked, max_length, share_prompt, fresh=lm is not model)
         work.about['loading'] = loading
         work.about['data'] = str(source) if isinstance(source, (str, Path)) else None  # None: not to be read again
+        work.identity.update(protect={each.name: each.token_hash for each in sets} or None,
+                             influence_step=influence_step, lora=lora and lora._asdict())
+        work = work._replace(protect=_Protect(sets, influence_step, lora))
         return _score_store(lm, store, work, output_dir, progress, start)
 
 # %% ../../nbs/audit/380_scoring.ipynb #c94ce066
@@ -223,13 +252,67 @@ def _as_source(data: Any, loading: dict[str, Any]) -> tuple[Any, dict[str, Any]]
     if loading: raise ChesError(f"{', '.join(loading)}: a PairSource says itself how it is read")
     return data.source, data.loading
 
+# %% ../../nbs/audit/380_scoring.ipynb #cee94355
+_TRIAL = 8  # pairs on which the step is tried
+
+def _trial(store: TokenStore) -> list[EncodedPair]:
+    "A few pairs, of all lengths"
+    scored = np.flatnonzero(store.sizes.ok)
+    order = scored[np.argsort(store.sizes.length[scored], kind='stable')]
+    return store.rows(order[np.linspace(0, len(order) - 1, min(_TRIAL, len(order))).astype(int)]) if len(order) else []
+
+def _every(store: TokenStore) -> Iterator[EncodedPair]:
+    "All pairs, a block at a time"
+    for start in range(0, len(store), 512): yield from store.rows(range(start, min(start + 512, len(store))))
+
+def _pull(lm: ScoringModel, store: TokenStore, protected: Protected, step: float | None, run: Run, progress) -> Pull:
+    "Direction and matrix of a set: made once, by the main process, and read by all"
+    def make() -> Pull:
+        total = sum(len(row.prompt_ids) + len(row.chosen_ids) for row in protected.pairs)
+        with tqdm(total=total, unit='tok', unit_scale=True, desc=f"gradient of {protected.column()}",
+                  disable=None if progress else True) as bar:
+            return make_pull(lm, protected, _trial(store), step, bar.update)
+    if run.folder is None: return make()
+    path = run.folder/'influence'/f'{protected.column()}.safetensors'
+    names = list(trained_weights(lm.model))
+    on_main(lambda: None if path.exists() else save_pull(make(), names, path))
+    return load_pull(path, protected, names, lm.device)
+
+@contextmanager
+def _influence(lm: ScoringModel, store: TokenStore, work, run: Run, progress) -> Iterator[_Influence | None]:
+    "Make ready for the columns of protected sets, and tell what is odd about them"
+    sets, step, lora = work.protect
+    if not sets:
+        yield None
+        return
+    with ExitStack() as stack:
+        moving = stack.enter_context(fresh_adapter(lm, lora)) if lora else movable(lm)
+        pulls = [_pull(moving, store, protected, step, run, progress) for protected in sets]
+        remarks = [remark for protected in sets
+                   for remark in [*protected.remarks, *on_main(lambda: overlaps(protected, _every(store)))]]
+        if any(pull.direction is None for pull in pulls):
+            remarks.append('the weights are quantised and cannot move: head_influence alone; --lora_r N for the rest')
+        about = {pull.protected.column(): dict(
+            rows=len(pull.protected.pairs), hash=pull.digest(), **(pull.step._asdict() if pull.step else {}))
+            for pull in pulls}
+        run.update(influence=about, remarks=[*work.about['remarks'], *remarks])
+        if remarks and processes().is_main_process: warnings.warn(f"protected: {'; '.join(remarks)}")
+        yield _Influence(moving, pulls)
+
 # %% ../../nbs/audit/380_scoring.ipynb #score-work
+class _Protect(NamedTuple):
+    "What must not fall, and how its influence is found"
+    sets: list[Protected] = []
+    step: float | None = None
+    lora: Lora | None = None
+
 class _Work(NamedTuple):
     "What a run is to do, and what its manifest says of it"
     plan: list[np.ndarray]   # positions of each shard
     settings: dict[str, Any] # of `score_block`
     identity: dict[str, Any] # what a run that goes on must share
     about: dict[str, Any]    # what the manifest tells besides
+    protect: _Protect = _Protect()
 
 def _plan_work(lm: ScoringModel, store: TokenStore, asked: dict[str, Any], max_length: int | None, share_prompt: str,
                fresh: bool) -> _Work:
@@ -252,7 +335,8 @@ def _score_store(lm: ScoringModel, store: TokenStore, work: _Work, output_dir: s
     with open_run(output_dir, work.identity, files=['scores/*.parquet']) as run:
         on_main(lambda: _check_behaviour(run, work.about['behaviour']))
         run.update(**work.about, complete=False)  # of a finished run, too, a shard may be missing
-        with errors_of_all(): rows = _score_shards(lm, store, work.plan, run, work.settings, progress)
+        with errors_of_all(), _influence(lm, store, work, run, progress) as influence:
+            rows = _score_shards(lm, store, work.plan, run, work.settings, progress, influence)
         scores = score_table(rows) if run.folder is None else load_scores(run.folder)  # all is there: all have met
         scored = scores[scores.status == 'ok']
         tokens = (2 * scored.prompt_tokens + scored.chosen_tokens + scored.rejected_tokens).sum()

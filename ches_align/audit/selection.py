@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from ..lm.pairs import Pair
 from ..core.errors import ChesError
 from ..core.options import one_of, real, whole
+from .protected import influence_columns
 from .pair_scores import COLUMNS, NOTES
 
 # %% ../../nbs/audit/390_selection.ipynb #a8de0afc
@@ -36,7 +37,7 @@ def check_order(
 ) -> None:
     "Refuse an order that no table of scores has, before there is one. Raises `ChesError`."
     numbers = [c for c, kind in COLUMNS.items() if c != 'row_id' and str(kind).startswith(('float', 'int'))]
-    one_of('by', by, [*numbers, *ORDERS, 'random'])
+    if not influence_columns([by]): one_of('by', by, [*numbers, *ORDERS, 'random', 'influence', 'head_influence'])
 
 def order_values(
     scores: pd.DataFrame, # one row a pair, from `load_scores`
