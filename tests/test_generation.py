@@ -30,12 +30,19 @@ def place(tmp_path_factory):
 def run(place, out):
     return subprocess.Popen([sys.executable, '-c', SCRIPT, out], cwd=place, stderr=subprocess.PIPE, text=True)
 
+@pytest.fixture(scope='module')
+def whole(place):
+    "A run in one go"
+    process = run(place, 'whole')
+    assert process.wait(180) == 0, process.stderr.read()
+    return place/'whole'/'responses.jsonl'
+
 def rows(path):
     responses = [json.loads(x) for x in path.read_text().splitlines()]
     return {(r['prompt_index'], r['k']): (r['response'], r['tokens'], r['finished']) for r in responses}, len(responses)
 
 @pytest.mark.full
-def test_killed_and_run_again(place):
+def test_killed_and_run_again(place, whole):
     process = run(place, 'killed')
     path = place/'killed'/'responses.jsonl'
     deadline = time.time() + 120
@@ -45,21 +52,20 @@ def test_killed_and_run_again(place):
     process.wait()
     have, _ = rows(path)
     assert 0 < len(have) < 48
-    for out in ('killed', 'whole'):
-        process = run(place, out)
-        assert process.wait(180) == 0, process.stderr.read()
+    process = run(place, 'killed')
+    assert process.wait(180) == 0, process.stderr.read()
     (again, lines) = rows(path)
-    (whole, _) = rows(place/'whole'/'responses.jsonl')
-    assert again == whole and len(whole) == lines == 48 and have.items() <= whole.items()
+    (unbroken, _) = rows(whole)
+    assert again == unbroken and len(unbroken) == lines == 48 and have.items() <= unbroken.items()
 
 @pytest.mark.full
-def test_two_at_once_and_judged(place):
+def test_two_at_once_and_judged(place, whole):
     from filelock import FileLock
     from ches_align.refusal.judges import judge_responses
     with FileLock(place/'whole'/'.lock'):
         process = run(place, 'whole')
         assert process.wait(120) and 'another run is writing there' in process.stderr.read()
-    responses = [json.loads(x) for x in (place/'whole'/'responses.jsonl').read_text().splitlines()]
+    responses = [json.loads(x) for x in whole.read_text().splitlines()]
     judged = judge_responses(responses, output_dir=place/'judged')
     assert [r['response'] for r in judged] == [r['response'] for r in responses]
     assert judge_responses(responses, output_dir=place/'judged') == judged

@@ -23,6 +23,7 @@ from .shared_prompts import Side, stream_states
 from .token_store import unknown_tokens
 from ..theory.ches import (
     Head, ches_from_sums, head_ches_of, last_hidden_inner, neg_edit_distance, pair_scores)
+from ..theory.influence import head_slopes
 
 # %% ../../nbs/audit/370_pair_scores.ipynb #45128d1e
 FROM_STATES = ('ches', 'ln_ches', 'ches_reversed', 'last_hidden_inner')
@@ -69,6 +70,7 @@ def window_scores(
     last = (both[0][-1:].double() * both[1][-1:].double()).sum(1)
     return torch.stack([*ches_from_sums(*sums, *counts), last])[:, 0]
 
+# %% ../../nbs/audit/370_pair_scores.ipynb #d06c7364
 def masked_scores(
     chosen_states: Float[Tensor, "n1 dim"],   # as for `window_scores`
     rejected_states: Float[Tensor, "m1 dim"],
@@ -91,6 +93,24 @@ def _head_scores(
     return [torch.stack([scores.head_ches, *scores.gram, scores.chosen_logps.double().sum(),
                          scores.rejected_logps.double().sum()]) for scores in head_ches_of(head, states)]
 
+# %% ../../nbs/audit/370_pair_scores.ipynb #eb22e9a1
+def _slope_rows(
+    head: Head,                         # the output layer
+    directions: dict[str, Tensor],      # column -> direction of the output layer, from `head_direction`
+    pairs: Sequence[tuple[Side, Side]], # as for `_head_scores`
+) -> list[dict[str, float]]:            # of each pair: column -> minus the slope of its margin (eq-influence-head)
+    "Find how far each pair pulls down, by the output layer alone, what the directions are of."
+    sides = [side for both in pairs for side in both]
+    rows: list[dict[str, float]] = [{} for _ in pairs]
+    if not directions or not sides: return rows
+    hidden = torch.cat([side.states[:-1] for side in sides])
+    ids = torch.cat([side.ids for side in sides])
+    for column, direction in directions.items():
+        slopes = head_slopes(head, direction, hidden, ids).double().split([len(side.ids) for side in sides])
+        sums = torch.stack([part.sum() for part in slopes]).tolist()
+        for row, chosen, rejected in zip(rows, sums[::2], sums[1::2]): row[column] = rejected - chosen
+    return rows
+
 # %% ../../nbs/audit/370_pair_scores.ipynb #80599b9a
 @torch.no_grad()
 @fixed_precision()
@@ -101,16 +121,20 @@ def score_block(
     head: bool = True,            # also what needs the output layer
     batch_tokens: int | None = None, # rows times longest row of a batch, at most; None: `default_budget`
     share_prompt: bool = False,   # compute each prompt once, see `can_share_prompt`
+    directions: dict[str, Tensor] | None = None, # further columns, with `head`: see `_slope_rows`
 ) -> list[dict[str, Any]]:        # a row each; status 'nonfinite' for NaN or inf, 'bad_token' for unknown token ids
     "Score pairs. Sums and log-probabilities are in fp32, products of sums in fp64, whatever dtype the weights have."
     limit = token_limit(lm.model, lm.head)
     known = [p for p in pairs if not unknown_tokens(p, limit)]
     values: list = [None] * len(known)
+    slopes: list[dict[str, float]] = [dict.fromkeys(directions or {}, math.nan) for _ in known]
     waiting: dict[int, tuple[Side, Side]] = {}  # for the output layer, which is read once for many pairs
     room = batch_tokens or default_budget(lm)
     def read_head():
         for k, more in zip(waiting, _head_scores(lm.head, list(waiting.values()))):
             values[k] = torch.cat([values[k], more])
+        for k, more in zip(waiting, _slope_rows(lm.head, directions or {}, list(waiting.values()))):
+            slopes[k] |= more
         waiting.clear()
     for k, chosen, rejected in stream_states(lm, known, share_prompt, batch_tokens):
         values[k] = window_scores(chosen.states, rejected.states, convention)
@@ -119,9 +143,12 @@ def score_block(
         if sum(len(side.ids) for both in waiting.values() for side in both) >= room: read_head()
     if waiting: read_head()
     special = special_ids(lm.tokenizer)
-    numbers = iter(torch.stack(values).tolist() if known else [])
-    return [_filled(pair, None if unknown_tokens(pair, limit) else next(numbers), special) for pair in pairs]
+    numbers = iter(zip(torch.stack(values).tolist() if known else [], slopes))
+    nothing = None, dict.fromkeys(directions or {}, math.nan)
+    both = [nothing if unknown_tokens(pair, limit) else next(numbers) for pair in pairs]
+    return [_filled(pair, values, special) | more for pair, (values, more) in zip(pairs, both)]
 
+# %% ../../nbs/audit/370_pair_scores.ipynb #521004cc
 def _filled(pair: EncodedPair, numbers: list[float] | None, special: set[int]) -> dict[str, Any]:
     "The row of a pair, with its scores or the reason why it has none"
     if numbers is None: return blank_row(replace(pair, status='bad_token'), special)

@@ -41,6 +41,7 @@ def parse_protected(
     if not re.fullmatch(r'\w+', name): raise ChesError(f'--protect {given}: {name!r} must be letters, digits or _')
     return name, source
 
+# %% ../../nbs/audit/373_protected.ipynb #dd9b0c5e
 def influence_columns(
     names: Iterable[str], # of a table's columns
 ) -> list[str]:           # those that hold an influence
@@ -53,9 +54,10 @@ def protected_sources(
     "Name every protected set. Raises `ChesError` for two of one name."
     if protect is None or isinstance(protect, (list, tuple)) and not protect: return {}
     if isinstance(protect, dict): return protect
-    several = isinstance(protect, (list, tuple)) and all(isinstance(each, (str, Path)) for each in protect)
-    if not several and not isinstance(protect, (str, Path)): return {'': protect}
-    named = [parse_protected(str(each)) for each in (protect if several else [protect])]
+    given = [protect] if isinstance(protect, (str, Path)) else protect
+    if not isinstance(given, (list, tuple)) or not all(isinstance(each, (str, Path)) for each in given):
+        return {'': protect}
+    named = [parse_protected(str(each)) for each in given]
     names = [name for name, _ in named]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ChesError(f"--protect: two sets {'have the name ' + twice[0] if twice[0] else 'without a name'}: "
@@ -136,10 +138,10 @@ def overlaps(
         other = key(pair.prompt_ids, pair.rejected_ids)
         if other in responses: rejected.setdefault(other, pair.row_id)
     count = len(responses)
-    said = []
-    if preferred: said.append(f'{len(preferred)} of {count} protected responses are preferred responses of the data')
+    sentences = []
+    if preferred: sentences.append(f'{len(preferred)} of {count} protected responses are preferred responses of the data')
     if rejected:
         rows = ', '.join(map(str, sorted(rejected.values())[:5]))
-        said.append(f'{len(rejected)} of {count} protected responses are rejected by the data (rows {rows})')
-    if met: said.append(f'{len(met)} of {len(prompts)} protected prompts are prompts of the data')
-    return said
+        sentences.append(f'{len(rejected)} of {count} protected responses are rejected by the data (rows {rows})')
+    if met: sentences.append(f'{len(met)} of {len(prompts)} protected prompts are prompts of the data')
+    return sentences

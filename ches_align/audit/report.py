@@ -25,7 +25,9 @@ from ..core.errors import ChesError
 from ..core.page import (
     figure_png, histogram, length_scatter, mark_differences, md_escape, percent, short_number)
 from ..core.options import path_of, printable, whole
-from ..core.stats import wilson
+from .band import band_summary
+from .protected import influence_columns
+from ..core.stats import partial_spearman, wilson
 from ..core.writing import plain, refuse_sources, refuse_strangers, write_files
 
 # %% ../../nbs/audit/420_report.ipynb #a5bdbfa0
@@ -38,7 +40,7 @@ def _selector_values(
 ) -> pd.DataFrame:        # scored rows by row_id, one column a selector; those without any value are left out
     "The selectors of the scored rows; length in tokens of both responses, logp_gap in nats."
     ok = scores[scores.status == 'ok'].set_index('row_id')
-    values = ok.reindex(columns=list(_SELECTORS))
+    values = ok.reindex(columns=[*_SELECTORS, *influence_columns(ok)])
     values['length'] = ok.chosen_tokens + ok.rejected_tokens
     values['logp_gap'] = ok.chosen_logps - ok.rejected_logps
     values = values.replace([np.inf, -np.inf], np.nan).astype(float)
@@ -174,14 +176,15 @@ def worst_pairs(
     texts = _match(scores, pairs, shown)
     return [row | dict(texts=texts.get(row['row_id'])) for row in rows]
 
-def _end_rows(scores: pd.DataFrame, limit: int, highest: bool) -> list[dict]:
+def _end_rows(scores: pd.DataFrame, limit: int, highest: bool, by: str = 'ln_ches') -> list[dict]:
     "The rows at one end, as plain values"
     ok = scores[scores.status == 'ok'].copy()
     ok['percentile'] = 100 * ok.ln_ches.rank(pct=True)
-    ok = ok.sort_values(['ln_ches', 'row_id'], ascending=[False, True])  # the two ends share no pair, ties or not
+    ok = ok.sort_values([by, 'row_id'], ascending=[False, True])  # the two ends share no pair, ties or not
     ok = ok.head(limit) if highest else ok[::-1].head(limit)
     columns = ['row_id', 'row_hash', 'percentile', *_SELECTORS[:5],
-               'prompt_tokens', 'chosen_tokens', 'rejected_tokens', 'chosen_logps', 'rejected_logps']
+               'prompt_tokens', 'chosen_tokens', 'rejected_tokens', 'chosen_logps', 'rejected_logps',
+               *influence_columns(ok)]
     return [plain(row) for row in ok[columns].to_dict('records')]
 
 def best_pairs(
@@ -208,10 +211,31 @@ def recommendations(
     "What the numbers advise, by the rules of `advice.yml`."
     agreement = {a['selector']: a for a in summary['selectors']['agreement']}
     facts = summary | dict(group=(summary['composition'] or [{}])[0], edit=agreement.get('neg_edit_distance', {}),
+                           pull=next((pull for pull in summary['pulls'] if pull['worst']), {}),
                            flag_list=', '.join(f"{f['status']} {f['rows']}" for f in summary['flags']),
                            command=_command(summary['manifest'].get('data'), summary['path']))
     return [{k: _SAY.from_string(v).render(facts) for k, v in rule.items() if k != 'when'}
             for rule in _ADVICE['rules'] if _SAY.compile_expression(rule['when'])(**facts)]
+
+# %% ../../nbs/audit/420_report.ipynb #4b5fc072
+def _pulls(scores: pd.DataFrame, limit: int) -> list[dict]:
+    "For each protected set: shares, rank correlations, and the pairs that pull it down most"
+    ok = scores[scores.status == 'ok']
+    about = (scores.attrs.get('manifest') or {}).get('influence', {})
+    pulls = []
+    for column in influence_columns(ok):
+        values = ok[column].dropna()
+        if not len(values): continue
+        rows = ok.loc[values.index]
+        lengths = rows.chosen_tokens, rows.rejected_tokens
+        same = f"{column.removeprefix('head_')}"
+        pulls.append(dict(
+            column=column, protected=about.get(same, {}).get('rows'), pairs=len(values),
+            positive=(values > 0).mean(), rho_length=values.corr(lengths[0] + lengths[1], 'spearman'),
+            rho_ln_ches=values.corr(rows.ln_ches, 'spearman'),
+            partial_ches=partial_spearman(values, rows.ches, lengths) if len(values) > 3 else None,
+            worst=[] if column.startswith('head_') else _end_rows(rows, limit, True, column)))
+    return plain(pulls)
 
 # %% ../../nbs/audit/420_report.ipynb #ed75ec04
 def collect_report(
@@ -226,16 +250,19 @@ def collect_report(
     summary = summarise(scores)
     ends = dict(worst=_end_rows(scores, min(worst, (summary['scored'] + 1) // 2), True),
                 best=_end_rows(scores, min(worst, summary['scored'] // 2), False))
-    wanted = {row['row_id'] for rows in ends.values() for row in rows}
+    pulls = _pulls(scores, worst)
+    shown = [*ends.values(), *(pull['worst'] for pull in pulls)]
+    wanted = {row['row_id'] for rows in shown for row in rows}
     def take(row: int, pair: Pair): return _labels(pair, by), pair_texts(pair) if row in wanted else None
     matched = _match(scores, pairs, take)
     column, groups = _groups({row: labels for row, (labels, _) in matched.items()}, by)
-    for rows in ends.values():
+    for rows in shown:
         for row in rows:
             row['texts'] = matched[row['row_id']][1] if row['row_id'] in matched else None
             row['group'] = groups.get(row['row_id'])
     summary |= ends | dict(path=scores.attrs.get('path', 'SCORES'), selectors=_selector_table(scores),
-                           group_column=column, composition=composition(scores, groups))
+                           band=band_summary(scores), pulls=pulls, group_column=column,
+                           composition=composition(scores, groups))
     data = summary['manifest'].get('data')
     summary['title'] = title or f"Preference audit{f': {Path(str(data)).name}' if data else ''}"
     verdict = _SAY.from_string(_ADVICE['verdict']).render(summary)
@@ -298,9 +325,9 @@ def write_report(
 # %% ../../nbs/audit/420_report.ipynb #63e8d53e
 def _numbers(report: dict) -> dict:
     "A report without the texts of strangers"
-    ends = {side: [{k: v for k, v in row.items() if k != 'texts'} for row in report[side]]
-            for side in ('worst', 'best')}
-    return plain(report | ends)
+    def bare(rows: list[dict]) -> list[dict]: return [{k: v for k, v in row.items() if k != 'texts'} for row in rows]
+    pulls = [pull | dict(worst=bare(pull['worst'])) for pull in report['pulls']]
+    return plain(report | dict(worst=bare(report['worst']), best=bare(report['best']), pulls=pulls))
 
 def audit_report(
     scores: pd.DataFrame,            # from `load_scores`; the manifest in `.attrs['manifest']`

@@ -35,7 +35,7 @@ from ..lm.batches import default_budget, out_of_memory
 from .shared_prompts import Sizes, choose_sharing
 from .token_store import TokenStore, token_store
 from .influence import (
-    Lora, Pull, fresh_adapter, influence_block, load_pull, make_pull, movable, save_pull, trained_weights)
+    Lora, Pull, fresh_adapter, head_columns, influence_block, load_pull, make_pull, movable, save_pull, trained_weights)
 from .protected import Protected, influence_columns, overlaps, protected_sources, read_protected
 from .pair_scores import COLUMNS, GRAM, NOTES, blank_row, score_block
 
@@ -136,12 +136,15 @@ class _Influence(NamedTuple):
 
 def _scored_rows(lm, encoded, settings, influence: _Influence | None) -> list[dict]:
     "The rows of a shard, with the columns of protected sets"
-    scored = score_block(lm, encoded, **settings) if encoded[0].status == 'ok' else [*map(blank_row, encoded)]
+    directions = head_columns(influence.pulls) if influence else {}
+    if encoded[0].status == 'ok': scored = score_block(lm, encoded, **settings, directions=directions)
+    else: scored = [blank_row(row) | dict.fromkeys(directions, math.nan) for row in encoded]
     if influence is None: return scored
     sharing = {name: settings[name] for name in ('share_prompt', 'batch_tokens')}
     more = influence_block(influence.lm, encoded, influence.pulls, **sharing)
     return [row | columns for row, columns in zip(scored, more)]
 
+# %% ../../nbs/audit/380_scoring.ipynb #9828d6bf
 def _score_shards(lm, store: TokenStore, plan, run: Run, settings, progress, influence=None) -> list[dict]:
     "Score what has no shard yet; rows come back only where there is no folder. The bar counts tokens"
     costs = [0] + [int(2 * store.sizes.length[shard].sum()) for shard in plan[1:]]
@@ -216,15 +219,10 @@ def score_dataset(
     check_scoring(source, output_dir, max_length, batch_tokens, convention, share_prompt, loading)
     sources = protected_sources(protect)
     real('influence_step', influence_step, 0, above=True)
-    given = isinstance(data, list) and data and isinstance(data[0], Pair)
-    if given and any(v not in (None, 'auto') for v in loading.values()):
-        raise ChesError(f"{', '.join(loading)}: pairs that are loaded already are scored as they are")
+    given = _are_loaded(data, loading)
     pairs = _begun(iter(data) if given or source is not data else iter_pairs(data, **loading))
     if output_dir is not None: on_main(lambda: refuse_unwritable(output_dir))
-    here = processes()
-    if here.num_processes > 1:
-        device = device or str(here.device)  # auto, which spreads one model over all GPUs, is for one process
-        progress = progress and here.is_main_process
+    device, progress = _among_processes(device, progress)
     lm = model if isinstance(model, ScoringModel) else load_model(model, dtype, device, **(model_options or {}))
     start = time.time()
     max_length = max_length or lm.max_length
@@ -236,9 +234,7 @@ def score_dataset(
         work = _plan_work(lm, store, asked, max_length, share_prompt, fresh=lm is not model)
         work.about['loading'] = loading
         work.about['data'] = str(source) if isinstance(source, (str, Path)) else None  # None: not to be read again
-        work.identity.update(protect={each.name: each.token_hash for each in sets} or None,
-                             influence_step=influence_step, lora=lora and lora._asdict())
-        work = work._replace(protect=_Protect(sets, influence_step, lora))
+        work = _with_sets(work, _Protect(sets, influence_step, lora))
         return _score_store(lm, store, work, output_dir, progress, start)
 
 # %% ../../nbs/audit/380_scoring.ipynb #c94ce066
@@ -252,13 +248,28 @@ def _as_source(data: Any, loading: dict[str, Any]) -> tuple[Any, dict[str, Any]]
     if loading: raise ChesError(f"{', '.join(loading)}: a PairSource says itself how it is read")
     return data.source, data.loading
 
+def _are_loaded(data: Any, loading: dict[str, Any]) -> bool:
+    "Are these pairs already? Raises `ChesError` for options of reading them"
+    given = isinstance(data, list) and bool(data) and isinstance(data[0], Pair)
+    if given and any(value not in (None, 'auto') for value in loading.values()):
+        raise ChesError(f"{', '.join(loading)}: pairs that are loaded already are scored as they are")
+    return given
+
+def _among_processes(device: str | None, progress: bool) -> tuple[str | None, bool]:
+    "Where this process scores, and whether it shows a bar"
+    here = processes()
+    if here.num_processes == 1: return device, progress
+    # auto, which spreads one model over all GPUs, is for one process
+    return device or str(here.device), progress and here.is_main_process
+
 # %% ../../nbs/audit/380_scoring.ipynb #cee94355
-_TRIAL = 8  # pairs on which the step is tried
+_TRIAL = 4  # pairs on which the step is tried
 
 def _trial(store: TokenStore) -> list[EncodedPair]:
-    "A few pairs, of all lengths"
+    "A few pairs of the shorter half"
     scored = np.flatnonzero(store.sizes.ok)
     order = scored[np.argsort(store.sizes.length[scored], kind='stable')]
+    order = order[:max(_TRIAL, len(order)//2)]
     return store.rows(order[np.linspace(0, len(order) - 1, min(_TRIAL, len(order))).astype(int)]) if len(order) else []
 
 def _every(store: TokenStore) -> Iterator[EncodedPair]:
@@ -275,9 +286,12 @@ def _pull(lm: ScoringModel, store: TokenStore, protected: Protected, step: float
     if run.folder is None: return make()
     path = run.folder/'influence'/f'{protected.column()}.safetensors'
     names = list(trained_weights(lm.model))
-    on_main(lambda: None if path.exists() else save_pull(make(), names, path))
+    def save_once() -> None:
+        if not path.exists(): save_pull(make(), names, path)
+    on_main(save_once)
     return load_pull(path, protected, names, lm.device)
 
+# %% ../../nbs/audit/380_scoring.ipynb #682337af
 @contextmanager
 def _influence(lm: ScoringModel, store: TokenStore, work, run: Run, progress) -> Iterator[_Influence | None]:
     "Make ready for the columns of protected sets, and tell what is odd about them"
@@ -314,6 +328,13 @@ class _Work(NamedTuple):
     about: dict[str, Any]    # what the manifest tells besides
     protect: _Protect = _Protect()
 
+def _with_sets(work: _Work, protect: _Protect) -> _Work:
+    "Work to which the protected sets belong"
+    mine = dict(protect={each.name: each.token_hash for each in protect.sets} or None, influence_step=protect.step,
+                lora=protect.lora and protect.lora._asdict())
+    return work._replace(identity=work.identity | mine, protect=protect)
+
+# %% ../../nbs/audit/380_scoring.ipynb #bef1155d
 def _plan_work(lm: ScoringModel, store: TokenStore, asked: dict[str, Any], max_length: int | None, share_prompt: str,
                fresh: bool) -> _Work:
     "Cut the shards, decide on sharing, and name all that changes a number"

@@ -343,7 +343,8 @@ def quiet_libraries() -> None:
     set_verbosity_error()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    warnings.filterwarnings('ignore', r'\d+ of \d+ rows: ')  # remarks on scored rows, which the summary prints
+    for remarks in (r'\d+ of \d+ rows: ', 'protected: '):  # of the run, which the summary prints
+        warnings.filterwarnings('ignore', remarks)
 
 # %% ../../nbs/cli/840_main.ipynb #e258afb2
 def overview() -> str: # at most a screen

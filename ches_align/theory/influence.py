@@ -112,13 +112,21 @@ def head_slopes(
 ) -> Float[Tensor, "n"]:              # d ln p_k(y_k) / d epsilon along M, a number a token
     "Differentiate every token's log-probability along a direction of the output layer (eq-influence-head)."
     H = _wide(hidden)
-    ln_mass = _ln_mass(head, H, block)
-    slopes = torch.zeros_like(ln_mass)
+    top = H.new_full((len(H),), -torch.inf)  # largest logit so far, a row each
+    mass = H.new_zeros(len(H))
+    mean = H.new_zeros(len(H))               # of the slopes of all logits, under the softmax
+    own = H.new_zeros(len(H))
     for start in range(0, len(head.weight), block):
         rows = slice(start, start + block)
         z, slope = block_logits(head, H, rows)
-        u = (H @ direction[rows].to(H.dtype).T)*(head.scale if slope is None else slope)
-        slopes -= ((z - ln_mass[:, None]).exp()*u).sum(1)
+        u = H @ direction[rows].to(H.dtype).T
+        u *= head.scale if slope is None else slope
         inside = ((ids >= start) & (ids < start + u.shape[1])).nonzero()[:, 0]
-        slopes[inside] += u[inside, ids[inside] - start]
-    return slopes
+        own[inside] = u[inside, ids[inside] - start]
+        new_top = torch.maximum(top, z.amax(1))
+        shrink = (top - new_top).exp_()
+        p = z.sub_(new_top[:, None]).exp_()
+        mass = mass*shrink + p.sum(1)
+        mean = mean*shrink + (p*u).sum(1)
+        top = new_top
+    return own - mean/mass

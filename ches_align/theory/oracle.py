@@ -28,6 +28,7 @@ def response_logp(
     logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     return logps.gather(1, ids[0, len(prompt):, None]).sum()
 
+# %% ../../nbs/theory/080_oracle.ipynb #15b32f01
 @contextmanager
 def padding_moves(
     model: nn.Module, # left as it was
