@@ -139,7 +139,8 @@ def overlaps(
         if other in responses: rejected.setdefault(other, pair.row_id)
     count = len(responses)
     sentences = []
-    if preferred: sentences.append(f'{len(preferred)} of {count} protected responses are preferred responses of the data')
+    if preferred:
+        sentences.append(f'{len(preferred)} of {count} protected responses are preferred responses of the data')
     if rejected:
         rows = ', '.join(map(str, sorted(rejected.values())[:5]))
         sentences.append(f'{len(rejected)} of {count} protected responses are rejected by the data (rows {rows})')

@@ -217,8 +217,7 @@ def score_dataset(
     "Score every pair of a data set; with `output_dir`, continue what is there. Raises `ChesError` for bad input."
     source, loading = _as_source(data, loading)
     check_scoring(source, output_dir, max_length, batch_tokens, convention, share_prompt, loading)
-    sources = protected_sources(protect)
-    real('influence_step', influence_step, 0, above=True)
+    sources = _protected_sources(protect, influence_step)
     given = _are_loaded(data, loading)
     pairs = _begun(iter(data) if given or source is not data else iter_pairs(data, **loading))
     if output_dir is not None: on_main(lambda: refuse_unwritable(output_dir))
@@ -226,15 +225,15 @@ def score_dataset(
     lm = model if isinstance(model, ScoringModel) else load_model(model, dtype, device, **(model_options or {}))
     start = time.time()
     max_length = max_length or lm.max_length
-    limit = token_limit(lm.model, lm.head)
     sets = [read_protected(where, lm.tokenizer, max_length, name, convention) for name, where in sources.items()]
-    with token_store(pairs, lm.tokenizer, max_length, convention, progress=progress, limit=limit) as store:
-        _check_tokens(lm, store, limit)
+    with token_store(pairs, lm.tokenizer, max_length, convention, progress=progress,
+                     limit=token_limit(lm.model, lm.head)) as store:
+        _check_tokens(lm, store)
         asked = dict(convention=convention, head=head, batch_tokens=batch_tokens or default_budget(lm))
         work = _plan_work(lm, store, asked, max_length, share_prompt, fresh=lm is not model)
         work.about['loading'] = loading
         work.about['data'] = str(source) if isinstance(source, (str, Path)) else None  # None: not to be read again
-        work = _with_sets(work, _Protect(sets, influence_step, lora))
+        work = _with_sets(work, sets, influence_step, lora)
         return _score_store(lm, store, work, output_dir, progress, start)
 
 # %% ../../nbs/audit/380_scoring.ipynb #c94ce066
@@ -261,6 +260,11 @@ def _among_processes(device: str | None, progress: bool) -> tuple[str | None, bo
     if here.num_processes == 1: return device, progress
     # auto, which spreads one model over all GPUs, is for one process
     return device or str(here.device), progress and here.is_main_process
+
+def _protected_sources(protect: Any, step: float | None) -> dict[str, Any]:
+    "Protected sets by name, options checked"
+    real('influence_step', step, 0, above=True)
+    return protected_sources(protect)
 
 # %% ../../nbs/audit/380_scoring.ipynb #cee94355
 _TRIAL = 4  # pairs on which the step is tried
@@ -328,11 +332,11 @@ class _Work(NamedTuple):
     about: dict[str, Any]    # what the manifest tells besides
     protect: _Protect = _Protect()
 
-def _with_sets(work: _Work, protect: _Protect) -> _Work:
+def _with_sets(work: _Work, sets: list[Protected], step: float | None, lora: Lora | None) -> _Work:
     "Work to which the protected sets belong"
-    mine = dict(protect={each.name: each.token_hash for each in protect.sets} or None, influence_step=protect.step,
-                lora=protect.lora and protect.lora._asdict())
-    return work._replace(identity=work.identity | mine, protect=protect)
+    mine = dict(protect={each.name: each.token_hash for each in sets} or None, influence_step=step,
+                lora=lora and lora._asdict())
+    return work._replace(identity=work.identity | mine, protect=_Protect(sets, step, lora))
 
 # %% ../../nbs/audit/380_scoring.ipynb #bef1155d
 def _plan_work(lm: ScoringModel, store: TokenStore, asked: dict[str, Any], max_length: int | None, share_prompt: str,
@@ -367,8 +371,9 @@ def _score_store(lm: ScoringModel, store: TokenStore, work: _Work, output_dir: s
     return scores
 
 # %% ../../nbs/audit/380_scoring.ipynb #c94ce065
-def _check_tokens(lm: ScoringModel, store: TokenStore, limit: int) -> None:
+def _check_tokens(lm: ScoringModel, store: TokenStore) -> None:
     "Tell of ids without an embedding, and refuse rows that the model cannot read"
+    limit = token_limit(lm.model, lm.head)
     if store.unknown:
         shown = ', '.join(f'{i} ({str(lm.tokenizer.convert_ids_to_tokens(i))[:30]})' for i in sorted(store.unknown)[:5])
         warnings.warn(f'token ids that model {lm.name} has no embedding for ({limit} rows): {shown}; pairs with them '
