@@ -11,9 +11,10 @@ import math
 import time
 import warnings
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import pandas as pd
@@ -36,7 +37,8 @@ from .shared_prompts import Sizes, choose_sharing
 from .token_store import TokenStore, token_store
 from .influence import (
     Lora, Pull, fresh_adapter, head_columns, influence_block, load_pull, make_pull, movable, save_pull, trained_weights)
-from .protected import Protected, influence_columns, overlaps, protected_sources, read_protected
+from .protected import (
+    Protected, influence_columns, overlaps, protected_pairs, protected_sources, read_protected)
 from .pair_scores import COLUMNS, GRAM, NOTES, blank_row, score_block
 
 # %% ../../nbs/audit/380_scoring.ipynb #c53a5780
@@ -217,7 +219,7 @@ def score_dataset(
     "Score every pair of a data set; with `output_dir`, continue what is there. Raises `ChesError` for bad input."
     source, loading = _as_source(data, loading)
     check_scoring(source, output_dir, max_length, batch_tokens, convention, share_prompt, loading)
-    sources = _protected_sources(protect, influence_step)
+    given_sets = _begun_sets(protect, influence_step, convention)
     given = _are_loaded(data, loading)
     pairs = _begun(iter(data) if given or source is not data else iter_pairs(data, **loading))
     if output_dir is not None: on_main(lambda: refuse_unwritable(output_dir))
@@ -225,7 +227,7 @@ def score_dataset(
     lm = model if isinstance(model, ScoringModel) else load_model(model, dtype, device, **(model_options or {}))
     start = time.time()
     max_length = max_length or lm.max_length
-    sets = [read_protected(where, lm.tokenizer, max_length, name, convention) for name, where in sources.items()]
+    sets = [read(lm.tokenizer, max_length) for read in given_sets]
     with token_store(pairs, lm.tokenizer, max_length, convention, progress=progress,
                      limit=token_limit(lm.model, lm.head)) as store:
         _check_tokens(lm, store)
@@ -261,10 +263,11 @@ def _among_processes(device: str | None, progress: bool) -> tuple[str | None, bo
     # auto, which spreads one model over all GPUs, is for one process
     return device or str(here.device), progress and here.is_main_process
 
-def _protected_sources(protect: Any, step: float | None) -> dict[str, Any]:
-    "Protected sets by name, options checked"
+def _begun_sets(protect: Any, step: float | None, convention: str) -> list[Callable[..., Protected]]:
+    "Protected sets that are read, so that what is wrong with them is told before a model is loaded; tokenisers wait"
     real('influence_step', step, 0, above=True)
-    return protected_sources(protect)
+    return [partial(read_protected, source, name=name, convention=convention, pairs=protected_pairs(source))
+            for name, source in protected_sources(protect).items()]
 
 # %% ../../nbs/audit/380_scoring.ipynb #cee94355
 _TRIAL = 4  # pairs on which the step is tried
