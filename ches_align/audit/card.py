@@ -16,7 +16,8 @@ from ..lm.pairs import Pair
 from ..core.errors import ChesError
 from ..core.options import one_of, path_of
 from ..core.page import md_escape
-from ..core.writing import plain, refuse_sources, refuse_strangers, write_files
+from ..core.writing import plain, read_object, refuse_sources, refuse_strangers, write_files
+from .scoring import refuse_other_scores
 from .selection import RANKED, matched_epochs, optimiser_steps, order_values, stratum_names
 from ches_align.audit.training_file import (
     REWRITTEN, SIDES, TRL_NAMES, Survey, column_forms, encode_rows, file_rows, kept_rows, own_columns, parquet_bytes,
@@ -183,6 +184,7 @@ def check_kept(
     output: str | Path,            # the file to be written
     sources: Iterable[Any] = (),   # what is read
     format: str | None = None,     # instead of the suffix
+    scores: pd.DataFrame | None = None, # of which they are chosen; None: not known yet
 ) -> tuple[Path, str]:             # the file, and a value of `FORMATS`
     "Ask before any work whether the kept pairs may be written there. Raises `ChesError`."
     path = Path(path_of('output', output) or '').expanduser()
@@ -192,6 +194,7 @@ def check_kept(
     files = _beside(path)
     refuse_sources(files, sources)
     refuse_strangers(files, files[0], ['rule', 'counts'])
+    if scores is not None and files[0].exists(): refuse_other_scores(path, read_object(files[0])['run'], scores)
     return path, one_of('format', format, _FORMATS) or path.suffix.lstrip('.')
 
 def _beside(path: Path) -> list[Path]:
@@ -219,7 +222,7 @@ def write_selection(
 ) -> dict[str, Any]:            # the card
     "Write the kept pairs for TRL, and the drop card. Raises `ChesError`: other data, a file that is read ..."
     sources = [getattr(pairs, 'source', None), selection.attrs.get('manifest', {}).get('data'), *run_files(selection)]
-    path, format = check_kept(output, sources, format)
+    path, format = check_kept(output, sources, format, selection)
     own = {*SIDES, 'row_id', *(['weight'] if weights else [])}
     with kept_rows(format == 'parquet') as rows:
         survey = survey_data(selection, pairs, rows.add)

@@ -27,8 +27,9 @@ from ..core.page import (
 from ..core.options import path_of, printable, whole
 from .band import band_summary
 from .protected import influence_columns
+from .scoring import refuse_other_scores
 from ..core.stats import partial_spearman, wilson
-from ..core.writing import plain, refuse_sources, refuse_strangers, write_files
+from ..core.writing import plain, read_object, refuse_sources, refuse_strangers, write_files
 
 # %% ../../nbs/audit/420_report.ipynb #a5bdbfa0
 _SELECTORS = ('ln_ches', 'ches', 'head_ches', 'last_hidden_inner', 'neg_edit_distance', 'length', 'logp_gap')
@@ -301,12 +302,16 @@ def _render(report: dict, pictures: dict[str, str]) -> tuple[str, str]:
 def check_report_targets(
     output_dir: str | Path, # folder of the report
     sources: Iterable[Any], # what is read
+    scores: pd.DataFrame | None = None, # of which it is made; None: not known yet
 ) -> None:
     "Ask before any work whether the report may be written there. Raises `ChesError`."
     folder = Path(path_of('output_dir', output_dir) or '').expanduser()
     targets = [folder/f'report.{name}' for name in ('html', 'md', 'json')]
     refuse_sources(targets, sources)
-    refuse_strangers(targets, folder/'report.json', ['verdict', 'selectors'])
+    sign = folder/'report.json'
+    refuse_strangers(targets, sign, ['verdict', 'selectors'])
+    if scores is None or not sign.exists(): return
+    refuse_other_scores(targets[0], read_object(sign).get('manifest', {}), scores)
 
 def write_report(
     report: dict,             # from `collect_report`
@@ -339,6 +344,6 @@ def audit_report(
 ) -> dict:                           # what report.json holds: every number, no texts
     "One page on what the scores mean. Raises `ChesError`: pairs of other data, a file that is read or another's, ..."
     whole('worst', worst, 0)
-    if output_dir is not None: check_report_targets(output_dir, [getattr(pairs, 'source', None)])
+    if output_dir is not None: check_report_targets(output_dir, [getattr(pairs, 'source', None)], scores)
     report = collect_report(scores, pairs, worst, by, title)
     return _numbers(report) if output_dir is None else write_report(report, scores, output_dir)

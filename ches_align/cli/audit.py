@@ -196,7 +196,7 @@ def filter_pairs(
     if table.attrs['manifest'].get('complete') is False:  # the longest pairs are scored first
         raise ChesError(f'{scores}: the scoring run is not finished; run the same ches score command again')
     pairs = _pairs_behind(table, data, split, columns)
-    check_kept(output, [pairs.source, *run_files(table)])
+    check_kept(output, [pairs.source, *run_files(table)], scores=table)
     card = write_selection(_choose(table, pairs, choice), pairs, output, weights=choice.weights)
     say(_kept(card, output))
 
@@ -231,7 +231,7 @@ def report(
     named(scores=scores)
     table = load_scores(scores)
     pairs = _pairs_behind(table, data, split, columns)
-    check_report_targets(output_dir, [pairs.source, *run_files(table)])
+    check_report_targets(output_dir, [pairs.source, *run_files(table)], table)
     audit_report(table, pairs, output_dir, worst=worst)
     say(f'report: {output_dir}/report.html')
 
