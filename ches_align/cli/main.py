@@ -278,6 +278,7 @@ def read_options(
 ) -> dict[str, Any]:       # keyword arguments of the function
     "Parse a command line into arguments, the groups checked. Raises `UsageError` and `ChesError`."
     parser = command_parser(function, name)
+    if twice := _repeated(parser, words): raise UsageError(f'{twice} is given twice')
     parsed, rest = parser.parse_known_args(words)
     if rest: raise UsageError(_unknown(parser, rest[0]))
     values = vars(parsed)
@@ -292,6 +293,13 @@ def read_options(
             arguments[parameter.name] = tuple(values[parameter.name])
         else: arguments[parameter.name] = values[parameter.name]
     return arguments
+
+def _repeated(parser: Parser, words: Sequence[str]) -> str:
+    "The first option that stands twice and takes one value; '' without any"
+    single = {flag for action in parser._actions for flag in action.option_strings
+              if not isinstance(action, argparse._ExtendAction)}
+    flags = [word.partition('=')[0] for word in words]
+    return next((flag for flag in flags if flag in single and flags.count(flag) > 1), '')
 
 def _unknown(parser: Parser, word: str) -> str:
     "What is wrong with a word that no option takes"

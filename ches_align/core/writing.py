@@ -29,6 +29,9 @@ def writing(
     "Turn the system's refusal to write (no space, no permission ...) into a `ChesError`."
     try:
         yield
+    except (FileExistsError, NotADirectoryError):
+        raise ChesError(f'{where} cannot be written: there is a file where a folder is needed; name another place, '
+                         'or move the file away') from None
     except OSError as error:
         raise ChesError(f'{where} cannot be written: {error.strerror or error}; what was finished is kept: '
                          'make room or name another place, and run the same command again') from None
