@@ -19,9 +19,9 @@ from ..core.page import md_escape
 from ..core.writing import plain, read_object, refuse_sources, refuse_strangers, write_files
 from .scoring import refuse_other_scores
 from .selection import RANKED, matched_epochs, optimiser_steps, order_values, stratum_names
-from ches_align.audit.training_file import (
-    REWRITTEN, SIDES, TRL_NAMES, Survey, column_forms, encode_rows, file_rows, kept_rows, own_columns, parquet_bytes,
-    survey_data)
+from .columns import REWRITTEN, SIDES, encode_rows, parquet_bytes
+from .training_file import (
+    TRL_NAMES, Survey, column_forms, file_rows, kept_rows, own_columns, survey_data)
 
 # %% ../../nbs/audit/410_card.ipynb #4a200095
 def rule_text(
