@@ -15,7 +15,8 @@ from .card import check_kept, write_selection
 from ..lm.pairs import Pair
 from ..core.errors import ChesError
 from ..lm.models import ScoringModel
-from ..core.options import path_of
+from ..core.options import one_of, path_of
+from .protected import Protected, influence_columns, protected_sources
 from .report import check_report_targets, collect_report, write_report
 from .scoring import check_scoring, score_dataset
 from .selection import check_order, check_rule, select_pairs
@@ -32,6 +33,13 @@ class Audit(NamedTuple):
     report: dict[str, Any]          # every number of the page; `worst` and `best` with their texts
     selection: pd.DataFrame | None  # `scores` with `selected` and `reason`; None: nothing could be kept
     card: dict[str, Any] | None     # what was kept and why; None: nothing could be kept
+
+def _check_influence(by: str, protect: Any) -> None:
+    "Refuse to filter by an influence that the scores will not have"
+    if not influence_columns([by]): return
+    sets = [Protected(name, [], '', []) for name in protected_sources(protect)]
+    columns = [each.column(score) for each in sets for score in ('influence', 'head_influence')]
+    one_of('by', by, columns or ['ln_ches ..., or an influence with --protect'])
 
 class NothingKept(ChesError):
     "The scores and the page are there, but no pair could be kept; `audit` holds them."
@@ -90,6 +98,7 @@ def audit_dataset(
     check_scoring(data, output_dir, scoring.get('max_length'), scoring.get('batch_tokens'),
                   scoring.get('convention', 'paper'), scoring.get('share_prompt', 'auto'), loading)
     folder = _check_audit(output_dir, data, by, keep)
+    _check_influence(by, scoring.get('protect'))
     pairs = OneForm(data, **loading)
     scores = score_dataset(pairs, model, folder, **scoring)
     audit, problem = on_main(lambda: _page_and_file(scores, pairs, folder, by, keep, worst))

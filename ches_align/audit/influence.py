@@ -7,8 +7,9 @@ __all__ = ['trained_weights', 'movable', 'only_gradients_of', 'Gradient', 'prote
            'choose_step', 'Pull', 'influence_block', 'head_columns', 'Lora', 'fresh_adapter', 'save_pull', 'load_pull',
            'make_pull']
 
-# %% ../../nbs/audit/375_influence.ipynb #60b99fcf
+# %% ../../nbs/audit/375_influence.ipynb #a4dfa58b
 import hashlib
+import json
 import math
 from contextlib import contextmanager
 from copy import deepcopy
@@ -32,7 +33,7 @@ from ..theory.ches import block_logits
 from ..theory.influence import head_direction, head_logps
 from ..theory.oracle import grad_dot, moved, padding_moves
 
-# %% ../../nbs/audit/375_influence.ipynb #206c2fff
+# %% ../../nbs/audit/375_influence.ipynb #ec7d52d3
 def trained_weights(
     model: nn.Module, # a Transformers model, LoRA layers included
 ) -> dict[str, nn.Parameter]: # by name; {}: none can move, the model is quantised and has no adapter
@@ -46,8 +47,9 @@ def movable(
     lm: ScoringModel, # from `load_model`
 ) -> ScoringModel:    # the same, or a copy in fp32
     "Give a model whose weights can take a small step. Raises `ChesError` where there is no memory for a copy."
-    weights = trained_weights(lm.model).values()
-    if all(weight.dtype in (torch.float32, torch.float64) for weight in weights): return lm
+    weights = list(lm.model.parameters())
+    quantised = not all(weight.is_floating_point() for weight in weights)
+    if quantised or all(weight.dtype in (torch.float32, torch.float64) for weight in weights): return lm
     try:
         return wrap_model(deepcopy(lm.model).float(), lm.tokenizer, lm.name)
     except (RuntimeError, MemoryError):
@@ -68,13 +70,14 @@ def only_gradients_of(
     finally:
         for weight, asked in before.items(): weight.requires_grad_(asked)
 
-# %% ../../nbs/audit/375_influence.ipynb #9d3f1d57
+# %% ../../nbs/audit/375_influence.ipynb #de6bf275
 class Gradient(NamedTuple):
     "The summed gradient of the protected responses."
     weights: list[Tensor] # one tensor a weight of `trained_weights`, fp32; none where nothing can move
     head: Tensor          # [vocab, dim] of the output layer alone (eq-influence-head), fp32
 
 @fixed_precision()
+@torch.enable_grad()
 def protected_gradient(
     lm: ScoringModel,               # from `movable`
     rows: Sequence[EncodedPair],    # their chosen side counts
@@ -93,6 +96,8 @@ def protected_gradient(
             logp, states, ids = _batch_logp(lm, [rows[i] for i in batch])
             head += head_direction(lm.head, states.detach(), ids)
             if weights:
+                if not logp.requires_grad: raise ChesError(
+                    'influence: no weight that would move acts in the model (a merged adapter, inference_mode?)')
                 grads = torch.autograd.grad(logp, weights, allow_unused=True)
                 parts = [torch.zeros_like(w, dtype=torch.float32) if g is None else g.float()
                          for w, g in zip(weights, grads)]
@@ -158,7 +163,7 @@ def margin_slopes(
             with moved(lm.model, direction, size): ends.append(_margins(lm, pairs, share_prompt, batch_tokens))
     return (ends[0] - ends[1])*norm/(2*step)
 
-# %% ../../nbs/audit/375_influence.ipynb #7e414de4
+# %% ../../nbs/audit/375_influence.ipynb #fd8e5434
 _STEPS = [5e-6*10**(k/2) for k in (0, -1, 1, -2, 2, 3, 4, 5, 6)]  # of the norm of the weights, tried in this order
 _AGREE = .01 # good
 _BEAR = .05  # the best of all is taken up to here
@@ -178,14 +183,16 @@ def choose_step(
     for length in [given] if given else [size*norm for size in _STEPS]:
         one = slopes_at(length)
         other = slopes_at(length/2)
-        size = other.norm().item()
-        error = (one - other).norm().item()/size if size else 0.
+        size = min(one.norm().item(), other.norm().item())
+        error = (one - other).norm().item()/size if size else math.inf  # nothing has moved
         tried.append(Step(length, error))
         if error < _AGREE: return tried[-1]
     best = min(tried, key=lambda step: step.error)
     if best.error < _BEAR: return best
-    raise ChesError(f'influence: at a step of {best.length:.2g} and at half of it the estimates differ by '
-                    f'{best.error:.0%}; {"name another --influence_step" if given else "no step agrees"}')
+    advice = 'name another --influence_step'
+    if not given: advice = 'no step agrees: name one (--influence_step), or load the model with --dtype float32'
+    apart = 'the margins do not move' if math.isinf(best.error) else f'the estimates differ by {best.error:.0%}'
+    raise ChesError(f'influence: at a step of {best.length:.2g} and at half of it {apart}; {advice}')
 
 # %% ../../nbs/audit/375_influence.ipynb #58ff9b94
 class Pull(NamedTuple):
@@ -227,7 +234,7 @@ def head_columns(
     "Name the columns of the output layer's part."
     return {pull.protected.column('head_influence'): pull.head for pull in pulls}
 
-# %% ../../nbs/audit/375_influence.ipynb #5d95e02b
+# %% ../../nbs/audit/375_influence.ipynb #54b1ff6a
 class Lora(NamedTuple):
     "A fresh adapter whose weights are the parameters of influence."
     r: int = 16   # rank; alpha is twice as much, on all linear layers
@@ -245,59 +252,68 @@ def fresh_adapter(
     except ImportError:
         raise ChesError("--lora_r: PEFT is not installed: pip install 'ches_align[train]'") from None
     config = LoraConfig(r=lora.r, lora_alpha=2*lora.r, target_modules='all-linear', task_type='CAUSAL_LM')
-    with torch.random.fork_rng(devices=[]):
+    asked = {name: weight.requires_grad for name, weight in lm.model.named_parameters()}
+    with torch.random.fork_rng():
         torch.manual_seed(lora.seed)
         adapted = get_peft_model(lm.model, config)
     try:
         yield wrap_model(adapted, lm.tokenizer, lm.name)
     finally:
         adapted.unload()
+        for name, weight in lm.model.named_parameters(): weight.requires_grad_(asked[name])
 
-# %% ../../nbs/audit/375_influence.ipynb #7b186e4f
+# %% ../../nbs/audit/375_influence.ipynb #cf0c0d60
 def save_pull(
     pull: Pull,
     names: Sequence[str], # of the weights that the direction moves
     path: Path,           # a .safetensors file
+    of: dict[str, Any],   # what it belongs to: model, protected set, step ...; JSON values
 ) -> None:
     "Write a direction and its matrix. Raises `ChesError` for a full disk."
     tensors = {f'direction.{name}': part for name, part in zip(names, pull.direction or [])} | dict(head=pull.head)
     plain = {name: part.detach().cpu().contiguous() for name, part in tensors.items()}
-    step = {} if pull.step is None else dict(length=repr(pull.step.length), error=repr(pull.step.error))
-    write_files({path: save(plain, metadata=step)})
+    about = dict(of=of, step=pull.step and pull.step._asdict(), digest=pull.digest())
+    write_files({path: save(plain, metadata=dict(ches_align=json.dumps(about)))})
 
 def load_pull(
     path: Path,            # from `save_pull`
     protected: Protected,  # its set
     names: Sequence[str],  # as for `save_pull`
+    of: dict[str, Any],    # as for `save_pull`
     device: torch.device,  # where the weights are
 ) -> Pull:
-    "Read a direction and its matrix. Raises `ChesError` for a file of another model."
+    "Read a direction and its matrix. Raises `ChesError` for a damaged file, and for one of something else."
     try:
         with safe_open(path, 'pt') as file:
             tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}
-            about = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+            about = json.loads((file.metadata() or {})['ches_align'])
+        step = about['step']
+        direction = [tensors[f'direction.{name}'] for name in names] if step else None
+        pull = Pull(protected, direction, tensors['head'], Step(**step) if step else None)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ChesError(f'{path}: unreadable ({str(error)[:100]}); remove it, and it is made again') from None
-    stored = [name.removeprefix('direction.') for name in tensors if name != 'head']
-    if stored and sorted(stored) != sorted(names):
-        raise ChesError(f'{path}: of other weights than this model has; name another --output_dir')
-    direction = [tensors[f'direction.{name}'] for name in names] if stored else None
-    step = Step(float(about['length']), float(about['error'])) if about else None
-    return Pull(protected, direction, tensors['head'], step)
+    if about['of'] != of:
+        raise ChesError(f'{path}: of another protected set, step or model; remove it, or name another --output_dir')
+    if pull.digest() != about['digest']:
+        raise ChesError(f'{path}: changed since it was written; remove it, and it is made again')
+    return pull
 
-# %% ../../nbs/audit/375_influence.ipynb #74dbdb93
+# %% ../../nbs/audit/375_influence.ipynb #dbda0d71
 def make_pull(
     lm: ScoringModel,             # from `movable`, or `fresh_adapter`
     protected: Protected,
     trial: Sequence[EncodedPair], # a few pairs of the data, on which the step is tried
     step: float | None = None,    # its length in the weights; None: the first that agrees
     count: Callable[[int], Any] | None = None, # called with the tokens of each batch of the gradient
+    batch_tokens: int | None = None, # at most so many in a batch
 ) -> Pull:
     "Compute direction, matrix and step of a protected set. Raises `ChesError` where no step agrees."
-    direction, head = protected_gradient(lm, protected.pairs, count=count)
+    room = min(batch_tokens or default_budget(lm), default_budget(lm)//2)
+    direction, head = protected_gradient(lm, protected.pairs, room, count)
     weights = trained_weights(lm.model)
     if not weights: return Pull(protected, None, head, None)
     norm = sum(weight.double().square().sum().item() for weight in weights.values())**.5
-    if not trial: return Pull(protected, direction, head, Step(step or _STEPS[0]*norm, math.nan))
-    return Pull(protected, direction, head,
-                choose_step(lambda length: margin_slopes(lm, trial, direction, length), norm, step))
+    saturated = grad_dot(direction, direction) == 0  # nothing moves what is protected, and all influence is 0
+    if saturated or not trial: return Pull(protected, direction, head, Step(step or _STEPS[0]*norm, 0.))
+    def slopes_at(length: float) -> Tensor: return margin_slopes(lm, trial, direction, length, False, batch_tokens)
+    return Pull(protected, direction, head, choose_step(slopes_at, norm, step))

@@ -8,7 +8,7 @@ __all__ = ['Protected', 'parse_protected', 'influence_columns', 'protected_sourc
 
 # %% ../../nbs/audit/373_protected.ipynb #b40c10c9
 import re
-from itertools import chain
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 
@@ -26,6 +26,7 @@ class Protected(NamedTuple):
     pairs: list[EncodedPair] # their chosen side counts
     token_hash: str          # of the token ids, 16 hex digits
     remarks: list[str]       # what is odd about the set, in words
+    form: str = 'text'       # or messages
 
     def column(self,
         score: str = 'influence', # or head_influence
@@ -38,9 +39,17 @@ def parse_protected(
 ) -> tuple[str, str]: # name, which may be '', and file
     "Part the name of a protected set from its file. Raises `ChesError` for a name that cannot be a column's."
     name, sign, source = given.partition('=')
-    if not sign or Path(given).exists(): return '', given
-    if not re.fullmatch(r'\w+', name): raise ChesError(f'--protect {given}: {name!r} must be letters, digits or _')
+    with suppress(OSError):  # too long for a path
+        if Path(given).exists(): return '', given
+    if not sign: return '', given
+    _check_name(name)
+    if not source.strip(): raise ChesError(f'--protect {given}: no file behind the name')
     return name, source
+
+def _check_name(name: Any) -> None:
+    "Refuse what cannot be part of a column's name"
+    if not isinstance(name, str) or not re.fullmatch(r'\w+', name):
+        raise ChesError(f'--protect: the name {name!r} must be letters, digits or _')
 
 # %% ../../nbs/audit/373_protected.ipynb #dd9b0c5e
 def influence_columns(
@@ -54,7 +63,11 @@ def protected_sources(
 ) -> dict[str, Any]: # name -> source
     "Name every protected set. Raises `ChesError` for two of one name."
     if protect is None or isinstance(protect, (list, tuple)) and not protect: return {}
-    if isinstance(protect, dict): return protect
+    if isinstance(protect, dict):
+        for name in protect:
+            if name != '': _check_name(name)
+        return protect
+    if isinstance(protect, str) and not protect.strip(): raise ChesError("--protect '': must be a file")
     given = [protect] if isinstance(protect, (str, Path)) else protect
     if not isinstance(given, (list, tuple)) or not all(isinstance(each, (str, Path)) for each in given):
         return {'': protect}
@@ -70,11 +83,11 @@ _RESPONSE = 'response', 'completion', 'answer', 'output'
 
 def _response_row(row: dict) -> dict | None:
     "A row of prompt and response as a pair; None: it is another kind"
-    if {'chosen', 'rejected'} & row.keys(): return None
-    name = next((name for name in _RESPONSE if name in row), None)
+    if {'chosen', 'rejected'} <= row.keys(): return None
+    name = next((name for name in (*_RESPONSE, 'chosen') if name in row), None)
     if name and 'prompt' in row:
         prompt = row['prompt']
-        response = row[name]
+        response = None if row.get('label') is False else row[name]  # of KTO: an example of what is not wanted
     elif isinstance(row.get('messages'), list) and len(row['messages']) > 1:
         *prompt, last = row['messages']
         response = [last]
@@ -91,14 +104,16 @@ def _other(response: Any) -> Any:
 
 def protected_pairs(
     source: Any, # a path, a hub name, rows, or loaded pairs
+    apply_chat_template: str = 'auto', # as the data are read
 ) -> list[Pair]: # a pair a row, broken ones included
     "Read what must not fall, without a tokenizer yet. Raises `ChesError` for an unreadable or empty source."
     if isinstance(source, list) and source and isinstance(source[0], Pair): return source
-    rows = read_rows(source, None, any_depth=True)
-    first = next(iter(rows), None)
-    if first is None: raise ChesError(f'{source}: no rows to protect')
-    if _response_row(first) is None: return load_pairs(source)
-    return load_pairs([_response_row(row) or row for row in chain([first], rows)])
+    rows = list(read_rows(source, None, any_depth=True))
+    if not rows: raise ChesError(f'{source}: no rows to protect')
+    converted = [_response_row(row) for row in rows]
+    mode = dict(apply_chat_template=apply_chat_template)
+    if not any(converted): return load_pairs(source, **mode)
+    return load_pairs([own or row for own, row in zip(converted, rows)], **mode)
 
 # %% ../../nbs/audit/373_protected.ipynb #56555ef4
 def read_protected(
@@ -108,11 +123,14 @@ def read_protected(
     name: str = '',                # of the set
     convention: str = 'paper',     # as for `encode_pairs`
     pairs: list[Pair] | None = None, # of the source, where it has been read already
+    limit: int | None = None,      # ids from here on have no embedding (`token_limit`); None: all have one
 ) -> Protected:
     "Read the responses that must not fall. Raises `ChesError` when none can be used."
     where = str(source) if isinstance(source, (str, Path)) else 'the protected rows'
     rows = protected_pairs(source) if pairs is None else pairs
     encoded = encode_pairs(rows, tokenizer, max_length, convention)
+    for row in encoded:
+        if limit is not None and max([*row.prompt_ids, *row.chosen_ids], default=0) >= limit: row.status = 'bad_token'
     usable = [row for row in encoded if row.status in ('ok', 'identical_truncated') and len(row.chosen_ids)]
     flagged = [row for row in encoded if row not in usable]
     reasons = ', '.join(f'row {row.row_id}: {row.status}' for row in flagged[:5])
@@ -122,7 +140,8 @@ def read_protected(
     cut = sum(row.chosen_truncated for row in usable)
     if cut: remarks.append(f'{where}: {cut} of {len(usable)} protected responses are cut at {max_length} tokens')
     if len(usable) == 1: remarks.append(f'{where}: one protected response: its influence is that of one text')
-    return Protected(name, usable, token_hash(usable), remarks)
+    form = 'text' if any(isinstance(pair.prompt, str) for pair in rows) else 'messages'
+    return Protected(name, usable, token_hash(usable), remarks, form)
 
 # %% ../../nbs/audit/373_protected.ipynb #d856737a
 def overlaps(

@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..theory.ches import CONVENTIONS
 from ..core.errors import ChesError
 from ..core.writing import (
     plain, refuse_sources, refuse_unwritable, write_files)
-from ..core.options import check_limit, named, one_of, path_of, real, whole
+from ..core.options import check_limit, named, one_of, only_with, path_of, real, whole
 from ..core.workers import errors_of_all, on_main, processes, shared_counter
 from ..core.run import Run, open_run, read_manifest, versions_of
 from ..lm.pairs import Pair, PairSource, iter_pairs
@@ -233,7 +233,7 @@ def score_dataset(
     "Score every pair of a data set; with `output_dir`, continue what is there. Raises `ChesError` for bad input."
     source, loading = _as_source(data, loading)
     check_scoring(source, output_dir, max_length, batch_tokens, convention, share_prompt, loading)
-    given_sets = _begun_sets(protect, influence_step, convention)
+    given_sets = _begun_sets(protect, influence_step, lora, convention, loading)
     given = _are_loaded(data, loading)
     pairs = _begun(iter(data) if given or source is not data else iter_pairs(data, **loading))
     if output_dir is not None: on_main(lambda: refuse_unwritable(output_dir))
@@ -241,7 +241,7 @@ def score_dataset(
     lm = model if isinstance(model, ScoringModel) else load_model(model, dtype, device, **(model_options or {}))
     start = time.time()
     max_length = max_length or lm.max_length
-    sets = [read(lm.tokenizer, max_length) for read in given_sets]
+    sets = [_fitting(lm, read(lm.tokenizer, max_length, limit=token_limit(lm.model, lm.head))) for read in given_sets]
     with token_store(pairs, lm.tokenizer, max_length, convention, progress=progress,
                      limit=token_limit(lm.model, lm.head)) as store:
         _check_tokens(lm, store)
@@ -270,6 +270,13 @@ def _are_loaded(data: Any, loading: dict[str, Any]) -> bool:
         raise ChesError(f"{', '.join(loading)}: pairs that are loaded already are scored as they are")
     return given
 
+# %% ../../nbs/audit/380_scoring.ipynb #208542c9
+def _fitting(lm: ScoringModel, protected: Protected) -> Protected:
+    "Refuse a set with rows that the model cannot read"
+    lengths = [row.length for row in protected.pairs]
+    check_lengths(lm.model, lm.backbone, lm.head, lm.name, max(lengths), sum(lengths))
+    return protected
+
 def _among_processes(device: str | None, progress: bool) -> tuple[str | None, bool]:
     "Where this process scores, and whether it shows a bar"
     here = processes()
@@ -277,14 +284,34 @@ def _among_processes(device: str | None, progress: bool) -> tuple[str | None, bo
     # auto, which spreads one model over all GPUs, is for one process
     return device or str(here.device), progress and here.is_main_process
 
-def _begun_sets(protect: Any, step: float | None, convention: str) -> list[Callable[..., Protected]]:
+def _begun_sets(protect: Any, step: float | None, lora: Any, convention: str, loading: dict) -> list[Callable]:
     "Protected sets that are read, so that what is wrong with them is told before a model is loaded; tokenisers wait"
-    real('influence_step', step, 0, above=True)
-    return [partial(read_protected, source, name=name, convention=convention, pairs=protected_pairs(source))
-            for name, source in protected_sources(protect).items()]
+    sources = protected_sources(protect)
+    real('influence_step', step, 0, 1e6, above=True)
+    only_with('influence_step', step, sources, '--protect')
+    only_with('lora_r', lora, sources, '--protect')
+    if lora is not None:
+        if not isinstance(lora, Lora): raise ChesError(f'lora {lora!r}: give Lora(r, seed)')
+        whole('lora_r', lora.r)
+        whole('lora_seed', lora.seed, 0, 2**63 - 1)
+    mode = loading.get('apply_chat_template', 'auto')
+    return [partial(read_protected, source, name=name, convention=convention, pairs=protected_pairs(source, mode))
+            for name, source in sources.items()]
 
 # %% ../../nbs/audit/380_scoring.ipynb #cee94355
 _TRIAL = 4  # pairs on which the step is tried
+
+@contextmanager
+def _room_for(protected: Protected, batch_tokens: int) -> Iterator[None]:
+    "Turn a lack of memory into words"
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error): raise
+        longest = max(row.length for row in protected.pairs)
+        raise ChesError(f'out of memory for the gradient of {protected.column()}: lower --batch_tokens '
+                        f'({batch_tokens}; the longest protected row has {longest}), or take --lora_r 16, so that '
+                        'an adapter alone moves') from None
 
 def _trial(store: TokenStore) -> list[EncodedPair]:
     "A few pairs of the shorter half"
@@ -293,40 +320,59 @@ def _trial(store: TokenStore) -> list[EncodedPair]:
     order = order[:max(_TRIAL, len(order)//2)]
     return store.rows(order[np.linspace(0, len(order) - 1, min(_TRIAL, len(order))).astype(int)]) if len(order) else []
 
+# %% ../../nbs/audit/380_scoring.ipynb #b7df590c
 def _every(store: TokenStore) -> Iterator[EncodedPair]:
     "All pairs, a block at a time"
     for start in range(0, len(store), 512): yield from store.rows(range(start, min(start + 512, len(store))))
 
-def _pull(lm: ScoringModel, store: TokenStore, protected: Protected, step: float | None, run: Run, progress) -> Pull:
+def _pull(lm: ScoringModel, store: TokenStore, protected: Protected, work, run: Run, progress) -> Pull:
     "Direction and matrix of a set: made once, by the main process, and read by all"
     def make() -> Pull:
         total = sum(len(row.prompt_ids) + len(row.chosen_ids) for row in protected.pairs)
-        with tqdm(total=total, unit='tok', unit_scale=True, desc=f"gradient of {protected.column()}",
-                  disable=None if progress else True) as bar:
-            return make_pull(lm, protected, _trial(store), step, bar.update)
+        bar = tqdm(total=total, unit='tok', unit_scale=True, desc=f"gradient of {protected.column()}",
+                   disable=None if progress else True)
+        with bar, _room_for(protected, work.settings['batch_tokens']):
+            return make_pull(lm, protected, _trial(store), work.protect.step, bar.update, work.settings['batch_tokens'])
     if run.folder is None: return make()
     path = run.folder/'influence'/f'{protected.column()}.safetensors'
     names = list(trained_weights(lm.model))
+    of = plain(dict(protect=protected.token_hash, step=work.protect.step, lora=work.identity['lora'],
+                    weights_hash=work.identity['weights_hash']))
+    begun = any((run.folder/'scores').glob('*.parquet'))
     def save_once() -> None:
-        if not path.exists(): save_pull(make(), names, path)
+        if path.exists() and begun: return
+        with suppress(ChesError):
+            load_pull(path, protected, names, of, lm.device)  # made, and nothing scored with it yet
+            return
+        save_pull(make(), names, path, of)
     on_main(save_once)
-    return load_pull(path, protected, names, lm.device)
+    return load_pull(path, protected, names, of, lm.device)
+
+# %% ../../nbs/audit/380_scoring.ipynb #c588cbb6
+def _odd(pull: Pull, store: TokenStore) -> Iterator[str]:
+    "What a reader of the column must know"
+    column = pull.protected.column()
+    if (pull.protected.form == 'text') != store.has_text:
+        yield f'{column}: the protected set is {pull.protected.form}, the data are not'
+    if pull.step and pull.step.error > .01: yield f'{column}: good to {pull.step.error:.0%} only'
+    if pull.direction is None:
+        yield f'{column}: the weights are quantised and cannot move; head_influence alone, --lora_r N for the rest'
 
 # %% ../../nbs/audit/380_scoring.ipynb #682337af
 @contextmanager
 def _influence(lm: ScoringModel, store: TokenStore, work, run: Run, progress) -> Iterator[_Influence | None]:
     "Make ready for the columns of protected sets, and tell what is odd about them"
-    sets, step, lora = work.protect
+    sets, _, lora = work.protect
     if not sets:
         yield None
         return
     with ExitStack() as stack:
-        moving = stack.enter_context(fresh_adapter(lm, lora)) if lora else movable(lm)
-        pulls = [_pull(moving, store, protected, step, run, progress) for protected in sets]
+        moving = movable(lm)
+        if lora: moving = stack.enter_context(fresh_adapter(moving, lora))
+        pulls = [_pull(moving, store, protected, work, run, progress) for protected in sets]
         remarks = [remark for protected in sets
                    for remark in [*protected.remarks, *on_main(lambda: overlaps(protected, _every(store)))]]
-        if any(pull.direction is None for pull in pulls):
-            remarks.append('the weights are quantised and cannot move: head_influence alone; --lora_r N for the rest')
+        remarks += [remark for pull in pulls for remark in _odd(pull, store)]
         about = {pull.protected.column(): dict(
             rows=len(pull.protected.pairs), hash=pull.digest(), **(pull.step._asdict() if pull.step else {}))
             for pull in pulls}
@@ -341,6 +387,7 @@ class _Protect(NamedTuple):
     step: float | None = None
     lora: Lora | None = None
 
+# %% ../../nbs/audit/380_scoring.ipynb #610df9f2
 class _Work(NamedTuple):
     "What a run is to do, and what its manifest says of it"
     plan: list[np.ndarray]   # positions of each shard
@@ -349,9 +396,10 @@ class _Work(NamedTuple):
     about: dict[str, Any]    # what the manifest tells besides
     protect: _Protect = _Protect()
 
+# %% ../../nbs/audit/380_scoring.ipynb #03a1d1ac
 def _with_sets(work: _Work, sets: list[Protected], step: float | None, lora: Lora | None) -> _Work:
     "Work to which the protected sets belong"
-    mine = dict(protect={each.name: each.token_hash for each in sets} or None, influence_step=step,
+    mine = dict(protect={each.name or 'protected': each.token_hash for each in sets} or None,
                 lora=lora and lora._asdict())
     return work._replace(identity=work.identity | mine, protect=_Protect(sets, step, lora))
 
@@ -374,7 +422,7 @@ def _plan_work(lm: ScoringModel, store: TokenStore, asked: dict[str, Any], max_l
 def _score_store(lm: ScoringModel, store: TokenStore, work: _Work, output_dir: str | Path | None, progress: bool,
                  start: float) -> pd.DataFrame:
     "Write shards and manifest, or keep the table in memory"
-    with open_run(output_dir, work.identity, files=['scores/*.parquet']) as run:
+    with open_run(output_dir, work.identity, files=['scores/*.parquet', 'influence/*']) as run:
         on_main(lambda: _check_behaviour(run, work.about['behaviour']))
         run.update(**work.about, complete=False)  # of a finished run, too, a shard may be missing
         with errors_of_all(), _influence(lm, store, work, run, progress) as influence:

@@ -52,7 +52,9 @@ def order_values(
     if by == 'random': values = _chance(scores.row_id.to_numpy(), seed)
     elif by in ORDERS or by in numeric:
         values = (ORDERS[by](scores) if by in ORDERS else scores[by]).to_numpy(float, na_value=np.nan)
-    else: raise ChesError(f"cannot order by {by!r}; choose from {', '.join([*numeric, *ORDERS, 'random'])}")
+    else:
+        hint = '; score with --protect for it' if influence_columns([by]) else ''
+        raise ChesError(f"cannot order by {by!r}{hint}; choose from {', '.join([*numeric, *ORDERS, 'random'])}")
     ok = (scores.status == 'ok').to_numpy()
     if not ok.any(): raise ChesError(f'no row was scored: {scores.status.value_counts().to_dict()}')
     values = np.where(ok & np.isfinite(values), values, np.nan)

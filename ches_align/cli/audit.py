@@ -68,9 +68,9 @@ class ProtectOptions:
     def check(self) -> None:
         "Refuse what no influence could be found with. Raises `ChesError`."
         for given in self.protect: named(protect=given)
-        real('influence_step', self.influence_step, 0, above=True)
+        real('influence_step', self.influence_step, 0, 1e6, above=True)
         whole('lora_r', self.lora_r)
-        whole('lora_seed', self.lora_seed, 0)
+        whole('lora_seed', self.lora_seed, 0, 2**63 - 1)
         for name in ('influence_step', 'lora_r'): only_with(name, getattr(self, name), self.protect, '--protect')
         only_with('lora_seed', self.lora_seed, self.lora_r, '--lora_r')
 

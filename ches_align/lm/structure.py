@@ -83,7 +83,7 @@ def tuner_weights(
     layers = _tuner_layers(model)
     inside = {f'{name}.{key}.' for name, layer in layers.items() for key in layer.adapter_layer_names}
     return {name: weight for name, weight in model.named_parameters()
-            if any(name.startswith(start) for start in inside)}
+            if '.modules_to_save.' in name or any(name.startswith(start) for start in inside)}
 
 # %% ../../nbs/lm/260_structure.ipynb #f448571e
 class LengthRule(NamedTuple):

@@ -40,7 +40,7 @@ def tiny_model(
                  num_key_value_heads=1, max_position_embeddings=2048, tie_word_embeddings=True)
     tokens = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                   pad_token_id=tokenizer.pad_token_id)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**sizes | tokens | changes)).eval()
 
