@@ -9,6 +9,7 @@ import ast, re, subprocess
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Callable
 from urllib.parse import unquote
 
 import pypandoc, yaml
@@ -171,10 +172,10 @@ def sidebar(site: Site) -> list[str]:
     faults += [f'{t} is not listed' for t in sorted(have - set(listed))]
     return [f'nbs/sidebar.yml: {f}' for f in faults + [f'{t} is listed {n} times' for t, n in listed.items() if n > 1]]
 
-def build(root: Path) -> list[str]:
-    "nbdev's processing, in a copy; what Quarto would look for beside the pages"
+def build(root: Path, start: Callable = python) -> list[str]:
+    "nbdev's processing, in a copy, by a process that `start` makes; what Quarto would look for beside the pages"
     with scratch(root) as tmp:
-        run = python('from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()\n'
+        run = start('from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()\n'
                      'from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)', tmp)
         if run.returncode:
             return [f'nbdev cannot make the pages: {run.stderr[run.stderr.rfind("Exception: "):].strip()[:1000]}']

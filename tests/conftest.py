@@ -18,7 +18,7 @@ DURATIONS = ROOT/'benchmarks'/'records'/'test_durations.json'
 ALONE = {'test_notebooks', 'test_checks', 'test_types'}  # files whose tests share nothing
 LEAST = 0.1  # seconds: a test that takes less is not in the record
 # seconds without a record: what is long by itself comes first, then the files of many tests, then the short notebooks
-LONG = {'test_checks.py::test_pages[processing]': 60, 'test_types.py': 50, 'tutorials/': 40, '[audit/3': 30,
+LONG = {'test_checks.py::test_processing': 60, 'test_types.py': 50, 'tutorials/': 40, '[audit/3': 30,
         '[lm/3': 30, '[studies/': 30, '[experiments/': 30, 'test_callback.py': 10, 'test_train.py': 10,
         'test_workers.py': 10, 'test_run_faults.py': 10, 'test_notebooks.py': 4}
 sys.path.insert(0, str(ROOT/'.ci'))

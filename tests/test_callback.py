@@ -273,6 +273,7 @@ def test_a_model_without_next_tokens(tmp_path):
         trainer.train()
     assert trainer.state.global_step == 1 and 'causal language models' in watch.mute
 
+@pytest.mark.full
 def test_one_process_fails_and_none_waits(tmp_path):
     done = forked(begin, ['fail', tmp_path], tmp_path, 2, CUDA_VISIBLE_DEVICES='')
     assert done.returncode == 0, done.stderr[-3000:]
