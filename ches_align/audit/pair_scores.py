@@ -15,11 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..lm.encode import EncodedPair, special_ids
-from ..lm.batches import default_budget
 from ..lm.structure import fixed_precision
 from ..lm.model_checks import token_limit
 from ..lm.models import ScoringModel
-from .shared_prompts import Side, stream_states
+from .shared_prompts import Side, stream_groups
 from .token_store import unknown_tokens
 from ..theory.ches import (
     Head, ches_from_sums, head_ches_of, last_hidden_inner, neg_edit_distance, pair_scores)
@@ -128,25 +127,18 @@ def score_block(
     known = [p for p in pairs if not unknown_tokens(p, limit)]
     values: list = [None] * len(known)
     slopes: list[dict[str, float]] = [dict.fromkeys(directions or {}, math.nan) for _ in known]
-    waiting: dict[int, tuple[Side, Side]] = {}  # for the output layer, which is read once for many pairs
-    room = batch_tokens or default_budget(lm)
-    def read_head():
-        for k, more in zip(waiting, _head_scores(lm.head, list(waiting.values()))):
-            values[k] = torch.cat([values[k], more])
-        for k, more in zip(waiting, _slope_rows(lm.head, directions or {}, list(waiting.values()))):
-            slopes[k] |= more
-        waiting.clear()
-    for k, chosen, rejected in stream_states(lm, known, share_prompt, batch_tokens):
-        values[k] = window_scores(chosen.states, rejected.states, convention)
+    for group in stream_groups(lm, known, share_prompt, batch_tokens):
+        both = list(group.values())
+        for k, (chosen, rejected) in group.items():
+            values[k] = window_scores(chosen.states, rejected.states, convention)
         if not head: continue
-        waiting[k] = chosen, rejected
-        if sum(len(side.ids) for both in waiting.values() for side in both) >= room: read_head()
-    if waiting: read_head()
+        for k, more in zip(group, _head_scores(lm.head, both)): values[k] = torch.cat([values[k], more])
+        for k, more in zip(group, _slope_rows(lm.head, directions or {}, both)): slopes[k] |= more
     special = special_ids(lm.tokenizer)
     numbers = iter(zip(torch.stack(values).tolist() if known else [], slopes))
     nothing = None, dict.fromkeys(directions or {}, math.nan)
-    both = [nothing if unknown_tokens(pair, limit) else next(numbers) for pair in pairs]
-    return [_filled(pair, values, special) | more for pair, (values, more) in zip(pairs, both)]
+    filled = [nothing if unknown_tokens(pair, limit) else next(numbers) for pair in pairs]
+    return [_filled(pair, values, special) | more for pair, (values, more) in zip(pairs, filled)]
 
 # %% ../../nbs/audit/370_pair_scores.ipynb #521004cc
 def _filled(pair: EncodedPair, numbers: list[float] | None, special: set[int]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 
 from .shared_prompts import prompt_key
-from .token_store import token_hash
+from .token_store import token_hash, unknown_tokens
 from ..core.errors import ChesError
 from ..core.rows import read_rows
 from ..lm.encode import EncodedPair, encode_pairs
@@ -38,6 +38,7 @@ def parse_protected(
     given: str, # FILE or NAME=FILE
 ) -> tuple[str, str]: # name, which may be '', and file
     "Part the name of a protected set from its file. Raises `ChesError` for a name that cannot be a column's."
+    if not given.strip(): raise ChesError(f'--protect {given!r}: must be a file')
     name, sign, source = given.partition('=')
     with suppress(OSError):  # too long for a path
         if Path(given).exists(): return '', given
@@ -67,7 +68,6 @@ def protected_sources(
         for name in protect:
             if name != '': _check_name(name)
         return protect
-    if isinstance(protect, str) and not protect.strip(): raise ChesError("--protect '': must be a file")
     given = [protect] if isinstance(protect, (str, Path)) else protect
     if not isinstance(given, (list, tuple)) or not all(isinstance(each, (str, Path)) for each in given):
         return {'': protect}
@@ -130,12 +130,14 @@ def read_protected(
     rows = protected_pairs(source) if pairs is None else pairs
     encoded = encode_pairs(rows, tokenizer, max_length, convention)
     for row in encoded:
-        if limit is not None and max([*row.prompt_ids, *row.chosen_ids], default=0) >= limit: row.status = 'bad_token'
-    usable = [row for row in encoded if row.status in ('ok', 'identical_truncated') and len(row.chosen_ids)]
-    flagged = [row for row in encoded if row not in usable]
+        row.rejected_ids = []  # nobody reads it
+        if limit is not None and unknown_tokens(row, limit): row.status = 'bad_token'
+    def is_usable(row: EncodedPair) -> bool:
+        return row.status in ('ok', 'identical_truncated') and len(row.chosen_ids) > 0
+    usable = [row for row in encoded if is_usable(row)]
+    flagged = [row for row in encoded if not is_usable(row)]
     reasons = ', '.join(f'row {row.row_id}: {row.status}' for row in flagged[:5])
     if not usable: raise ChesError(f'{where}: none of {len(encoded)} rows can be protected ({reasons})')
-    for row in usable: row.rejected_ids = []
     remarks = [f'{where}: {len(flagged)} of {len(encoded)} protected rows are left out ({reasons})'] if flagged else []
     cut = sum(row.chosen_truncated for row in usable)
     if cut: remarks.append(f'{where}: {cut} of {len(usable)} protected responses are cut at {max_length} tokens')

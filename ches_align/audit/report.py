@@ -229,9 +229,8 @@ def _pulls(scores: pd.DataFrame, limit: int) -> list[dict]:
         if not len(values): continue
         rows = ok.loc[values.index]
         lengths = rows.chosen_tokens, rows.rejected_tokens
-        same = f"{column.removeprefix('head_')}"
         pulls.append(dict(
-            column=column, protected=about.get(same, {}).get('rows'), pairs=len(values),
+            column=column, protected=about.get(column.removeprefix('head_'), {}).get('rows'), pairs=len(values),
             positive=(values > 0).mean(), rho_length=values.corr(lengths[0] + lengths[1], 'spearman'),
             rho_ln_ches=values.corr(rows.ln_ches, 'spearman'),
             partial_ches=partial_spearman(values, rows.ches, lengths) if len(values) > 3 else None,

@@ -35,8 +35,9 @@ from ..lm.models import ScoringModel, load_model, model_now
 from ..lm.batches import default_budget, out_of_memory
 from .shared_prompts import Sizes, choose_sharing
 from .token_store import TokenStore, token_store
-from .influence import (
-    Lora, Pull, fresh_adapter, head_columns, influence_block, load_pull, make_pull, movable, save_pull, trained_weights)
+from ches_align.audit.influence import (
+    AGREE, Lora, Pull, fresh_adapter, head_columns, influence_block, load_pull, make_pull, movable, save_pull,
+    trained_weights)
 from .protected import (
     Protected, influence_columns, overlaps, protected_pairs, protected_sources, read_protected)
 from .pair_scores import COLUMNS, GRAM, NOTES, blank_row, score_block
@@ -354,7 +355,7 @@ def _odd(pull: Pull, store: TokenStore) -> Iterator[str]:
     column = pull.protected.column()
     if (pull.protected.form == 'text') != store.has_text:
         yield f'{column}: the protected set is {pull.protected.form}, the data are not'
-    if pull.step and pull.step.error > .01: yield f'{column}: good to {pull.step.error:.0%} only'
+    if pull.step and pull.step.error > AGREE: yield f'{column}: good to {pull.step.error:.0%} only'
     if pull.direction is None:
         yield f'{column}: the weights are quantised and cannot move; head_influence alone, --lora_r N for the rest'
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ChesError
-from ..core.options import named, one_of, only_with, path_of, printable, real, say, whole
+from ..core.options import named, one_of, only_with, path_of, printable, say, whole
 from .main import DataOptions, ModelOptions, quiet_libraries
 
 # %% ../../nbs/cli/850_audit.ipynb #56dcebc4
@@ -66,18 +66,13 @@ class ProtectOptions:
     lora_seed: int | None = None        # draws that LoRA (default: 0)
 
     def check(self) -> None:
-        "Refuse what no influence could be found with. Raises `ChesError`."
-        for given in self.protect: named(protect=given)
-        real('influence_step', self.influence_step, 0, 1e6, above=True)
-        whole('lora_r', self.lora_r)
-        whole('lora_seed', self.lora_seed, 0, 2**63 - 1)
-        for name in ('influence_step', 'lora_r'): only_with(name, getattr(self, name), self.protect, '--protect')
+        "Refuse a seed without its adapter; `score_dataset` looks at the rest. Raises `ChesError`."
         only_with('lora_seed', self.lora_seed, self.lora_r, '--lora_r')
 
     def arguments(self) -> dict[str, Any]:
         "Keyword arguments of `score_dataset`."
         from ches_align.audit.influence import Lora
-        lora = Lora(self.lora_r, self.lora_seed or 0) if self.lora_r else None
+        lora = None if self.lora_r is None else Lora(self.lora_r, self.lora_seed or 0)
         return dict(protect=self.protect, influence_step=self.influence_step, lora=lora)
 
 # %% ../../nbs/cli/850_audit.ipynb #c613c142

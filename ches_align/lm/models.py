@@ -45,11 +45,11 @@ def _head_readings(
     return [(scale, cap) for cap in dict.fromkeys((caps[0], None)) for scale in scales]
 
 def _head_weights(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    "Weight and bias of the output layer as they act, PEFT's wrappers looked through"
+    "Weight and bias of the output layer as they act, with their gradients, PEFT's wrappers looked through"
     layer = model.get_output_embeddings()
     if layer is None: raise ChesError(f'{type(model).__name__} has no output layer: give a causal language model')
     if hasattr(layer, 'get_merged_weights'):  # some rows are trained
-        return layer.get_merged_weights(layer.active_adapters).detach(), None
+        return layer.get_merged_weights(layer.active_adapters), None
     if hasattr(layer, 'get_base_layer'):
         raise ChesError(
             f'the adapter changes the output layer of {type(model).__name__}, and scores need that as one matrix; '
@@ -61,7 +61,7 @@ def _head_weights(model: nn.Module) -> tuple[Tensor, Tensor | None]:
         raise ChesError(f'the output layer of {type(model).__name__} is quantised, and scores need its weights; '
                          'give the model as it was before, or quantised without its output layer')
     if weight.device.type == 'meta': raise ChesError(_OFFLOADED)
-    return weight.detach(), bias
+    return weight, bias
 
 _OFFLOADED = ('some weights do not fit on the GPUs here and were left in main memory or on the disk; '
               'give --quantize 4bit, more GPUs, or --device cpu')
@@ -70,10 +70,12 @@ _OFFLOADED = ('some weights do not fit on the GPUs here and were left in main me
 def read_head(
     model: nn.Module, # a causal language model of Transformers
     reading: tuple[float, float | None] | None = None, # scale and soft cap; None: what the config's names usually mean
+    detached: bool = True, # from the gradient of its weight
 ) -> Head:            # its output layer
     "Read weight, bias, scale and soft cap of a model's logits. Raises `ChesError` for a layer that is not one matrix."
     config = model.config.get_text_config(decoder=True)
     weight, bias = _head_weights(model)
+    if detached: weight = weight.detach()
     words = getattr(config, 'unpadded_vocab_size', None) or len(weight)  # rows that pad the matrix have no logits
     scale, cap = reading or _head_readings(config)[0]
     if words < len(weight):

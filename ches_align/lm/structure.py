@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unwrapped', 'inner_model', 'AdapterState', 'adapter_state', 'tuner_weights', 'LengthRule', 'length_rules',
-           'length_key', 'forget_lengths', 'fixed_precision']
+           'length_key', 'forget_lengths', 'fixed_precision', 'seeded']
 
 # %% ../../nbs/lm/260_structure.ipynb #211fe681
 import sys
@@ -171,4 +171,14 @@ def fixed_precision() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
         for kind in ('cpu', *(['cuda'] if torch.cuda.is_available() else [])):
             stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+# %% ../../nbs/lm/260_structure.ipynb #b07fa93d
+@contextmanager
+def seeded(
+    seed: int, # of torch's random numbers
+) -> Iterator[None]:
+    "Inside: the random numbers of a seed, on all devices. After: as they were."
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
         yield

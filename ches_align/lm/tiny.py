@@ -9,11 +9,11 @@ __all__ = ['tiny_tokenizer', 'tiny_model', 'save_tiny_model']
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from .encode import render
 from .pairs import load_pairs
+from .structure import seeded
 from .weights import model_source
 
 # %% ../../nbs/lm/305_tiny.ipynb #12f0050e
@@ -40,9 +40,7 @@ def tiny_model(
                  num_key_value_heads=1, max_position_embeddings=2048, tie_word_embeddings=True)
     tokens = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                   pad_token_id=tokenizer.pad_token_id)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(**sizes | tokens | changes)).eval()
+    with seeded(seed): return LlamaForCausalLM(LlamaConfig(**sizes | tokens | changes)).eval()
 
 def save_tiny_model(
     folder: str | Path, # made when there is none

@@ -41,16 +41,15 @@ def band(
 # %% ../../nbs/theory/095_band.ipynb #5cbc6f48
 def band_shares(
     gram: Float[Tensor, "pairs 3"], # as for `band`
-    start: PairLogps,               # of the pairs before training; its reference is what it starts from
+    start: PairLogps,               # of the pairs before training, which are their own reference
     losses: dict[str, Callable[[PairLogps], PairLoss]] = LOSSES,
     fall: float = 1.,               # nats
 ) -> list[dict]:                    # loss, inside, chosen_rises, rejected_falls, reversed, after_fall: shares of pairs
     "Find the share of pairs inside the band under each loss, at the start and after ln pi(y+) has fallen."
-    at_start = start._replace(ref_chosen=start.chosen, ref_rejected=start.rejected)
-    fallen = at_start._replace(chosen=start.chosen - fall)
+    fallen = start._replace(chosen=start.chosen - fall)
     rows = []
     for name, loss in losses.items():
-        now = band(loss(at_start), gram)
+        now = band(loss(start), gram)
         later = band(loss(fallen), gram)
         shares = dict(inside=now.inside, chosen_rises=now.chosen_rises, rejected_falls=now.rejected_falls,
                       reversed=now.reversed, after_fall=later.inside)
@@ -60,7 +59,7 @@ def band_shares(
 # %% ../../nbs/theory/095_band.ipynb #efeb9ffc
 def sft_curve(
     gram: Float[Tensor, "pairs 3"], # as for `band`
-    start: PairLogps,               # of the pairs before training, with lengths
+    start: PairLogps,               # as for `band_shares`, with lengths
     loss: Callable[[PairLogps], PairLoss] = LOSSES['dpo'],
     convention: str = 'mean',       # of the SFT term: over tokens (mean), or their sum (sum)
     weights: Sequence[float] = (),  # of the SFT term; none: 0 and 60 from 0.0001 to 100, in equal ratios
@@ -69,7 +68,6 @@ def sft_curve(
     terms = dict(mean=sft_mean, sum=sft_sum)
     if convention not in terms: raise ValueError(f'convention {convention!r}: mean or sum')
     weights = weights or [0., *torch.logspace(-4, 2, 60, dtype=torch.float64).tolist()]
-    at_start = start._replace(ref_chosen=start.chosen, ref_rejected=start.rejected)
-    parts = [loss(at_start), terms[convention](at_start)]
+    parts = [loss(start), terms[convention](start)]
     return [dict(weight=weight, inside=band(combine(parts, [1., weight]), gram).inside.double().mean().item())
             for weight in weights]

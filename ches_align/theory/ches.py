@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONVENTIONS', 'predicting_mask', 'response_sum', 'PairScores', 'ches_from_sums', 'summed_mask', 'pair_scores',
-           'ches_scores', 'last_hidden_inner', 'neg_edit_distance', 'Head', 'block_logits', 'token_grams', 'HeadScores',
-           'head_ches', 'head_ches_of']
+           'ches_scores', 'last_hidden_inner', 'neg_edit_distance', 'Head', 'wide', 'block_logits', 'token_grams',
+           'HeadScores', 'head_ches', 'head_ches_of']
 
 # %% ../../nbs/theory/050_ches.ipynb #6cb0e956
 from typing import Any, NamedTuple, Sequence
@@ -144,6 +144,12 @@ class Head(NamedTuple):
     scale: float = 1.             # Cohere multiplies its logits, Granite divides them
     softcap: float | None = None  # Gemma 2 bounds its logits
 
+def wide(
+    x: Tensor, # any floating dtype
+) -> Tensor:   # fp32, or fp64 as it is
+    "Bring numbers to a dtype in which sums and logarithms are taken."
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 def block_logits(
     head: Head,                     # the output layer
     hidden: Float[Tensor, "n dim"], # states, fp32 or better
@@ -165,7 +171,7 @@ def token_grams(
 ) -> list[tuple[Tensor, Tensor]]:                   # a group: inner products `[rows n]`, log-probabilities `[n]` (nats)
     "Inner products of the tokens' gradients in the output layer (@eq-gram), several groups a pass; fp32 or better."
     hidden = torch.cat([h for h, _, _ in groups])
-    H = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    H = wide(hidden)
     parts = []
     start = 0
     for h, _, n in groups:

@@ -14,6 +14,8 @@ from jaxtyping import Float
 import torch
 from torch import Tensor, nn
 
+from .ches import wide
+
 # %% ../../nbs/theory/080_oracle.ipynb #7ccf3ff3
 def response_logp(
     model: Callable,        # a causal language model, or a function that is called as one
@@ -25,8 +27,7 @@ def response_logp(
     device = device or next(model.parameters()).device
     ids = torch.tensor([[*prompt, *response]], device=device)
     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1:-1]
-    logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return logps.gather(1, ids[0, len(prompt):, None]).sum()
+    return wide(logits).log_softmax(-1).gather(1, ids[0, len(prompt):, None]).sum()
 
 # %% ../../nbs/theory/080_oracle.ipynb #15b32f01
 @contextmanager
@@ -58,8 +59,7 @@ def grad_dot(
     b: Sequence[Tensor], # the same shapes
 ) -> float:              # inner product, fp64 over tensors, fp32 or better within one
     "Multiply two gradients."
-    def wide(x: Tensor) -> Tensor: return x.flatten().to(torch.promote_types(x.dtype, torch.float32))
-    return sum(torch.dot(wide(x), wide(y)).double().item() for x, y in zip(a, b, strict=True))
+    return sum(torch.dot(wide(x.flatten()), wide(y.flatten())).double().item() for x, y in zip(a, b, strict=True))
 
 # %% ../../nbs/theory/080_oracle.ipynb #80599b9a
 @contextmanager
