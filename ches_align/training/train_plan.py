@@ -180,9 +180,9 @@ def half_weights(
 
 # %% ../../nbs/training/660_train_plan.ipynb #2a0d7fa3
 def training_loss(
-    config: TrainConfig, # loss, beta, loss_args, sft, sft_convention
-    pair: PairLogps,     # of one batch
-) -> PairLoss:           # train on the mean of its `loss`
+    config: Training, # loss, beta, loss_args, sft, sft_convention
+    pair: PairLogps,  # of one batch
+) -> PairLoss:        # train on the mean of its `loss`
     "Compute the loss that a configuration names, SFT term included."
     result = LOSSES[config.loss](pair, **config.loss_arguments)
     if not config.sft: return result
