@@ -6,7 +6,7 @@
 __all__ = ['band_signs', 'band_summary']
 
 # %% ../../nbs/audit/415_band.ipynb #ec365a82
-from typing import Any
+from typing import Any, Callable
 
 import pandas as pd
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from .pair_scores import GRAM
 from ..core.errors import ChesError
 from ..theory.band import Band, band, band_shares, sft_curve
-from ..theory.losses import LOSSES, PairLogps
+from ..theory.losses import LOSSES, PairLogps, PairLoss
 
 # %% ../../nbs/audit/415_band.ipynb #de352294
 def _scored(scores: pd.DataFrame) -> pd.DataFrame:
@@ -34,14 +34,15 @@ def _start(rows: pd.DataFrame) -> tuple[Tensor, PairLogps]:
 
 def band_signs(
     scores: pd.DataFrame, # from `load_scores`
-    loss: str = 'dpo',    # a key of `LOSSES`, at its start
+    loss: str | Callable[[PairLogps], PairLoss] = 'dpo', # a key of `LOSSES`, or a loss; at its start
 ) -> pd.DataFrame:        # by row_id: chosen_rises, rejected_falls, reversed
     "Decide for every scored pair what the output layer predicts under a loss. Raises `ChesError`."
-    if loss not in LOSSES: raise ChesError(f"unknown loss {loss!r}: one of {', '.join(LOSSES)}")
+    if isinstance(loss, str) and loss not in LOSSES:
+        raise ChesError(f"unknown loss {loss!r}: one of {', '.join(LOSSES)}")
     rows = _scored(scores)
     if not len(rows): return pd.DataFrame(columns=list(Band._fields), index=pd.Index([], name='row_id'))
     gram, start = _start(rows)
-    signs = band(LOSSES[loss](start), gram)
+    signs = band((LOSSES[loss] if isinstance(loss, str) else loss)(start), gram)
     return pd.DataFrame({name: values.numpy() for name, values in signs._asdict().items()},
                         index=pd.Index(rows.row_id, name='row_id'))
 

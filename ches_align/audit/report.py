@@ -28,7 +28,7 @@ from ..core.options import path_of, printable, whole
 from .band import band_summary
 from .protected import influence_columns
 from .scoring import refuse_other_scores
-from ..core.stats import partial_spearman, wilson
+from ..core.stats import in_top, partial_spearman, wilson
 from ..core.writing import plain, read_object, refuse_sources, refuse_strangers, write_files
 
 # %% ../../nbs/audit/420_report.ipynb #a5bdbfa0
@@ -49,10 +49,7 @@ def _selector_values(
 
 def _in_top(values: pd.Series) -> pd.Series:
     "Chance of each row to be in the highest fifth, rounded up: 1, 0, or between them where a tie has to be broken"
-    size = min(math.ceil(_TOP * len(values)), values.count())
-    below = values.rank(method='min') - 1             # rows that lie lower
-    tied = values.groupby(values).transform('size')   # rows of the same value
-    return ((below + tied - (values.count() - size)) / tied).clip(0, 1).fillna(0.)
+    return in_top(values, math.ceil(_TOP*len(values)))
 
 # %% ../../nbs/audit/420_report.ipynb #aa1c88f3
 _ADVICE = yaml.safe_load(files('ches_align').joinpath('templates/advice.yml').read_text('utf-8'))

@@ -38,6 +38,7 @@ COMMANDS = {  # name: (module:function, what it is for)
     'score': ('audit:score', 'the scores alone, one row a pair'),
     'filter': ('audit:filter_pairs', 'keep pairs by their scores, as a file that TRL trains on'),
     'report': ('audit:report', 'one page about a table of scores'),
+    'validate': ('validate:validate', 'which score to filter by, measured with steps of your training'),
     'train': ('train:train', 'train or run a study as a YAML file says, and watch preferred responses'),
     'generate': ('refusal:generate', 'draw responses of a model to prompts'),
     'judge': ('refusal:judge', 'say of each response whether it refuses'),
