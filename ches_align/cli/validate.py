@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingOptions', 'MeasureOptions', 'validate']
 
-# %% ../../nbs/cli/885_validate.ipynb #1544968c
+# %% ../../nbs/cli/885_validate.ipynb #e876df4f
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from .main import DataOptions, ModelOptions, quiet_libraries
 from ..core.errors import ChesError
 from ..core.options import named, one_of, path_of, real, say, whole
 
-# %% ../../nbs/cli/885_validate.ipynb #e4d330cc
+# %% ../../nbs/cli/885_validate.ipynb #e387f5cb
 @dataclass(frozen=True)
 class TrainingOptions:
     "Training"
@@ -49,13 +49,13 @@ class TrainingOptions:
             raise ChesError(f'{self.config}: of kind {plan.kind}, which trains on no pairs')
         return replace(training, **given)
 
-# %% ../../nbs/cli/885_validate.ipynb #3c96fa9e
+# %% ../../nbs/cli/885_validate.ipynb #8c6ad939
 @dataclass(frozen=True)
 class MeasureOptions:
     "Measuring"
     regime: list[str] = field(default_factory=lambda: ['single', 'batch']) # single, batch, run (arms; hours)
     pairs: int = 64              # drawn from the data, held-out ones among them
-    held_out: int = 16           # of them never trained on; without --protect half of them make influence
+    held_out: str = '16'         # of them never trained on, or a file of pairs; without --protect half make influence
     batches: int = 24            # steps on a batch
     batch_size: int = 8          # pairs a step
     arm_pairs: int | None = None # pairs of an arm (default: a quarter of those that are trained on)
@@ -67,17 +67,19 @@ class MeasureOptions:
 
     def check(self) -> None:
         "Refuse what nothing could be measured with. Raises `ChesError`."
-        for name, low in (('pairs', 16), ('held_out', 4), ('batches', 4), ('batch_size', 2), ('arm_epochs', 1),
+        path_of('held_out', self.held_out)
+        for name, low in (('pairs', 16), ('batches', 4), ('batch_size', 2), ('arm_epochs', 1),
                           ('arm_pairs', 1), ('random_arms', 2), ('seed', 0)): whole(name, getattr(self, name), low)
 
     def plan(self) -> Any: # a `ValidationPlan`
         "Raises `ChesError`."
         from ches_align.validation.plan import ValidationPlan
         given = {name: value for name, value in vars(self).items() if name != 'own_score'}
+        if self.held_out.isdigit(): given['held_out'] = whole('held_out', int(self.held_out), 4)
         regimes = [word for part in self.regime for word in part.split(',') if word]
         return ValidationPlan(**given | dict(regime=regimes, arm_scores=self.arm_scores or None))
 
-# %% ../../nbs/cli/885_validate.ipynb #0d8d78c2
+# %% ../../nbs/cli/885_validate.ipynb #89c128c3
 def validate(
     data: str, # 'sample', a file or folder (JSONL, JSON, CSV, Parquet, Arrow), a hub name[:config]
     *,
@@ -116,7 +118,7 @@ def _lora_of(training: Any, seed: int) -> Any:
                             'target_modules, alpha and use_rslora out of the file')
     return Lora(own.r, seed)
 
-# %% ../../nbs/cli/885_validate.ipynb #8c7e4ffe
+# %% ../../nbs/cli/885_validate.ipynb #ec93b251
 _SHOWN = ('score', 'rho', 'low', 'high', 'partial', 'auroc', 'overlap', 'chance')
 
 def _result_lines(result: Any, output_dir: str) -> list[str]:

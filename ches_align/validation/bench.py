@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNSEEN', 'Bench', 'Sources', 'read_sources', 'open_bench', 'measure_steps']
 
-# %% ../../nbs/validation/837_bench.ipynb #7b3c4619
+# %% ../../nbs/validation/837_bench.ipynb #a1229332
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ import pandas as pd
 from torch import Tensor
 
 from ..audit.protected import protected_pairs, protected_sources, read_protected
-from ..audit.shared_prompts import choose_sharing, sizes_of
+from ..audit.shared_prompts import choose_sharing, prompt_key, sizes_of
 from ..core.errors import ChesError
 from ..core.run import Run
 from ..lm.encode import EncodedPair, encode_pairs
@@ -24,11 +24,12 @@ from ..lm.models import ScoringModel
 from ..lm.pairs import Pair, load_pairs
 from ..studies.study import Group, run_groups
 from ..training.train_plan import Training
-from .plan import (
-    ArmPlan, ValidationPlan, draw_batches, duration_text, estimate, measure_speed, plan_arms, split_pairs)
+from ches_align.validation.plan import (
+    ArmPlan, ValidationPlan, draw_batches, draw_by_prompt, duration_text, estimate, measure_speed, plan_arms,
+    split_pairs)
 from .steps import Known, StepBench, step_bench, step_changes
 
-# %% ../../nbs/validation/837_bench.ipynb #859c44df
+# %% ../../nbs/validation/837_bench.ipynb #a401f8ec
 UNSEEN = 'unseen'
 
 @dataclass
@@ -58,7 +59,7 @@ class Bench:
         return Bench([self.pairs[k] for k in kept], [self.train[k] for k in kept], own, self.sets, self.named,
                      self.judged, self.remarks)
 
-# %% ../../nbs/validation/837_bench.ipynb #81e304f0
+# %% ../../nbs/validation/837_bench.ipynb #e6de165f
 def _own_scores(pairs: Sequence[Pair], columns: Sequence[str]) -> dict[str, list[float]]:
     "Numbers that stand in the data. Raises `ChesError`"
     for name in columns:
@@ -67,20 +68,23 @@ def _own_scores(pairs: Sequence[Pair], columns: Sequence[str]) -> dict[str, list
                                  f"(columns: {', '.join(lost[0].extra) or 'none'})")
     return {name: [float(pair.extra[name]) for pair in pairs] for name in columns}
 
-def _odd(train: list[EncodedPair], plan: ValidationPlan, max_length: int) -> list[str]:
+def _odd(train: list[EncodedPair], unseen: list[EncodedPair], plan: ValidationPlan, max_length: int) -> list[str]:
     "What a reader must know of the pairs"
     remarks = []
     cut = sum(pair.chosen_truncated or pair.rejected_truncated for pair in train)
     if cut: remarks.append(f'{cut} of {len(train)} pairs are cut at {max_length} tokens')
-    wanted = plan.pairs - plan.held_out
-    if len(train) < wanted:
-        remarks.append(f'{len(train)} pairs take steps; {wanted} were asked for, the data have no more')
+    if len(train) < plan.trained:
+        remarks.append(f'{len(train)} pairs take steps; {plan.trained} were asked for, the data have no more')
+    stepping = {prompt_key(pair.prompt_ids) for pair in train}
+    met = sum(prompt_key(pair.prompt_ids) in stepping for pair in unseen)
+    if met: remarks.append(f'{met} of {len(unseen)} held-out pairs have a prompt that takes steps')
     return remarks
 
-# %% ../../nbs/validation/837_bench.ipynb #7f7d499d
+# %% ../../nbs/validation/837_bench.ipynb #f7b3bcdf
 class Sources(NamedTuple):
     "What is read before a model is loaded."
     pairs: list[Pair]            # of the data
+    held: list[Pair]             # held-out pairs of their own; []: they are drawn from the data
     named: dict[str, list[Pair]] # sets that the user protects; {}: none
 
 def read_sources(
@@ -94,9 +98,22 @@ def read_sources(
         loading = loading | dict(limit=2*plan.pairs + 64, limit_seed=plan.seed)
     sources = protected_sources(protect)
     mode = loading.get('apply_chat_template') or 'auto'
-    return Sources(load_pairs(data, **loading), {name: protected_pairs(each, mode) for name, each in sources.items()})
+    held = load_pairs(plan.held_out, apply_chat_template=mode) if isinstance(plan.held_out, str) else []
+    named = {name: protected_pairs(each, mode) for name, each in sources.items()}
+    return Sources(load_pairs(data, **loading), held, named)
 
-# %% ../../nbs/validation/837_bench.ipynb #7f04dcaa
+def _held_out(lm: ScoringModel, sources: Sources, plan: ValidationPlan,
+              max_length: int) -> tuple[list[Pair], list[EncodedPair]]:
+    "Of held-out pairs of their own: those that make influence, and the unseen ones in tokens. Raises `ChesError`"
+    encoded = encode_pairs(sources.held, lm.tokenizer, max_length)
+    usable = sum(pair.status == 'ok' for pair in encoded)
+    if usable < 4:
+        raise ChesError(f'--held_out {plan.held_out}: {usable} of {len(encoded)} pairs can be used, 4 are needed')
+    half = 0 if sources.named else usable//2
+    protected, unseen = draw_by_prompt(encoded, (half, usable), plan.seed)
+    return [sources.held[k] for k in protected], [encoded[k] for k in unseen]
+
+# %% ../../nbs/validation/837_bench.ipynb #7ee2e939
 def open_bench(
     lm: ScoringModel,           # from `load_model`
     sources: Sources,
@@ -107,21 +124,23 @@ def open_bench(
     "Encode, and hold some out. Raises `ChesError`."
     pairs = sources.pairs
     encoded = encode_pairs(pairs, lm.tokenizer, max_length)
-    named = sources.named
-    split = split_pairs(encoded, plan, bool(named))
-    named = named or {'': [pairs[k] for k in split.protected]}
+    split = split_pairs(encoded, plan, bool(sources.named))
+    shielded = [pairs[k] for k in split.protected]
+    unseen = [encoded[k] for k in split.unseen]
+    if sources.held: shielded, unseen = _held_out(lm, sources, plan, max_length)
+    named = sources.named or {'': shielded}
     limit = token_limit(lm.model, lm.head)
     sets = {name or 'protected': read_protected(rows, lm.tokenizer, max_length, name, limit=limit)
             for name, rows in named.items()}
     stepping = [pairs[k] for k in split.train]
     train = [encoded[k] for k in split.train]
-    measured = {name: each.pairs for name, each in sets.items()} | {UNSEEN: [encoded[k] for k in split.unseen]}
+    measured = {name: each.pairs for name, each in sets.items()} | {UNSEEN: unseen}
     lengths = [pair.length for part in (train, *measured.values()) for pair in part]
     check_lengths(lm.model, lm.backbone, lm.head, lm.name, max(lengths), sum(lengths))
     return Bench(stepping, train, _own_scores(stepping, own_scores), measured, named,
-                 list(sets) if sources.named else [UNSEEN], _odd(train, plan, max_length))
+                 list(sets) if sources.named else [UNSEEN], _odd(train, unseen, plan, max_length))
 
-# %% ../../nbs/validation/837_bench.ipynb #6b560ef3
+# %% ../../nbs/validation/837_bench.ipynb #bd4267a1
 def _rounded(values: Tensor) -> list[float]: return [round(value, 7) for value in values.tolist()]
 
 def _change_lists(bench: Bench, changes: Sequence[Tensor]) -> dict[str, list[float]]:
@@ -156,7 +175,7 @@ def _arm_rows(stepped: StepBench, bench: Bench, train: Known, held: list[Known],
                    rows=[train.pairs[k].row_id for k in arm.pairs], own=_rounded(own[:, 0]),
                    **_change_lists(bench, changes))
 
-# %% ../../nbs/validation/837_bench.ipynb #c5e3432c
+# %% ../../nbs/validation/837_bench.ipynb #073e953a
 def _time_text(plan: ValidationPlan, seconds: dict[str, float], pairs: int, arms: int) -> str:
     "What is to be done, and how long it takes"
     counts = dict(single=f'{pairs} single steps', batch=f'{plan.batches} batches of {plan.batch_size}',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Known', 'StepBench', 'step_bench', 'step_changes']
 
-# %% ../../nbs/validation/832_steps.ipynb #16a787da
+# %% ../../nbs/validation/832_steps.ipynb #63bcd5da
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +24,7 @@ from ..studies.single_prompt import forget, rmsprop
 from ..theory.losses import PairLogps
 from ..training.train_plan import Training, training_loss
 
-# %% ../../nbs/validation/832_steps.ipynb #12c5cb9b
+# %% ../../nbs/validation/832_steps.ipynb #d091a017
 class Known(NamedTuple):
     "Pairs, and their log-probabilities at the start."
     pairs: list[EncodedPair]
@@ -36,7 +36,7 @@ class Known(NamedTuple):
         "Some of the pairs, in the order asked for."
         return Known([self.pairs[i] for i in which], self.before[list(which)])
 
-# %% ../../nbs/validation/832_steps.ipynb #eaaac349
+# %% ../../nbs/validation/832_steps.ipynb #525804a7
 _OPTIMIZERS: dict[str, Callable] = dict( # from weights and rate; no weight decay, as in a training run
     rmsprop=rmsprop, adamw_torch=partial(torch.optim.AdamW, weight_decay=0.), sgd=torch.optim.SGD)
 
@@ -67,7 +67,7 @@ class StepBench:
         for weight, before in zip(self.weights, self.kept, strict=True): weight.copy_(before)
         forget(self.optimizer)
 
-# %% ../../nbs/validation/832_steps.ipynb #4b15604d
+# %% ../../nbs/validation/832_steps.ipynb #d09d252a
 @contextmanager
 def step_bench(
     lm: ScoringModel,                # from `movable`, or `fresh_adapter`; left as it was
@@ -93,7 +93,7 @@ def step_bench(
         finally:
             if bench: bench.reset()
 
-# %% ../../nbs/validation/832_steps.ipynb #73dd3184
+# %% ../../nbs/validation/832_steps.ipynb #9b02c1cb
 @fixed_precision()
 @torch.enable_grad()
 def _take_step(bench: StepBench, batch: Known, now: Tensor) -> None:
@@ -112,7 +112,7 @@ def _take_step(bench: StepBench, batch: Known, now: Tensor) -> None:
     bench.optimizer.step()
     bench.optimizer.zero_grad()
 
-# %% ../../nbs/validation/832_steps.ipynb #77afa0fa
+# %% ../../nbs/validation/832_steps.ipynb #ae1e86fd
 def step_changes(
     bench: StepBench,
     batches: Sequence[Known],  # a step each, one after another

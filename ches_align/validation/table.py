@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DIRECTED', 'PLAIN', 'score_values', 'shuffled_rhos', 'fall_table', 'ArmFall', 'random_limit', 'arm_table', 'verdict']
 
-# %% ../../nbs/validation/834_table.ipynb #13a453a6
+# %% ../../nbs/validation/834_table.ipynb #4073519f
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from ..core.errors import ChesError
 from ..core.stats import in_top, partial_spearman
 from ..theory.losses import PairLogps, PairLoss
 
-# %% ../../nbs/validation/834_table.ipynb #e8f59865
+# %% ../../nbs/validation/834_table.ipynb #37e9330e
 # every influence too: the higher, the more it should fall
 DIRECTED = ('ches', 'ln_ches', 'head_ches', 'band', 'last_hidden_inner', 'neg_edit_distance')
 PLAIN = ('logp_gap', 'chosen_tokens', 'rejected_tokens', 'length') # either way
@@ -49,7 +49,7 @@ def score_values(
     finite = np.isfinite(values).all()
     return values.loc[:, finite]
 
-# %% ../../nbs/validation/834_table.ipynb #985e17c8
+# %% ../../nbs/validation/834_table.ipynb #4be76a98
 def _unit_means(values: np.ndarray, units: Sequence[Sequence[int]]) -> np.ndarray:
     "[.., pairs, scores] to [.., units, scores]"
     return np.stack([values[..., list(unit), :].mean(-2) for unit in units], -2)
@@ -82,7 +82,7 @@ def shuffled_rhos(
         largest.append(np.nanmax(sizes, axis=1, initial=0.))
     return np.concatenate(largest)
 
-# %% ../../nbs/validation/834_table.ipynb #b864258a
+# %% ../../nbs/validation/834_table.ipynb #2395d27f
 def _auroc(score: np.ndarray, falls: np.ndarray) -> float:
     "Chance that a unit that fell has the higher score; NaN where none or all fell"
     fell = falls > 0
@@ -94,7 +94,7 @@ def _top_overlap(score: np.ndarray, falls: np.ndarray, size: int) -> float:
     "Share of the units that fell most that are among those with the highest score"
     return float(in_top(pd.Series(score), size) @ in_top(pd.Series(falls), size))/size
 
-# %% ../../nbs/validation/834_table.ipynb #2ccc98ea
+# %% ../../nbs/validation/834_table.ipynb #5b672719
 def fall_table(
     values: pd.DataFrame,           # from `score_values`
     units: Sequence[Sequence[int]], # positions of the pairs of each unit
@@ -126,7 +126,7 @@ def fall_table(
             overlap=_top_overlap(score, outcome, size), chance=size/len(units)))
     return pd.DataFrame(rows).assign(units=len(units), fell=int((outcome > 0).sum()))
 
-# %% ../../nbs/validation/834_table.ipynb #a3789ebf
+# %% ../../nbs/validation/834_table.ipynb #a2194b8d
 class ArmFall(NamedTuple):
     "What an arm did to what is measured."
     score: str   # or random
@@ -167,7 +167,7 @@ def arm_table(
              for column in ('fall', 'share', 'margin', 'own')}
     return pd.DataFrame(rows).assign(**means, random_arms=len(random), limit=limit)
 
-# %% ../../nbs/validation/834_table.ipynb #cab8df44
+# %% ../../nbs/validation/834_table.ipynb #5f0e0487
 def _number(value: float) -> str: return f'{value:.2f}'
 
 def _change(fall: float) -> str: return f'{-fall:+.2f}' # nats, from a fall
@@ -203,7 +203,7 @@ def _by_batches(table: pd.DataFrame, what: str) -> dict[str, Any]:
     return dict(score=None, sentence=(
         f'None: no score goes with the fall of {what}; the largest is {best.score} ({interval(best)}).'))
 
-# %% ../../nbs/validation/834_table.ipynb #048349d3
+# %% ../../nbs/validation/834_table.ipynb #cff6b80f
 def _by_arms(table: pd.DataFrame, what: str) -> dict[str, Any]:
     "The score that arms name"
     fell = table.random_fall.iloc[0]

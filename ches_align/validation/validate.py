@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Scoring', 'validate_scores']
 
-# %% ../../nbs/validation/839_validate.ipynb #af5724ff
+# %% ../../nbs/validation/839_validate.ipynb #8118a513
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -25,12 +25,12 @@ from ..core.workers import processes
 from ..core.writing import plain, refuse_sources, refuse_unwritable
 from ..lm.models import ScoringModel, load_model
 from ..training.train_plan import Training, training_loss
-from .bench import Bench, measure_steps, open_bench, read_sources
+from .bench import UNSEEN, Bench, measure_steps, open_bench, read_sources
 from .page import FILES, Validated, regime_tables, write_validation
 from .plan import ValidationPlan
 from .table import score_values, verdict
 
-# %% ../../nbs/validation/839_validate.ipynb #aac24bf2
+# %% ../../nbs/validation/839_validate.ipynb #e59b4d0b
 @dataclass(frozen=True)
 class Scoring:
     "How the pairs of a validation are scored and read; see `score_dataset`."
@@ -51,7 +51,8 @@ def _identity(lm: ScoringModel, bench: Bench, plan: ValidationPlan, training: Tr
     sets = {name or 'protected': [pair.row_hash for pair in rows] for name, rows in bench.named.items()}
     return plain(dict(
         **{name: lm.provenance[name] for name in _HASHES}, training=config_dict(training), plan=settings, lora=lora,
-        pairs={str(pair.row_id): pair.row_hash for pair in bench.train}, protect=sets, own=bench.own, **scored))
+        pairs={str(pair.row_id): pair.row_hash for pair in bench.train}, protect=sets,
+        unseen=[pair.row_hash for pair in bench.sets[UNSEEN]], own=bench.own, **scored))
 
 def _scores(run: Run, lm: ScoringModel, bench: Bench, scoring: Scoring, progress: bool) -> pd.DataFrame:
     "The scores of the pairs that take steps: made once"
@@ -61,7 +62,7 @@ def _scores(run: Run, lm: ScoringModel, bench: Bench, scoring: Scoring, progress
     run.add(scores.to_dict('records'), 'scores')
     return scores
 
-# %% ../../nbs/validation/839_validate.ipynb #c9bad5fe
+# %% ../../nbs/validation/839_validate.ipynb #447bd1bb
 def _validated(run: Run, given: ScoringModel, bench: Bench, plan: ValidationPlan, training: Training, scoring: Scoring,
                tell: Callable[[str], Any], progress: bool) -> Validated:
     "Score, step, decide; the same run goes on"
@@ -84,7 +85,7 @@ def _validated(run: Run, given: ScoringModel, bench: Bench, plan: ValidationPlan
     run.finish(verdict=decided)
     return Validated(tables, decided, table, rows, run.manifest)
 
-def _check_validation(data: Any, output_dir: Any, protect: Any, scoring: Scoring) -> None:
+def _check_validation(output_dir: Any, read: list[Any], scoring: Scoring) -> None:
     "Refuse before a model is loaded what cannot be meant. Raises `ChesError`"
     if processes().num_processes > 1:
         raise ChesError('validation takes its steps in one process: start it without a launcher')
@@ -93,10 +94,10 @@ def _check_validation(data: Any, output_dir: Any, protect: Any, scoring: Scoring
     real('influence_step', scoring.influence_step, 0, 1e6, above=True)
     if path_of('output_dir', output_dir) is None: return
     folder = Path(output_dir).expanduser()
-    refuse_sources([folder/name for name in ('manifest.json', 'runs.jsonl', 'scores.jsonl', *FILES)], [data, protect])
+    refuse_sources([folder/name for name in ('manifest.json', 'runs.jsonl', 'scores.jsonl', *FILES)], read)
     refuse_unwritable(output_dir)
 
-# %% ../../nbs/validation/839_validate.ipynb #6e6f03e5
+# %% ../../nbs/validation/839_validate.ipynb #c628a0e1
 def validate_scores(
     data: Any,                        # 'sample', a path, a hub name, a `datasets.Dataset`, dicts
     model: str | ScoringModel,        # a name for `load_model`, or what it returned; left as it was
@@ -117,7 +118,7 @@ def validate_scores(
     "Measure which score says what training does. Raises `ChesError` for bad input."
     plan = plan or ValidationPlan()
     training = training or Training(learning_rate=1e-6)
-    _check_validation(data, output_dir, protect, scoring)
+    _check_validation(output_dir, [data, protect, plan.held_out], scoring)
     sources = read_sources(data, plan, protect, loading)
     lm = model if isinstance(model, ScoringModel) else load_model(model, dtype, device, **(model_options or {}))
     length = scoring.max_length or lm.max_length
