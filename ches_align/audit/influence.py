@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Response', 'AGREE', 'trained_weights', 'movable', 'only_gradients_of', 'ResponseBatch', 'response_batches',
-           'Gradient', 'protected_gradient', 'pair_logps', 'margin_slopes', 'Step', 'choose_step', 'Pull',
-           'influence_block', 'head_columns', 'Lora', 'fresh_adapter', 'save_pull', 'load_pull', 'make_pull']
+           'Gradient', 'protected_gradient', 'pair_logps', 'margin_slopes', 'Step', 'choose_step', 'Pull', 'redraw',
+           'influence_block', 'head_columns', 'Lora', 'lora_text', 'fresh_adapter', 'save_pull', 'load_pull',
+           'make_pull']
 
 # %% ../../nbs/audit/375_influence.ipynb #a4dfa58b
 import hashlib
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from .protected import Protected
 from .shared_prompts import stream_groups
 from ..core.errors import ChesError
+from ..core.run import differences
 from ..core.writing import write_files
 from ..lm.batches import default_budget, plan_batches, token_logps
 from ..lm.encode import EncodedPair
@@ -49,10 +51,13 @@ def movable(
 ) -> ScoringModel:    # the same, or a copy in fp32
     "Give a model whose weights can take a small step. Raises `ChesError` where there is no memory for a copy."
     weights = list(lm.model.parameters())
-    quantised = not all(weight.is_floating_point() for weight in weights)
-    if quantised or all(weight.dtype in (torch.float32, torch.float64) for weight in weights): return lm
+    if all(weight.dtype in (torch.float32, torch.float64) for weight in weights): return lm
+    shared = {id(weight): weight for weight in weights if not weight.is_floating_point()}
     try:
-        return wrap_model(deepcopy(lm.model).float(), lm.tokenizer, lm.name)
+        copy = nn.Module.float(deepcopy(lm.model, shared))  # Transformers' own refuses quantised models
+        for layer in copy.modules():
+            if hasattr(layer, 'compute_dtype'): layer.compute_dtype = torch.float32  # of a 4-bit layer
+        return wrap_model(copy, lm.tokenizer, lm.name)
     except (RuntimeError, MemoryError):
         raise ChesError('no memory for a copy of the weights in fp32, which influence needs: load a model with an '
                         'adapter (its weights alone move), or leave --protect out') from None
@@ -191,10 +196,12 @@ def choose_step(
     slopes_at: Callable[[float], Tensor], # the slopes of a few pairs at a step of this length
     norm: float,                          # of the weights that move
     given: float | None = None,           # length of the step; None: the first that agrees
+    near: float | None = None,            # a length that is tried before all others
 ) -> Step:
     "Find a step at which the slopes agree with those of half of it. Raises `ChesError` when none does."
     tried = []
-    for length in [given] if given else [size*norm for size in _STEPS]:
+    lengths = [*([near] if near else []), *(size*norm for size in _STEPS)]
+    for length in [given] if given else lengths:
         one = slopes_at(length)
         other = slopes_at(length/2)
         size = min(one.norm().item(), other.norm().item())
@@ -210,50 +217,87 @@ def choose_step(
 
 # %% ../../nbs/audit/375_influence.ipynb #58ff9b94
 class Pull(NamedTuple):
-    "What the influence on one protected set needs."
+    "What the influence on one protected set needs, or one draw of it."
     protected: Protected
     direction: list[Tensor] | None # None: the weights cannot move, the output layer alone counts
-    head: Tensor                   # M of eq-influence-head, fp32
+    head: Tensor | None            # M of eq-influence-head, fp32; None: the first draw has it
     step: Step | None
+    seed: int | None = None        # of a fresh adapter's random A; None: nothing is drawn
 
     def digest(self) -> str: # 16 hex digits
         "Hash direction and matrix."
         hashed = hashlib.sha256()
-        for part in [*(self.direction or []), self.head]: hashed.update(part.detach().cpu().numpy().tobytes())
+        parts = [*(self.direction or []), *([] if self.head is None else [self.head])]
+        for part in parts: hashed.update(part.detach().cpu().numpy().tobytes())
         return hashed.hexdigest()[:16]
+
+def redraw(
+    model: nn.Module, # with a fresh adapter
+    seed: int,        # of torch's random numbers
+) -> None:
+    "Draw the random A of all its layers again; B = 0."
+    with seeded(seed):
+        for layer in model.modules():
+            draw: Any = getattr(layer, 'reset_lora_parameters', None)  # PEFT's own, of its LoRA layers
+            if draw is not None: draw('default', True)
 
 # %% ../../nbs/audit/375_influence.ipynb #ad989cab
 @torch.no_grad()
 @fixed_precision()
 def influence_block(
-    lm: ScoringModel,                # from `movable`
+    lm: ScoringModel,                # from `movable`, or `fresh_adapter`
     pairs: Sequence[EncodedPair],    # in any state
-    pulls: Sequence[Pull],           # one a protected set
+    pulls: Sequence[Pull],           # one a protected set and draw
     share_prompt: bool = False,      # as for `stream_states`
     batch_tokens: int | None = None, # as for `stream_states`
 ) -> list[dict[str, float]]:         # a row a pair: the influence on each set; NaN where not scored
-    "Find how far each pair pulls each protected set down; the output layer's part comes with the scores."
+    "Find how far each pair pulls each protected set down, on average over draws."
     rows = [{pull.protected.column(): math.nan for pull in pulls} for _ in pairs]
     known = [k for k, pair in enumerate(pairs) if pair.status == 'ok']
     some = [pairs[k] for k in known]
+    drawn: dict[str, list[Tensor]] = {}
     for pull in pulls:
         if not some or pull.direction is None or pull.step is None: continue
+        if pull.seed is not None: redraw(lm.model, pull.seed)
         slopes = margin_slopes(lm, some, pull.direction, pull.step.length, share_prompt, batch_tokens)
-        for k, slope in zip(known, slopes.tolist()): rows[k][pull.protected.column()] = -slope
+        drawn.setdefault(pull.protected.column(), []).append(slopes)
+    for column, slopes in drawn.items():
+        mean = torch.stack(slopes).mean(0).tolist()
+        for k, slope in zip(known, mean): rows[k][column] = -slope
     return rows
 
 def head_columns(
-    pulls: Sequence[Pull], # one a protected set
+    pulls: Sequence[Pull], # one a protected set and draw
 ) -> dict[str, Tensor]:    # for `score_block`
     "Name the columns of the output layer's part."
-    return {pull.protected.column('head_influence'): pull.head for pull in pulls}
+    return {pull.protected.column('head_influence'): pull.head for pull in pulls if pull.head is not None}
 
 # %% ../../nbs/audit/375_influence.ipynb #54b1ff6a
 class Lora(NamedTuple):
     "A fresh adapter whose weights are the parameters of influence."
-    r: int = 16   # rank; alpha is twice as much, on all linear layers
-    seed: int = 0 # of the random A
+    r: int = 16    # rank
+    seed: int = 0  # of the first random A; later ones have the next seeds
+    draws: int = 1 # of A, over which influence is averaged
 
+    def seeds(self) -> list[int]:
+        "Name the seed of every draw."
+        return list(range(self.seed, self.seed + self.draws))
+
+    def settings(self) -> dict[str, Any]: # JSON values
+        "Say all that decides on the adapter."
+        return self._asdict() | dict(alpha=2*self.r, targets='all-linear')  # the output layer is none of them
+
+def lora_text(
+    settings: dict[str, Any], # from `Lora.settings`, as a manifest has it
+) -> str:
+    "Tell a reader which adapter moved."
+    seed = settings['seed']
+    draws = settings['draws']
+    seeds = f'seed {seed}' if draws == 1 else f'mean over {draws} draws of A, seeds {seed} to {seed + draws - 1}'
+    return (f"by a fresh LoRA of rank {settings['r']} (alpha {settings['alpha']}, all linear layers but the output "
+            f'layer; {seeds})')
+
+# %% ../../nbs/audit/375_influence.ipynb #a4bba297
 @contextmanager
 def fresh_adapter(
     lm: ScoringModel, # without an adapter; left as it was
@@ -265,10 +309,12 @@ def fresh_adapter(
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise ChesError("--lora_r: PEFT is not installed: pip install 'ches_align[train]'") from None
-    config = LoraConfig(r=lora.r, lora_alpha=2*lora.r, target_modules='all-linear', task_type='CAUSAL_LM')
+    chosen = lora.settings()
+    config = LoraConfig(r=lora.r, lora_alpha=chosen['alpha'], target_modules=chosen['targets'], task_type='CAUSAL_LM')
     asked = {name: weight.requires_grad for name, weight in lm.model.named_parameters()}
     with seeded(lora.seed): adapted = get_peft_model(lm.model, config)
     try:
+        redraw(adapted, lora.seed)
         yield wrap_model(adapted, lm.tokenizer, lm.name)
     finally:
         adapted.unload()
@@ -282,11 +328,13 @@ def save_pull(
     of: dict[str, Any],   # what it belongs to: model, protected set, step ...; JSON values
 ) -> None:
     "Write a direction and its matrix. Raises `ChesError` for a full disk."
-    tensors = {f'direction.{name}': part for name, part in zip(names, pull.direction or [])} | dict(head=pull.head)
+    tensors = {f'direction.{name}': part for name, part in zip(names, pull.direction or [])}
+    if pull.head is not None: tensors['head'] = pull.head
     plain = {name: part.detach().cpu().contiguous() for name, part in tensors.items()}
-    about = dict(of=of, step=pull.step and pull.step._asdict(), digest=pull.digest())
+    about = dict(of=of, step=pull.step and pull.step._asdict(), seed=pull.seed, digest=pull.digest())
     write_files({path: save(plain, metadata=dict(ches_align=json.dumps(about)))})
 
+# %% ../../nbs/audit/375_influence.ipynb #ad3449f7
 def load_pull(
     path: Path,            # from `save_pull`
     protected: Protected,  # its set
@@ -301,14 +349,21 @@ def load_pull(
             about = json.loads((file.metadata() or {})['ches_align'])
         step = about['step']
         direction = [tensors[f'direction.{name}'] for name in names] if step else None
-        pull = Pull(protected, direction, tensors['head'], Step(**step) if step else None)
+        pull = Pull(protected, direction, tensors.get('head'), Step(**step) if step else None, about['seed'])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ChesError(f'{path}: unreadable ({str(error)[:100]}); remove it, and it is made again') from None
     if about['of'] != of:
-        raise ChesError(f'{path}: of another protected set, step or model; remove it, or name another --output_dir')
+        raise ChesError(f'{path}: of another run ({_unlike(about["of"], of)}); remove it, or name another --output_dir')
     if pull.digest() != about['digest']:
         raise ChesError(f'{path}: changed since it was written; remove it, and it is made again')
     return pull
+
+def _unlike(then: dict[str, Any], now: dict[str, Any]) -> str:
+    "What differs, in words: hashes say nothing to a reader"
+    words = dict(protect='another protected set', weights_hash='another model', step='another step')
+    texts = [words[key] if key in words else ', '.join(differences(then.get(key), now.get(key), key))
+             for key in now if then.get(key) != now[key]]
+    return '; '.join(texts) or 'of another version'
 
 # %% ../../nbs/audit/375_influence.ipynb #dbda0d71
 def make_pull(
@@ -318,14 +373,19 @@ def make_pull(
     step: float | None = None,    # its length in the weights; None: the first that agrees
     count: Callable[[int], Any] | None = None, # called with the tokens of each batch of the gradient
     batch_tokens: int | None = None, # at most so many in a batch
+    seed: int | None = None,      # draws the random A of a fresh adapter again; None: the weights as they are
+    first: Pull | None = None,    # another draw, whose matrix serves and whose step is tried first
 ) -> Pull:
     "Compute direction, matrix and step of a protected set. Raises `ChesError` where no step agrees."
+    if seed is not None: redraw(lm.model, seed)
     room = min(batch_tokens or default_budget(lm), default_budget(lm)//2)
-    direction, head = protected_gradient(lm, protected.pairs, room, count)
+    direction, matrix = protected_gradient(lm, protected.pairs, room, count)
+    head = matrix if first is None else None
     weights = trained_weights(lm.model)
-    if not weights: return Pull(protected, None, head, None)
+    if not weights: return Pull(protected, None, head, None, seed)
     norm = grad_dot([*weights.values()], [*weights.values()])**.5
     saturated = grad_dot(direction, direction) == 0  # nothing moves what is protected, and all influence is 0
-    if saturated or not trial: return Pull(protected, direction, head, Step(step or _STEPS[0]*norm, 0.))
+    if saturated or not trial: return Pull(protected, direction, head, Step(step or _STEPS[0]*norm, 0.), seed)
     def slopes_at(length: float) -> Tensor: return margin_slopes(lm, trial, direction, length, False, batch_tokens)
-    return Pull(protected, direction, head, choose_step(slopes_at, norm, step))
+    near = first.step.length if first and first.step else None
+    return Pull(protected, direction, head, choose_step(slopes_at, norm, step, near), seed)

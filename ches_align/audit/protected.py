@@ -10,7 +10,7 @@ __all__ = ['Protected', 'parse_protected', 'influence_columns', 'protected_sourc
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple
+from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
 from .shared_prompts import prompt_key
 from .token_store import token_hash, unknown_tokens
@@ -27,6 +27,7 @@ class Protected(NamedTuple):
     token_hash: str          # of the token ids, 16 hex digits
     remarks: list[str]       # what is odd about the set, in words
     form: str = 'text'       # or messages
+    source: str | None = None # file or hub name; None: rows in memory
 
     def column(self,
         score: str = 'influence', # or head_influence
@@ -126,7 +127,8 @@ def read_protected(
     limit: int | None = None,      # ids from here on have no embedding (`token_limit`); None: all have one
 ) -> Protected:
     "Read the responses that must not fall. Raises `ChesError` when none can be used."
-    where = str(source) if isinstance(source, (str, Path)) else 'the protected rows'
+    named = str(source) if isinstance(source, (str, Path)) else None
+    where = named or 'the protected rows'
     rows = protected_pairs(source) if pairs is None else pairs
     encoded = encode_pairs(rows, tokenizer, max_length, convention)
     for row in encoded:
@@ -143,32 +145,44 @@ def read_protected(
     if cut: remarks.append(f'{where}: {cut} of {len(usable)} protected responses are cut at {max_length} tokens')
     if len(usable) == 1: remarks.append(f'{where}: one protected response: its influence is that of one text')
     form = 'text' if any(isinstance(pair.prompt, str) for pair in rows) else 'messages'
-    return Protected(name, usable, token_hash(usable), remarks, form)
+    return Protected(name, usable, token_hash(usable), remarks, form, named)
 
 # %% ../../nbs/audit/373_protected.ipynb #d856737a
+class _Meeting:
+    "What one set has in common with data that pass by, in hashes of token ids"
+    def __init__(self, protected: Protected):
+        self.responses = {_response_key(row.prompt_ids, row.chosen_ids) for row in protected.pairs}
+        self.prompts = {prompt_key(row.prompt_ids) for row in protected.pairs}
+        self.preferred: set[int] = set()
+        self.rejected: dict[int, int] = {}
+        self.met: set[int] = set()
+
+    def see(self, row_id: int, prompt: int, chosen: int, rejected: int) -> None:
+        "Note what a pair has in common"
+        self.met |= {prompt} & self.prompts
+        self.preferred |= {chosen} & self.responses
+        if rejected in self.responses: self.rejected.setdefault(rejected, row_id)
+
+    def sentences(self) -> Iterator[str]:
+        "Say it"
+        count = len(self.responses)
+        if self.preferred:
+            yield f'{len(self.preferred)} of {count} protected responses are preferred responses of the data'
+        if self.rejected:
+            rows = ', '.join(map(str, sorted(self.rejected.values())[:5]))
+            yield f'{len(self.rejected)} of {count} protected responses are rejected by the data (rows {rows})'
+        if self.met: yield f'{len(self.met)} of {len(self.prompts)} protected prompts are prompts of the data'
+
+def _response_key(prompt: Iterable[int], response: Iterable[int]) -> int: return prompt_key([*prompt, -1, *response])
+
 def overlaps(
-    protected: Protected,
+    sets: Sequence[Protected],
     pairs: Iterable[EncodedPair], # of the data, in any state; read once
-) -> list[str]:                   # sentences; none where the two are apart
+) -> list[list[str]]:             # for each set sentences; none where the two are apart
     "Find protected responses and prompts that the data hold."
-    def key(prompt: Any, response: Any) -> int: return prompt_key([*prompt, -1, *response])
-    responses = {key(row.prompt_ids, row.chosen_ids) for row in protected.pairs}
-    prompts = {prompt_key(row.prompt_ids) for row in protected.pairs}
-    preferred: set[int] = set()
-    rejected: dict[int, int] = {}
-    met: set[int] = set()
+    meetings = [_Meeting(protected) for protected in sets]
     for pair in pairs:
         if pair.status != 'ok': continue
-        met |= {prompt_key(pair.prompt_ids)} & prompts
-        preferred |= {key(pair.prompt_ids, pair.chosen_ids)} & responses
-        other = key(pair.prompt_ids, pair.rejected_ids)
-        if other in responses: rejected.setdefault(other, pair.row_id)
-    count = len(responses)
-    sentences = []
-    if preferred:
-        sentences.append(f'{len(preferred)} of {count} protected responses are preferred responses of the data')
-    if rejected:
-        rows = ', '.join(map(str, sorted(rejected.values())[:5]))
-        sentences.append(f'{len(rejected)} of {count} protected responses are rejected by the data (rows {rows})')
-    if met: sentences.append(f'{len(met)} of {len(prompts)} protected prompts are prompts of the data')
-    return sentences
+        chosen, rejected = (_response_key(pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids))
+        for meeting in meetings: meeting.see(pair.row_id, prompt_key(pair.prompt_ids), chosen, rejected)
+    return [list(meeting.sentences()) for meeting in meetings]

@@ -27,6 +27,7 @@ from ..core.page import (
     figure_png, histogram, length_scatter, mark_differences, md_escape, percent, short_number)
 from ..core.options import path_of, printable, whole
 from .band import band_summary
+from .influence import lora_text
 from .protected import influence_columns
 from .scoring import refuse_other_scores
 from .token_scores import TOKEN_FILE, largest, pull_columns, ranked, read_tokens, shades
@@ -220,7 +221,9 @@ def recommendations(
 def _pulls(scores: pd.DataFrame, limit: int) -> list[dict]:
     "For each protected set: shares, rank correlations, and the pairs that pull it down most"
     ok = scores[scores.status == 'ok']
-    about = (scores.attrs.get('manifest') or {}).get('influence', {})
+    manifest = scores.attrs.get('manifest') or {}
+    about = manifest.get('influence', {})
+    lora = manifest.get('lora')
     pulls = []
     leading = pull_columns(ok)
     for column in influence_columns(ok):
@@ -230,9 +233,10 @@ def _pulls(scores: pd.DataFrame, limit: int) -> list[dict]:
         lengths = rows.chosen_tokens, rows.rejected_tokens
         pulls.append(dict(
             column=column, protected=about.get(column.removeprefix('head_'), {}).get('rows'), pairs=len(values),
-            positive=(values > 0).mean(), rho_length=values.corr(lengths[0] + lengths[1], 'spearman'),
-            rho_ln_ches=values.corr(rows.ln_ches, 'spearman'),
+            positive=(values > 0).mean(), rho_length=partial_spearman(values, lengths[0] + lengths[1]),
+            rho_ln_ches=partial_spearman(values, rows.ln_ches),
             partial_ches=partial_spearman(values, rows.ches, lengths) if len(values) > 3 else None,
+            how=lora_text(lora) if lora and not column.startswith('head_') else '',
             worst=_end_rows(rows, limit, True, column) if column in leading else []))
     return plain(pulls)
 

@@ -35,9 +35,9 @@ from ..lm.models import ScoringModel, load_model, model_now
 from ..lm.batches import default_budget, out_of_memory
 from .shared_prompts import Sizes, choose_sharing
 from .token_store import TokenStore, token_store
-from ches_align.audit.influence import (
-    AGREE, Lora, Pull, fresh_adapter, head_columns, influence_block, load_pull, make_pull, movable, save_pull,
-    trained_weights)
+from .influence import (
+    AGREE, Lora, Pull, fresh_adapter, head_columns, influence_block, load_pull, lora_text, make_pull, movable,
+    save_pull, trained_weights)
 from .protected import (
     Protected, influence_columns, overlaps, protected_pairs, protected_sources, read_protected)
 from .pair_scores import COLUMNS, GRAM, NOTES, blank_row, score_block
@@ -153,7 +153,7 @@ def _less_memory(shard: int, batch_tokens: int, longest: int) -> str:
 class _Influence(NamedTuple):
     "What adds the columns of protected sets"
     lm: ScoringModel  # whose weights can move
-    pulls: list[Pull] # one a set
+    pulls: list[Pull] # one a set and draw
 
 def _scored_rows(lm, encoded, settings, influence: _Influence | None) -> list[dict]:
     "The rows of a shard, with the columns of protected sets"
@@ -296,9 +296,10 @@ def _begun_sets(protect: Any, step: float | None, lora: Any, convention: str, lo
     only_with('influence_step', step, sources, '--protect')
     only_with('lora_r', lora, sources, '--protect')
     if lora is not None:
-        if not isinstance(lora, Lora): raise ChesError(f'lora {lora!r}: give Lora(r, seed)')
+        if not isinstance(lora, Lora): raise ChesError(f'lora {lora!r}: give Lora(r, seed, draws)')
         whole('lora_r', lora.r)
         whole('lora_seed', lora.seed, 0, 2**63 - 1)
+        whole('lora_draws', lora.draws, 1, 10_000)
     mode = loading.get('apply_chat_template', 'auto')
     return [partial(read_protected, source, name=name, convention=convention, pairs=protected_pairs(source, mode))
             for name, source in sources.items()]
@@ -330,18 +331,29 @@ def _every(store: TokenStore) -> Iterator[EncodedPair]:
     "All pairs, a block at a time"
     for start in range(0, len(store), 512): yield from store.rows(range(start, min(start + 512, len(store))))
 
-def _pull(lm: ScoringModel, store: TokenStore, protected: Protected, work, run: Run, progress) -> Pull:
+def _pulls(lm: ScoringModel, store: TokenStore, protected: Protected, work, run: Run, progress) -> list[Pull]:
+    "All draws of a set; one where nothing is drawn"
+    lora = work.protect.lora
+    pulls: list[Pull] = []
+    for seed in lora.seeds() if lora else [None]:
+        pulls.append(_pull(lm, store, protected, work, run, progress, seed, pulls[0] if pulls else None))
+    return pulls
+
+def _pull(lm: ScoringModel, store: TokenStore, protected: Protected, work, run: Run, progress, seed: int | None,
+          first: Pull | None) -> Pull:
     "Direction and matrix of a set: made once, by the main process, and read by all"
+    name = protected.column() if seed is None else f'{protected.column()}.seed{seed}'
+    budget = work.settings['batch_tokens']
     def make() -> Pull:
         total = sum(len(row.prompt_ids) + len(row.chosen_ids) for row in protected.pairs)
-        bar = tqdm(total=total, unit='tok', unit_scale=True, desc=f"gradient of {protected.column()}",
+        bar = tqdm(total=total, unit='tok', unit_scale=True, desc=f'gradient of {name}',
                    disable=None if progress else True)
-        with bar, _room_for(protected, work.settings['batch_tokens']):
-            return make_pull(lm, protected, _trial(store), work.protect.step, bar.update, work.settings['batch_tokens'])
+        with bar, _room_for(protected, budget):
+            return make_pull(lm, protected, _trial(store), work.protect.step, bar.update, budget, seed, first)
     if run.folder is None: return make()
-    path = run.folder/'influence'/f'{protected.column()}.safetensors'
+    path = run.folder/'influence'/f'{name}.safetensors'
     names = list(trained_weights(lm.model))
-    of = plain(dict(protect=protected.token_hash, step=work.protect.step, lora=work.identity['lora'],
+    of = plain(dict(protect=protected.token_hash, step=work.protect.step, lora=work.identity['lora'], seed=seed,
                     weights_hash=work.identity['weights_hash']))
     begun = any((run.folder/'scores').glob('*.parquet'))
     def save_once() -> None:
@@ -354,14 +366,25 @@ def _pull(lm: ScoringModel, store: TokenStore, protected: Protected, work, run: 
     return load_pull(path, protected, names, of, lm.device)
 
 # %% ../../nbs/audit/380_scoring.ipynb #c588cbb6
-def _odd(pull: Pull, store: TokenStore) -> Iterator[str]:
-    "What a reader of the column must know"
-    column = pull.protected.column()
-    if (pull.protected.form == 'text') != store.has_text:
-        yield f'{column}: the protected set is {pull.protected.form}, the data are not'
-    if pull.step and pull.step.error > AGREE: yield f'{column}: good to {pull.step.error:.0%} only'
-    if pull.direction is None:
+def _odd(pulls: list[Pull], store: TokenStore) -> Iterator[str]:
+    "What a reader of a set's column must know"
+    protected = pulls[0].protected
+    column = protected.column()
+    if (protected.form == 'text') != store.has_text:
+        yield f'{column}: the protected set is {protected.form}, the data are not'
+    worst = max((pull.step.error for pull in pulls if pull.step), default=0)
+    if worst > AGREE: yield f'{column}: good to {worst:.0%} only'
+    if pulls[0].direction is None:
         yield f'{column}: the weights are quantised and cannot move; head_influence alone, --lora_r N for the rest'
+
+def _about(pulls: list[Pull]) -> dict[str, Any]:
+    "What the manifest says of a set"
+    draws = [dict(seed=pull.seed, hash=pull.digest(), **(pull.step._asdict() if pull.step else {})) for pull in pulls]
+    return _named(pulls[0].protected) | dict(draws=draws)
+
+def _named(protected: Protected) -> dict[str, Any]:
+    "How a reader knows a set"
+    return dict(rows=len(protected.pairs), source=protected.source)
 
 # %% ../../nbs/audit/380_scoring.ipynb #682337af
 @contextmanager
@@ -372,18 +395,17 @@ def _influence(lm: ScoringModel, store: TokenStore, work, run: Run, progress) ->
         yield None
         return
     with ExitStack() as stack:
-        moving = movable(lm)
+        moving = movable(lm) if lora or trained_weights(lm.model) else lm
         if lora: moving = stack.enter_context(fresh_adapter(moving, lora))
-        pulls = [_pull(moving, store, protected, work, run, progress) for protected in sets]
-        remarks = [remark for protected in sets
-                   for remark in [*protected.remarks, *on_main(lambda: overlaps(protected, _every(store)))]]
-        remarks += [remark for pull in pulls for remark in _odd(pull, store)]
-        about = {pull.protected.column(): dict(
-            rows=len(pull.protected.pairs), hash=pull.digest(), **(pull.step._asdict() if pull.step else {}))
-            for pull in pulls}
-        run.update(influence=about, remarks=[*work.about['remarks'], *remarks])
+        drawn = [_pulls(moving, store, protected, work, run, progress) for protected in sets]
+        met = on_main(lambda: overlaps(sets, _every(store)))
+        remarks = [remark for protected, sentences in zip(sets, met) for remark in [*protected.remarks, *sentences]]
+        remarks += [remark for pulls in drawn for remark in _odd(pulls, store)]
+        about = {pulls[0].protected.column(): _about(pulls) for pulls in drawn}
+        how = [f'influence: {lora_text(lora.settings())}'] if lora else []
+        run.update(influence=about, remarks=[*work.about['remarks'], *remarks, *how])
         if remarks and processes().is_main_process: warnings.warn(f"protected: {'; '.join(remarks)}")
-        yield _Influence(moving, pulls)
+        yield _Influence(moving, [pull for pulls in drawn for pull in pulls])
 
 # %% ../../nbs/audit/380_scoring.ipynb #score-work
 class _Protect(NamedTuple):
@@ -404,9 +426,30 @@ class _Work(NamedTuple):
 # %% ../../nbs/audit/380_scoring.ipynb #03a1d1ac
 def _with_sets(work: _Work, sets: list[Protected], step: float | None, lora: Lora | None) -> _Work:
     "Work to which the protected sets belong"
-    mine = dict(protect={each.name or 'protected': each.token_hash for each in sets} or None,
-                lora=lora and lora._asdict())
-    return work._replace(identity=work.identity | mine, protect=_Protect(sets, step, lora))
+    mine = dict(protect={each.column(): each.token_hash for each in sets} or None, lora=lora and lora.settings())
+    about = dict(influence={each.column(): _named(each) for each in sets}) if sets else {}
+    return work._replace(identity=work.identity | mine, about=work.about | about, protect=_Protect(sets, step, lora))
+
+def _refuse_other_sets(folder: Path, work: _Work) -> None:
+    "Say in words which protected set is not that of the run in a folder"
+    then = read_manifest(folder)
+    now = work.identity['protect'] or {}
+    if 'protect' not in then or then['protect'] == work.identity['protect']: return
+    was = then['protect'] or {}
+    def shown(manifest: dict[str, Any], column: str) -> str:
+        named = manifest.get('influence', {}).get(column, {})
+        rows = named.get('rows', '?')
+        return f"{rows} response{'s'*(rows != 1)} of {named.get('source') or 'rows in memory'}"
+    texts = []
+    for column in [*now, *(column for column in was if column not in now)]:
+        old = shown(then, column)
+        new = shown(work.about, column)
+        if column not in was: texts.append(f'{column} is new: {new}')
+        elif column not in now: texts.append(f'{column} is not given now: {old}')
+        elif was[column] != now[column]:
+            texts.append(f'{column} was {old}, is ' + ('as many with other tokens' if old == new else new))
+    raise ChesError(f'{folder} holds a run with other protected sets ({"; ".join(texts)}): name another --output_dir, '
+                    'or remove that folder')
 
 # %% ../../nbs/audit/380_scoring.ipynb #bef1155d
 def _plan_work(lm: ScoringModel, store: TokenStore, asked: dict[str, Any], max_length: int | None, share_prompt: str,
@@ -427,6 +470,7 @@ def _plan_work(lm: ScoringModel, store: TokenStore, asked: dict[str, Any], max_l
 def _score_store(lm: ScoringModel, store: TokenStore, work: _Work, output_dir: str | Path | None, progress: bool,
                  start: float) -> pd.DataFrame:
     "Write shards and manifest, or keep the table in memory"
+    if output_dir is not None: on_main(lambda: _refuse_other_sets(Path(output_dir).expanduser(), work))
     with open_run(output_dir, work.identity, files=['scores/*.parquet', 'influence/*']) as run:
         on_main(lambda: _check_behaviour(run, work.about['behaviour']))
         run.update(**work.about, complete=False)  # of a finished run, too, a shard may be missing

@@ -64,15 +64,17 @@ class ProtectOptions:
     influence_step: float | None = None # length of the step in the weights (default: the first that agrees)
     lora_r: int | None = None           # rank of a fresh LoRA whose weights move (default: the adapter's, or all)
     lora_seed: int | None = None        # draws that LoRA (default: 0)
+    lora_draws: int | None = None       # average the influence over so many draws of it (default: 1)
 
     def check(self) -> None:
-        "Refuse a seed without its adapter; `score_dataset` looks at the rest. Raises `ChesError`."
-        only_with('lora_seed', self.lora_seed, self.lora_r, '--lora_r')
+        "Refuse draws without their adapter; `score_dataset` looks at the rest. Raises `ChesError`."
+        for name in ('lora_seed', 'lora_draws'): only_with(name, getattr(self, name), self.lora_r, '--lora_r')
 
     def arguments(self) -> dict[str, Any]:
         "Keyword arguments of `score_dataset`."
         from ches_align.audit.influence import Lora
-        lora = None if self.lora_r is None else Lora(self.lora_r, self.lora_seed or 0)
+        draws = 1 if self.lora_draws is None else self.lora_draws
+        lora = None if self.lora_r is None else Lora(self.lora_r, self.lora_seed or 0, draws)
         return dict(protect=self.protect, influence_step=self.influence_step, lora=lora)
 
 # %% ../../nbs/cli/850_audit.ipynb #c613c142

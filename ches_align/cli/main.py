@@ -354,6 +354,7 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
     for remarks in (r'\d+ of \d+ rows: ', 'protected: '):  # of the run, which the summary prints
         warnings.filterwarnings('ignore', remarks)
+    warnings.filterwarnings('ignore', category=FutureWarning, module='transformers')  # for developers of libraries
 
 # %% ../../nbs/cli/840_main.ipynb #e258afb2
 def overview() -> str: # at most a screen

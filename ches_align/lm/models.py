@@ -193,6 +193,14 @@ class ScoringModel:
     def max_length(self) -> int | None: # the longest sequence that it was made for, in tokens
         return stated_length(self.model.config.get_text_config())
 
+# %% ../../nbs/lm/290_models.ipynb #a157c91f
+def _keep_layout(model: nn.Module) -> None:
+    "Keep bitsandbytes from packing 4-bit weights for a CPU's own products"
+    for layer in model.modules():
+        if not getattr(layer, 'support_avx512bf16_for_cpu', False): continue
+        layer.support_avx512bf16_for_cpu = False
+        layer.state_dict()  # unpacks what has been packed before
+
 # %% ../../nbs/lm/290_models.ipynb #55dd4887
 def wrap_model(
     model: nn.Module, # a causal language model of Transformers; LoRA layers, PEFT's or a trainer's wrapper included
@@ -201,6 +209,7 @@ def wrap_model(
 ) -> ScoringModel:    # the same, tested
     "Take a model that is already in memory (your own fine-tuned one). Raises `ChesError` when `check_model` does."
     given = model.eval()
+    _keep_layout(given)
     model = inner_model(model)
     config = getattr(model, 'config', None)
     name = name or getattr(config, '_name_or_path', '') or type(model).__name__
