@@ -21,6 +21,7 @@ from .report import check_report_targets, collect_report, write_report
 from .scoring import check_scoring, score_dataset
 from .selection import check_order, check_rule, select_pairs
 from .training_file import OneForm
+from .validated import read_validation
 from ..core.workers import on_main
 
 # %% ../../nbs/audit/430_audit.ipynb #2b05c279
@@ -66,9 +67,9 @@ def _check_audit(
 
 # %% ../../nbs/audit/430_audit.ipynb #34e9f255
 def _page_and_file(scores: pd.DataFrame, pairs: Iterable[Pair], folder: Path, by: str, keep: float,
-                   worst: int) -> tuple[Audit, str]:
+                   worst: int, validated: str | Path | None) -> tuple[Audit, str]:
     "Second and third pass; why nothing was kept, or ''"
-    report = collect_report(scores, pairs, worst)
+    report = collect_report(scores, pairs, worst, validated=validated)
     write_report(report, scores, folder)
     try:
         selection = select_pairs(scores, by, keep)
@@ -85,6 +86,7 @@ def audit_dataset(
     by: str = 'ln_ches',             # what to filter by, as for `select_pairs`
     keep: float = .5,                # share of the scored rows to keep, in (0, 1]
     worst: int = 10,                 # pairs to show at either end of the page
+    validated: str | Path | None = None, # folder of `ches validate`, for the page
     split: str | None = None,        # which split, where there are several
     columns: dict[str, str] | str | None = None, # which column is which: 'chosen=a,rejected=b'
     limit: int | None = None,        # at most this many rows
@@ -99,9 +101,10 @@ def audit_dataset(
                   scoring.get('convention', 'paper'), scoring.get('share_prompt', 'auto'), loading)
     folder = _check_audit(output_dir, data, by, keep)
     _check_influence(by, scoring.get('protect'))
+    read_validation(validated)  # what is wrong with it is told before hours of scoring
     pairs = OneForm(data, **loading)
     scores = score_dataset(pairs, model, folder, **scoring)
-    audit, problem = on_main(lambda: _page_and_file(scores, pairs, folder, by, keep, worst))
+    audit, problem = on_main(lambda: _page_and_file(scores, pairs, folder, by, keep, worst, validated))
     if problem:
         raise NothingKept(f'{problem}; no {_KEPT} was written, {folder}/report.html says what to do', audit)
     return audit

@@ -30,6 +30,7 @@ from .band import band_summary
 from .influence import lora_text
 from .protected import influence_columns
 from .scoring import refuse_other_scores
+from .validated import read_validation
 from .token_scores import TOKEN_FILE, largest, pull_columns, ranked, read_tokens, shades
 from ..core.stats import in_top, partial_spearman, wilson
 from ..core.writing import plain, read_object, refuse_sources, refuse_strangers, write_files
@@ -199,9 +200,9 @@ def best_pairs(
 _SAY = Environment()  # the sentences of `advice.yml`; no autoescape: both layouts escape what they are given
 _SAY.filters |= dict(num=short_number, pct=percent)
 
-def _command(data: str | None, path: str) -> str:
-    "What keeps the lower half by ln-CHES, on one line and quoted for a shell"
-    parts = ['ches', 'filter', path, '--data', data or 'DATA', '--by', 'ln_ches', '--keep', '0.5']
+def _command(data: str | None, path: str, by: str = 'ln_ches') -> str:
+    "What keeps the lower half by a score, on one line and quoted for a shell"
+    parts = ['ches', 'filter', path, '--data', data or 'DATA', '--by', by, '--keep', '0.5']
     parts += ['--output', 'kept.jsonl']
     return printable(re.sub(r'\s+', ' ', shlex.join(parts)))
 
@@ -213,7 +214,8 @@ def recommendations(
     facts = summary | dict(group=(summary['composition'] or [{}])[0], edit=agreement.get('neg_edit_distance', {}),
                            pull=next((pull for pull in summary['pulls'] if pull['worst']), {}),
                            flag_list=', '.join(f"{f['status']} {f['rows']}" for f in summary['flags']),
-                           command=_command(summary['manifest'].get('data'), summary['path']))
+                           command=_command(summary['manifest'].get('data'), summary['path'],
+                                            summary['validated'].get('score') or 'ln_ches'))
     return [{k: _SAY.from_string(v).render(facts) for k, v in rule.items() if k != 'when'}
             for rule in _ADVICE['rules'] if _SAY.compile_expression(rule['when'])(**facts)]
 
@@ -261,10 +263,11 @@ def collect_report(
     worst: int = 10,                 # pairs to show at either end
     by: str | None = None,           # column of the data for the composition; None = the first that suits
     title: str | None = None,        # heading; None = named after the data
+    validated: str | Path | None = None, # folder of `ches validate`; None: the page says that nothing was
 ) -> dict:                           # every number, and `worst` and `best` with their texts; they never share a pair
     "Collect the content of a report, in one pass over the data. Raises `ChesError`: pairs of other data, ..."
     worst = whole('worst', worst, 0) or 0
-    summary = summarise(scores)
+    summary = summarise(scores) | dict(validated=read_validation(validated, scores))
     ends = dict(worst=_end_rows(scores, min(worst, (summary['scored'] + 1) // 2), True),
                 best=_end_rows(scores, min(worst, summary['scored'] // 2), False))
     pulls = _pulls(scores, worst)
@@ -364,9 +367,10 @@ def audit_report(
     title: str | None = None,        # heading; None = named after the data
     worst: int = 10,                 # pairs to show at either end
     by: str | None = None,           # column of the data for the composition; None = the first that suits
+    validated: str | Path | None = None, # folder of `ches validate`; None: the page says that nothing was
 ) -> dict:                           # what report.json holds: every number, no texts
     "One page on what the scores mean. Raises `ChesError`: pairs of other data, a file that is read or another's, ..."
     whole('worst', worst, 0)
     if output_dir is not None: check_report_targets(output_dir, [getattr(pairs, 'source', None)], scores)
-    report = collect_report(scores, pairs, worst, by, title)
+    report = collect_report(scores, pairs, worst, by, title, validated)
     return _numbers(report) if output_dir is None else write_report(report, scores, output_dir)

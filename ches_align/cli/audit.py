@@ -215,6 +215,7 @@ def report(
     *,
     output_dir: str = 'ches_out', # folder for report.html, report.md and report.json
     worst: int = 10,              # pairs to show at either end; 0: none
+    validated: str | None = None, # folder of ches validate: the page says which score it found
     data: str | None = None,      # the data that were scored (default: what the manifest names)
     split: str | None = None,     # as given to ches score (default: the manifest's)
     columns: str | None = None,   # as given to ches score (default: the manifest's)
@@ -226,10 +227,11 @@ def report(
     whole('worst', worst, 0)
     path_of('output_dir', output_dir)
     named(scores=scores)
+    path_of('validated', validated)
     table = load_scores(scores)
     pairs = _pairs_behind(table, data, split, columns)
     check_report_targets(output_dir, [pairs.source, *run_files(table)], table)
-    audit_report(table, pairs, output_dir, worst=worst)
+    audit_report(table, pairs, output_dir, worst=worst, validated=validated)
     say(f'report: {output_dir}/report.html')
 
 # %% ../../nbs/cli/850_audit.ipynb #64e73258
@@ -244,6 +246,7 @@ def audit(
     output_dir: str = 'ches_out', # folder for scores, kept.jsonl and the report
     by: str = 'ln_ches',          # what to filter by, as for ches filter
     keep: float = .5,             # share of the scored rows to keep
+    validated: str | None = None, # folder of ches validate: the page says which score it found
     rows: DataOptions = DataOptions(),
     model: ModelOptions = ModelOptions(),
     scoring: ScoringOptions = ScoringOptions(),
@@ -255,7 +258,7 @@ def audit(
     name = model.name_for(data)
     quiet_libraries()
     try:
-        audited = audit_dataset(data, name, output_dir, by=by, keep=keep, **vars(rows), **scoring.arguments(),
+        audited = audit_dataset(data, name, output_dir, by=by, keep=keep, validated=validated, **vars(rows), **scoring.arguments(),
                                 **protected.arguments(),
                                 dtype=model.dtype, device=model.device, model_options=model.extras())
     except NothingKept as nothing:
