@@ -156,14 +156,14 @@ def test_no_permission(tmp_path, data):
 def tiny_disk(tmp_path):
     place = tmp_path/'disk'
     place.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'tmpfs', str(place)], capture_output=True).returncode:
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=96k', 'tmpfs', str(place)], capture_output=True).returncode:
         pytest.skip('needs the right to mount a small tmpfs')
     yield place
     subprocess.run(['umount', str(place)], check=True)
 
 def test_full_disk_keeps_what_was_finished(tiny_disk, data, settings):
     out = tiny_disk/'run'
-    (tiny_disk/'ballast').write_bytes(bytes(24 << 10))
+    (tiny_disk/'ballast').write_bytes(bytes(56 << 10))
     error = refused('score', data, *settings, '--output_dir', out)
     assert 'No space left on device' in error and 'what was finished is kept' in error
     kept = shards(out)

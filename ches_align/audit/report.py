@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shlex
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Callable, Iterable
@@ -28,6 +29,7 @@ from ..core.options import path_of, printable, whole
 from .band import band_summary
 from .protected import influence_columns
 from .scoring import refuse_other_scores
+from .token_scores import TOKEN_FILE, largest, pull_columns, ranked, read_tokens, shades
 from ..core.stats import in_top, partial_spearman, wilson
 from ..core.writing import plain, read_object, refuse_sources, refuse_strangers, write_files
 
@@ -176,9 +178,8 @@ def worst_pairs(
 
 def _end_rows(scores: pd.DataFrame, limit: int, highest: bool, by: str = 'ln_ches') -> list[dict]:
     "The rows at one end, as plain values"
-    ok = scores[scores.status == 'ok'].copy()
+    ok = ranked(scores, by)  # the two ends share no pair, ties or not
     ok['percentile'] = 100 * ok.ln_ches.rank(pct=True)
-    ok = ok.sort_values([by, 'row_id'], ascending=[False, True])  # the two ends share no pair, ties or not
     ok = ok.head(limit) if highest else ok[::-1].head(limit)
     columns = ['row_id', 'row_hash', 'percentile', *_SELECTORS[:5],
                'prompt_tokens', 'chosen_tokens', 'rejected_tokens', 'chosen_logps', 'rejected_logps',
@@ -221,6 +222,7 @@ def _pulls(scores: pd.DataFrame, limit: int) -> list[dict]:
     ok = scores[scores.status == 'ok']
     about = (scores.attrs.get('manifest') or {}).get('influence', {})
     pulls = []
+    leading = pull_columns(ok)
     for column in influence_columns(ok):
         values = ok[column].dropna()
         if not len(values): continue
@@ -231,8 +233,22 @@ def _pulls(scores: pd.DataFrame, limit: int) -> list[dict]:
             positive=(values > 0).mean(), rho_length=values.corr(lengths[0] + lengths[1], 'spearman'),
             rho_ln_ches=values.corr(rows.ln_ches, 'spearman'),
             partial_ches=partial_spearman(values, rows.ches, lengths) if len(values) > 3 else None,
-            worst=[] if column.startswith('head_') else _end_rows(rows, limit, True, column)))
+            worst=_end_rows(rows, limit, True, column) if column in leading else []))
     return plain(pulls)
+
+# %% ../../nbs/audit/420_report.ipynb #dcd8dd6c
+def _add_shades(worst: list[dict], pulls: list[dict], scores: pd.DataFrame) -> None:
+    "Give the pairs on the page the pieces of their rejected responses, where their terms are known"
+    known = read_tokens(scores.attrs.get('token_scores', ''), Path(scores.attrs.get('path', ''))/TOKEN_FILE)
+    shown = [(worst, 'ln_ches')]
+    shown += [(pull['worst'], f"head_{pull['column'].removeprefix('head_')}") for pull in pulls]
+    for rows, name in shown:
+        for row in rows:
+            kept = known.get(row['row_id'])
+            same = kept is not None and kept['row_hash'] == row['row_hash']
+            pieces = shades(kept, name) if same else []
+            row['shades'] = dict(name=name, pieces=pieces, largest=largest(pieces), total=row.get(name),
+                                 rejected=sum(piece.term for piece in pieces)) if pieces else None
 
 # %% ../../nbs/audit/420_report.ipynb #ed75ec04
 def collect_report(
@@ -257,6 +273,7 @@ def collect_report(
         for row in rows:
             row['texts'] = matched[row['row_id']][1] if row['row_id'] in matched else None
             row['group'] = groups.get(row['row_id'])
+    _add_shades(ends['worst'], pulls, scores)
     summary |= ends | dict(path=scores.attrs.get('path', 'SCORES'), selectors=_selector_table(scores),
                            band=band_summary(scores), pulls=pulls, group_column=column,
                            composition=composition(scores, groups))
@@ -284,13 +301,18 @@ def _clip(text: str) -> str:
     "The beginning of a long text"
     return text if len(text) <= 300 else f'{text[:300]}…'
 
+def _signed(value: float) -> str:
+    "A number with its sign"
+    return f"{'+'*(value > 0)}{short_number(value)}"
+
 def _render(report: dict, pictures: dict[str, str]) -> tuple[str, str]:
     "HTML and Markdown; the HTML is one file that loads nothing and runs nothing"
     options = dict(loader=PackageLoader('ches_align'), trim_blocks=True, lstrip_blocks=True)
     pages = []
     kinds = dict(html=Environment(autoescape=True, **options), md=Environment(finalize=md_escape, **options))
     for name, env in kinds.items():
-        env.filters |= dict(num=short_number, pct=percent, marked=mark_differences, clip=_clip)
+        env.filters |= dict(num=short_number, pct=percent, marked=mark_differences, clip=_clip, signed=_signed,
+                            visible=partial(printable, keep=''))
         pages.append(env.get_template(f'report.{name}.j2').render(r=report, figures=pictures, method=_ADVICE['method']))
     return tuple(pages)
 
@@ -326,7 +348,8 @@ def write_report(
 # %% ../../nbs/audit/420_report.ipynb #63e8d53e
 def _numbers(report: dict) -> dict:
     "A report without the texts of strangers"
-    def bare(rows: list[dict]) -> list[dict]: return [{k: v for k, v in row.items() if k != 'texts'} for row in rows]
+    def bare(rows: list[dict]) -> list[dict]:
+        return [{key: value for key, value in row.items() if key not in ('texts', 'shades')} for row in rows]
     pulls = [pull | dict(worst=bare(pull['worst'])) for pull in report['pulls']]
     return plain(report | dict(worst=bare(report['worst']), best=bare(report['best']), pulls=pulls))
 

@@ -41,6 +41,7 @@ from ches_align.audit.influence import (
 from .protected import (
     Protected, influence_columns, overlaps, protected_pairs, protected_sources, read_protected)
 from .pair_scores import COLUMNS, GRAM, NOTES, blank_row, score_block
+from .token_scores import TOKEN_FILE, stored_tokens, tokens_of_run
 
 # %% ../../nbs/audit/380_scoring.ipynb #c53a5780
 def _run_identity(
@@ -78,9 +79,10 @@ def score_table(
     more = influence_columns(rows[0]) if rows else []
     return _typed(pd.DataFrame(rows, columns=[*COLUMNS | NOTES, *more]))
 
+# %% ../../nbs/audit/380_scoring.ipynb #f1b93cee
 def load_scores(
     path: str | Path,  # a run's folder, its `scores` folder, or one Parquet file
-) -> pd.DataFrame:     # a row a pair, by row_id; `attrs`: the run's `manifest`, and the `path`
+) -> pd.DataFrame:     # a row a pair, by row_id; `attrs`: `manifest`, `path`, and `token_scores` (JSON)
     "Read a table of scores. Raises `ChesError` when there is none, or when a shard is not one of ours."
     path = Path(path).expanduser()
     folder = path/'scores' if (path/'scores').is_dir() else path
@@ -103,6 +105,8 @@ def load_scores(
     frame.attrs['path'] = str(path)
     home = next((d for d in (folder, folder.parent) if (d/'manifest.json').exists()), None)
     frame.attrs['manifest'] = read_manifest(home) if home else {}
+    tokens = stored_tokens(home) if home else ''
+    if tokens: frame.attrs['token_scores'] = tokens  # a text: pandas copies attrs with every table, lists in depth
     return frame
 
 # %% ../../nbs/audit/380_scoring.ipynb #3c5bcdbf
@@ -209,7 +213,7 @@ def check_scoring(
     named(data=data, split=loading.get('split'), columns=loading.get('columns'))
     if path_of('output_dir', output_dir) is None: return
     folder = Path(output_dir).expanduser()
-    refuse_sources([folder/'manifest.json', folder/'scores'/'part-00000.parquet'], [data])
+    refuse_sources([folder/'manifest.json', folder/'scores'/'part-00000.parquet', folder/TOKEN_FILE], [data])
 
 # %% ../../nbs/audit/380_scoring.ipynb #score-dataset
 def score_dataset(
@@ -429,12 +433,20 @@ def _score_store(lm: ScoringModel, store: TokenStore, work: _Work, output_dir: s
         with errors_of_all(), _influence(lm, store, work, run, progress) as influence:
             rows = _score_shards(lm, store, work.plan, run, work.settings, progress, influence)
         scores = score_table(rows) if run.folder is None else load_scores(run.folder)  # all is there: all have met
+        tokens = _tokens(lm, store, scores, work, influence, run)
         scored = scores[scores.status == 'ok']
-        tokens = (2 * scored.prompt_tokens + scored.chosen_tokens + scored.rejected_tokens).sum()
+        count = (2 * scored.prompt_tokens + scored.chosen_tokens + scored.rejected_tokens).sum()
         run.finish(seconds=round(time.time() - start, 1), counts=scores.status.value_counts().to_dict(),
-                   tokens=int(tokens), processes=processes().num_processes)
+                   tokens=int(count), processes=processes().num_processes)
     scores.attrs['manifest'] = run.manifest
+    if tokens: scores.attrs['token_scores'] = tokens
     return scores
+
+def _tokens(lm, store: TokenStore, scores: pd.DataFrame, work: _Work, influence: _Influence | None, run: Run) -> str:
+    "Terms of the tokens of the pairs that a report shows, made by the main process when all are scored"
+    asked = {name: work.settings[name] for name in ('convention', 'share_prompt', 'batch_tokens')}
+    directions = head_columns(influence.pulls) if influence and work.settings['head'] else {}
+    return on_main(lambda: tokens_of_run(lm, store, scores, directions, run.folder, **asked))
 
 # %% ../../nbs/audit/380_scoring.ipynb #c94ce065
 def _check_tokens(lm: ScoringModel, store: TokenStore) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from ..lm.pairs import Pair
@@ -70,6 +71,22 @@ class TokenStore:
             both = zip(batch.column('status').to_pylist(), batch.column('detail').to_pylist())
             counts.update(detail for status, detail in both if status == 'ok' and detail)
         return counts
+
+# %% ../../nbs/audit/360_token_store.ipynb #0316732c
+@patch
+def find(
+    self: TokenStore,
+    rows: dict[int, str], # row_id -> row_hash
+) -> list[int]:           # their positions, in that order
+    "Look up where rows stand. Raises `KeyError` for one that is not there."
+    places: dict[int, int] = {}
+    for number in range(self.reader.num_record_batches):
+        batch = self.reader.get_batch(number)
+        ids = batch.column('row_id').to_numpy()
+        for at in np.flatnonzero(np.isin(ids, list(rows))).tolist():
+            same = batch.column('row_hash')[at].as_py() == rows[int(ids[at])]
+            if same: places.setdefault(int(ids[at]), number*self.block + at)
+    return [places[row] for row in rows]
 
 # %% ../../nbs/audit/360_token_store.ipynb #b09f83ef
 def unknown_tokens(
