@@ -27,6 +27,7 @@ def test_two_processes_one_table(place, start):
     one = load_scores(place/'one')
     two = load_scores(place/out)
     pd.testing.assert_frame_equal(one, two, check_exact=True)
+    assert len(one.attrs['token_scores']) > 1000 and one.attrs['token_scores'] == two.attrs['token_scores']
     assert [s.attrs['manifest']['processes'] for s in (one, two)] == [1, 2] and two.attrs['manifest']['complete']
 
 @pytest.mark.full
