@@ -78,6 +78,7 @@ def _page_and_file(scores: pd.DataFrame, pairs: Iterable[Pair], folder: Path, by
         return Audit(folder, scores, report, None, None), str(error)
     return Audit(folder, scores, report, selection, card), ''
 
+# %% ../../nbs/audit/430_audit.ipynb #fe65aa75
 def audit_dataset(
     data: Any,                       # 'sample', a path, a hub name, a `datasets.Dataset` or dicts; no iterator
     model: str | ScoringModel,       # a name for `load_model`, or what it returned

@@ -28,7 +28,7 @@ def read_validation(
     source: str | Path | None,  # the folder of a validation, or its validation.json; None: nothing was validated
     scores: pd.DataFrame | None = None, # that are reported, with their manifest; None: not known yet
 ) -> dict[str, Any]: # {}: nothing; score (None: none), regime, sentence, how, source, batch and run (rows)
-    "Read what a validation found. Raises `ChesError`: no such file, not a validation, one of another model."
+    "Read what a validation validation. Raises `ChesError`: no such file, not a validation, one of another model."
     if source is None: return {}
     path = Path(source).expanduser()
     path = path/'validation.json' if path.is_dir() else path
@@ -37,10 +37,10 @@ def read_validation(
     try:
         about = content['about']
         training = about['training']
-        found = dict(**content['verdict'], source=str(source), what=about['what'], how=(
-            f"{training['loss']}, {training['optim']} at {training['learning_rate']:g}, {about['plan']['pairs']} pairs of "
-            f"{about['data'] or 'data given in Python'}"))
-        found |= {regime: _rows(content['tables'], regime) for regime in ('batch', 'run')}
+        validation = dict(**content['verdict'], source=str(source), what=about['what'], how=(
+            f"{training['loss']}, {training['optim']} at {training['learning_rate']:g}, {about['plan']['pairs']} pairs "
+            f"of {about['data'] or 'data given in Python'}"))
+        validation |= {regime: _rows(content['tables'], regime) for regime in ('batch', 'run')}
         then = about['weights_hash']
     except (KeyError, TypeError, ValueError) as error:
         raise ChesError(f'{path}: not a validation ({str(error)[:100]})') from None
@@ -48,4 +48,4 @@ def read_validation(
     if now and then and now != then:
         raise ChesError(f"{path}: of another model, or other weights ({about['model']}; the scores are of "
                         f"{scores.attrs['manifest'].get('model')}): validate the model that was scored")
-    return found
+    return validation

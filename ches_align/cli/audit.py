@@ -258,7 +258,8 @@ def audit(
     name = model.name_for(data)
     quiet_libraries()
     try:
-        audited = audit_dataset(data, name, output_dir, by=by, keep=keep, validated=validated, **vars(rows), **scoring.arguments(),
+        audited = audit_dataset(data, name, output_dir, by=by, keep=keep, validated=validated, **vars(rows),
+                                **scoring.arguments(),
                                 **protected.arguments(),
                                 dtype=model.dtype, device=model.device, model_options=model.extras())
     except NothingKept as nothing:
