@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Known', 'StepBench', 'step_bench', 'step_changes']
 
-# %% ../../nbs/validation/832_steps.ipynb #63bcd5da
+# %% ../../nbs/validation/832_steps.ipynb #b75aeb1c
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +24,7 @@ from ..studies.single_prompt import forget, rmsprop
 from ..theory.losses import PairLogps
 from ..training.train_plan import Training, training_loss
 
-# %% ../../nbs/validation/832_steps.ipynb #d091a017
+# %% ../../nbs/validation/832_steps.ipynb #33c5c25d
 class Known(NamedTuple):
     "Pairs, and their log-probabilities at the start."
     pairs: list[EncodedPair]
@@ -36,7 +36,7 @@ class Known(NamedTuple):
         "Some of the pairs, in the order asked for."
         return Known([self.pairs[i] for i in which], self.before[list(which)])
 
-# %% ../../nbs/validation/832_steps.ipynb #525804a7
+# %% ../../nbs/validation/832_steps.ipynb #aa11433a
 _OPTIMIZERS: dict[str, Callable] = dict( # from weights and rate; no weight decay, as in a training run
     rmsprop=rmsprop, adamw_torch=partial(torch.optim.AdamW, weight_decay=0.), sgd=torch.optim.SGD)
 
@@ -67,7 +67,7 @@ class StepBench:
         for weight, before in zip(self.weights, self.kept, strict=True): weight.copy_(before)
         forget(self.optimizer)
 
-# %% ../../nbs/validation/832_steps.ipynb #d09d252a
+# %% ../../nbs/validation/832_steps.ipynb #437e5e55
 @contextmanager
 def step_bench(
     lm: ScoringModel,                # from `movable`, or `fresh_adapter`; left as it was
@@ -93,7 +93,7 @@ def step_bench(
         finally:
             if bench: bench.reset()
 
-# %% ../../nbs/validation/832_steps.ipynb #9b02c1cb
+# %% ../../nbs/validation/832_steps.ipynb #d0d2cd35
 @fixed_precision()
 @torch.enable_grad()
 def _take_step(bench: StepBench, batch: Known, now: Tensor) -> None:
@@ -103,16 +103,14 @@ def _take_step(bench: StepBench, batch: Known, now: Tensor) -> None:
     lengths = [torch.tensor([len(ids) for ids in side]) for side in (
         [pair.chosen_ids for pair in batch.pairs], [pair.rejected_ids for pair in batch.pairs])]
     loss = training_loss(bench.training, PairLogps(chosen, rejected, *batch.before.unbind(1), *lengths)).loss.mean()
-    slopes = torch.autograd.grad(loss, sums)[0].flatten().float().to(bench.lm.device)
-    responses = [(pair.prompt_ids, ids) for pair in batch.pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    pushed = slopes.nonzero()[:, 0].tolist()  # of IPO past its margin, of SFT ..., a side may have no slope
-    for part in response_batches(bench.lm, [responses[i] for i in pushed], bench.reading['batch_tokens']):
-        (part.logps*slopes[[pushed[i] for i in part.which]]).sum().backward()
+    slopes = torch.autograd.grad(loss, sums)[0].float().to(bench.lm.device)
+    for part in response_batches(bench.lm, batch.pairs, **bench.reading):
+        (part.logps*torch.stack([slopes[k, side] for k, side in part.which])).sum().backward()
     if bench.training.max_grad_norm: torch.nn.utils.clip_grad_norm_(bench.weights, bench.training.max_grad_norm)
     bench.optimizer.step()
     bench.optimizer.zero_grad()
 
-# %% ../../nbs/validation/832_steps.ipynb #ae1e86fd
+# %% ../../nbs/validation/832_steps.ipynb #25e57de7
 def step_changes(
     bench: StepBench,
     batches: Sequence[Known],  # a step each, one after another
