@@ -37,7 +37,9 @@ if __name__ == '__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('data')
     ap.add_argument('out')
-    for name, count in (('pool', 96), ('protected', 24), ('unseen', 24)): ap.add_argument(f'--{name}', type=int, default=count)
+    ap.add_argument('--pool', type=int, default=96)
+    ap.add_argument('--protected', type=int, default=24)
+    ap.add_argument('--unseen', type=int, default=24)
     ap.add_argument('--seed', type=int, default=0)
     args = ap.parse_args()
     tokenizer = load_model('smollm2-135m', dtype='float32', device='cpu').tokenizer
@@ -52,7 +54,8 @@ if __name__ == '__main__':
     for name in ('pool', 'protected', 'unseen'):
         count = getattr(args, name)
         if len(rows) < count: ap.error(f'{args.data}: too few short pairs')
-        taken, rows = rows[:count], rows[count:]
-        lines = [json.dumps(dict(prompt=pairs[i].prompt, chosen=pairs[i].chosen, rejected=pairs[i].rejected)) for i in taken]
+        lines = [json.dumps(dict(prompt=pairs[i].prompt, chosen=pairs[i].chosen, rejected=pairs[i].rejected))
+                 for i in rows[:count]]
+        rows = rows[count:]
         (folder/f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
     (folder/'fit.yaml').write_text(FIT.format(folder=folder))

@@ -37,7 +37,7 @@ from .shared_prompts import Sizes, choose_sharing
 from .token_store import TokenStore, token_store
 from .influence import (
     AGREE, Lora, Pull, fresh_adapter, head_columns, influence_block, load_pull, lora_text, make_pull, movable,
-    save_pull, trained_weights)
+    refuse_without_room, save_pull, trained_weights)
 from .protected import (
     Protected, influence_columns, overlaps, protected_pairs, protected_sources, read_protected)
 from .pair_scores import COLUMNS, GRAM, NOTES, blank_row, score_block
@@ -394,6 +394,7 @@ def _influence(lm: ScoringModel, store: TokenStore, work, run: Run, progress) ->
     if not sets:
         yield None
         return
+    refuse_without_room(lm, lora is not None, 3, 'influence')
     with ExitStack() as stack:
         moving = movable(lm) if lora or trained_weights(lm.model) else lm
         if lora: moving = stack.enter_context(fresh_adapter(moving, lora))

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['plan_batches', 'default_budget', 'response_states', 'core_model', 'evaluating', 'weights_dtype', 'pad_rows',
-           'left_padded', 'token_logps', 'out_of_memory']
+           'left_padded', 'token_logps', 'out_of_memory', 'free_memory']
 
 # %% ../../nbs/lm/310_batches.ipynb #d61b073f
 import inspect
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 from jaxtyping import Float, Int
@@ -143,3 +144,15 @@ def out_of_memory(
     "Whether memory ran out. A CPU's allocator raises a plain `RuntimeError`, which only its text tells from others."
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
     return type(error) is RuntimeError and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+# %% ../../nbs/lm/310_batches.ipynb #24fc90ff
+def free_memory(
+    device: torch.device, # of a model
+) -> int | None:          # bytes; None: it cannot be told
+    "Ask how much memory is free."
+    if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path('/proc/meminfo').read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1])*1024 for line in lines if line.startswith('MemAvailable:')), None)

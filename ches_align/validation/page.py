@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILES', 'regime_tables', 'validation_figure', 'Validated', 'validation_text', 'write_validation']
 
-# %% ../../nbs/validation/838_page.ipynb #57a1d5ce
+# %% ../../nbs/validation/838_page.ipynb #1f988b49
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from .bench import UNSEEN
 from .plan import REGIMES
 from .table import ArmFall, arm_table, fall_table
 
-# %% ../../nbs/validation/838_page.ipynb #0bf7bced
+# %% ../../nbs/validation/838_page.ipynb #1612cd2a
 def _judged(row: dict, judged: Sequence[str]) -> float:
     "Mean change of the responses that scores are judged by, nats"
     return float(np.mean([value for name in judged for value in row[name]]))
@@ -56,7 +56,7 @@ def regime_tables(
             float(np.mean(row['own']))) for row in of['run']])
     return tables
 
-# %% ../../nbs/validation/838_page.ipynb #c4cbee64
+# %% ../../nbs/validation/838_page.ipynb #42e20c30
 def _correlations(ax: Any, table: pd.DataFrame, title: str) -> None:
     "Every score's correlation with the fall; those that vary"
     shown = table[table.rho.notna()].sort_values('rho', ascending=False)
@@ -88,7 +88,7 @@ def validation_figure(
         else: _correlations(ax, table, titles[regime])
     return fig
 
-# %% ../../nbs/validation/838_page.ipynb #eff65ca5
+# %% ../../nbs/validation/838_page.ipynb #11632a7a
 class Validated(NamedTuple):
     "What steps said of scores."
     tables: dict[str, pd.DataFrame] # single, batch (`fall_table`), run (`arm_table`): those that were measured
@@ -126,7 +126,7 @@ def validation_text(
         lines += ['', f'## {titles[regime]}', '', markdown_table(order, 3).replace('nan', '–')]
     return '\n'.join([*lines, _HOW, '![](validation.png)', ''])
 
-# %% ../../nbs/validation/838_page.ipynb #9cbe2e59
+# %% ../../nbs/validation/838_page.ipynb #c1962045
 FILES = ('validation.json', 'validation.md', 'validation.png', *(f'{regime}.csv' for regime in REGIMES)) # in the folder
 
 def write_validation(
@@ -136,8 +136,8 @@ def write_validation(
     "Write sentence, tables and picture, all or none. Raises `ChesError`."
     picture = io.BytesIO()
     validation_figure(validated.tables).savefig(picture, format='png')
-    kept = ('model', 'data', 'weights_hash', 'dtype', 'plan', 'training', 'lora', 'held', 'judged', 'what', 'versions',
-            'hardware', 'remarks')
+    kept = ('model', 'data', 'data_hash', 'weights_hash', 'dtype', 'max_length', 'plan', 'training', 'lora', 'held',
+            'judged', 'what', 'versions', 'hardware', 'seconds', 'remarks')
     about = {name: validated.manifest.get(name) for name in kept}
     tables = {regime: table.replace({np.nan: None}).to_dict('records') for regime, table in validated.tables.items()}
     content = dict(verdict=validated.verdict, about=about, tables=tables)

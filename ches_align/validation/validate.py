@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['Scoring', 'validate_scores']
 
-# %% ../../nbs/validation/839_validate.ipynb #8118a513
+# %% ../../nbs/validation/839_validate.ipynb #c235778c
+import hashlib
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -15,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..audit.influence import Lora, fresh_adapter, movable
+from ..audit.influence import Lora, fresh_adapter, movable, refuse_without_room
 from ..audit.scoring import score_dataset, score_table
 from ..core.config import config_dict
 from ..core.errors import ChesError
@@ -24,13 +26,14 @@ from ..core.run import Run, open_run
 from ..core.workers import processes
 from ..core.writing import plain, refuse_sources, refuse_unwritable
 from ..lm.models import ScoringModel, load_model
+from ..lm.structure import tuner_weights
 from ..training.train_plan import Training, training_loss
 from .bench import UNSEEN, Bench, measure_steps, open_bench, read_sources
 from .page import FILES, Validated, regime_tables, write_validation
 from .plan import ValidationPlan
 from .table import score_values, verdict
 
-# %% ../../nbs/validation/839_validate.ipynb #e59b4d0b
+# %% ../../nbs/validation/839_validate.ipynb #419dad39
 @dataclass(frozen=True)
 class Scoring:
     "How the pairs of a validation are scored and read; see `score_dataset`."
@@ -48,11 +51,12 @@ def _identity(lm: ScoringModel, bench: Bench, plan: ValidationPlan, training: Tr
     settings = {name: value for name, value in asdict(plan).items() if name not in _FREE}
     scored = {name: value for name, value in asdict(scoring).items() if name not in ('batch_tokens', 'lora')}
     lora = scoring.lora and scoring.lora._asdict()
-    sets = {name or 'protected': [pair.row_hash for pair in rows] for name, rows in bench.named.items()}
+    def digest(pairs: Sequence[Any]) -> str: # 16 hex digits
+        return hashlib.sha256(' '.join(f'{pair.row_id}:{pair.row_hash}' for pair in pairs).encode()).hexdigest()[:16]
+    protected = {name or 'protected': digest(part) for name, part in bench.named.items()}
     return plain(dict(
         **{name: lm.provenance[name] for name in _HASHES}, training=config_dict(training), plan=settings, lora=lora,
-        pairs={str(pair.row_id): pair.row_hash for pair in bench.train}, protect=sets,
-        unseen=[pair.row_hash for pair in bench.sets[UNSEEN]], own=bench.own, **scored))
+        data_hash=digest(bench.train), protect=protected, unseen=digest(bench.sets[UNSEEN]), own=bench.own, **scored))
 
 def _scores(run: Run, lm: ScoringModel, bench: Bench, scoring: Scoring, progress: bool) -> pd.DataFrame:
     "The scores of the pairs that take steps: made once"
@@ -62,10 +66,12 @@ def _scores(run: Run, lm: ScoringModel, bench: Bench, scoring: Scoring, progress
     run.add(scores.to_dict('records'), 'scores')
     return scores
 
-# %% ../../nbs/validation/839_validate.ipynb #447bd1bb
+# %% ../../nbs/validation/839_validate.ipynb #1bb5ca6b
 def _validated(run: Run, given: ScoringModel, bench: Bench, plan: ValidationPlan, training: Training, scoring: Scoring,
                tell: Callable[[str], Any], progress: bool) -> Validated:
     "Score, step, decide; the same run goes on"
+    begun = time.time()
+    refuse_without_room(given, scoring.lora is not None or bool(tuner_weights(given.model)), 5, 'a step')
     with ExitStack() as stack:
         lm = movable(given)
         scores = _scores(run, lm, bench, scoring, progress)
@@ -82,7 +88,7 @@ def _validated(run: Run, given: ScoringModel, bench: Bench, plan: ValidationPlan
     values = score_values(table, partial(training_loss, training), bench.own)
     tables = regime_tables(rows, values, list(bench.sets), bench.judged, plan.seed)
     decided = verdict(tables.get('batch'), tables.get('run'), bench.what)
-    run.finish(verdict=decided)
+    run.finish(verdict=decided, seconds=round(run.manifest.get('seconds', 0) + time.time() - begun))
     return Validated(tables, decided, table, rows, run.manifest)
 
 def _check_validation(output_dir: Any, read: list[Any], scoring: Scoring) -> None:
@@ -97,7 +103,7 @@ def _check_validation(output_dir: Any, read: list[Any], scoring: Scoring) -> Non
     refuse_sources([folder/name for name in ('manifest.json', 'runs.jsonl', 'scores.jsonl', *FILES)], read)
     refuse_unwritable(output_dir)
 
-# %% ../../nbs/validation/839_validate.ipynb #c628a0e1
+# %% ../../nbs/validation/839_validate.ipynb #60815f07
 def validate_scores(
     data: Any,                        # 'sample', a path, a hub name, a `datasets.Dataset`, dicts
     model: str | ScoringModel,        # a name for `load_model`, or what it returned; left as it was
