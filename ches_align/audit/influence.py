@@ -316,6 +316,7 @@ def fresh_adapter(
     chosen = lora.settings()
     config = LoraConfig(r=lora.r, lora_alpha=chosen['alpha'], target_modules=chosen['targets'], task_type='CAUSAL_LM')
     asked = {name: weight.requires_grad for name, weight in lm.model.named_parameters()}
+    modes = {name: module.training for name, module in lm.model.named_modules()}
     with seeded(lora.seed): adapted = get_peft_model(lm.model, config)
     try:
         redraw(adapted, lora.seed)
@@ -323,6 +324,7 @@ def fresh_adapter(
     finally:
         adapted.unload()
         for name, weight in lm.model.named_parameters(): weight.requires_grad_(asked[name])
+        for name, module in lm.model.named_modules(): module.training = modes[name]
 
 # %% ../../nbs/audit/375_influence.ipynb #cf0c0d60
 def save_pull(

@@ -165,6 +165,10 @@ def composition(
     return plain(sorted(result, key=lambda g: (-(g['share'] or 0), g['group'])))
 
 # %% ../../nbs/audit/420_report.ipynb #16aa60d1
+def _shown_texts(pair: Pair) -> tuple[str, ...]:
+    "Prompt and both responses, without characters that act"
+    return tuple(printable(text) for text in pair_texts(pair))
+
 def worst_pairs(
     scores: pd.DataFrame,                # from `load_scores`
     pairs: Iterable[Pair] | None = None, # from `load_pairs`; None = no texts
@@ -174,7 +178,7 @@ def worst_pairs(
     "The pairs with the highest ln-CHES: most displacement predicted first."
     rows = _end_rows(scores, whole('worst', limit, 0) or 0, highest)
     wanted = {row['row_id'] for row in rows}
-    def shown(row: int, pair: Pair) -> tuple | None: return pair_texts(pair) if row in wanted else None
+    def shown(row: int, pair: Pair) -> tuple | None: return _shown_texts(pair) if row in wanted else None
     texts = _match(scores, pairs, shown)
     return [row | dict(texts=texts.get(row['row_id'])) for row in rows]
 
@@ -267,13 +271,14 @@ def collect_report(
 ) -> dict:                           # every number, and `worst` and `best` with their texts; they never share a pair
     "Collect the content of a report, in one pass over the data. Raises `ChesError`: pairs of other data, ..."
     worst = whole('worst', worst, 0) or 0
-    summary = summarise(scores) | dict(validated=read_validation(validated, scores))
+    summary = summarise(scores)
+    summary['validated'] = read_validation(validated, scores)
     ends = dict(worst=_end_rows(scores, min(worst, (summary['scored'] + 1) // 2), True),
                 best=_end_rows(scores, min(worst, summary['scored'] // 2), False))
     pulls = _pulls(scores, worst)
     shown = [*ends.values(), *(pull['worst'] for pull in pulls)]
     wanted = {row['row_id'] for rows in shown for row in rows}
-    def take(row: int, pair: Pair): return _labels(pair, by), pair_texts(pair) if row in wanted else None
+    def take(row: int, pair: Pair): return _labels(pair, by), _shown_texts(pair) if row in wanted else None
     matched = _match(scores, pairs, take)
     column, groups = _groups({row: labels for row, (labels, _) in matched.items()}, by)
     for rows in shown:

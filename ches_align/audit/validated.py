@@ -6,46 +6,62 @@
 __all__ = ['read_validation']
 
 # %% ../../nbs/audit/417_validated.ipynb #3561ef6d
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from .selection import ORDERS
 from ..core.errors import ChesError
 from ..core.writing import read_object
 
 # %% ../../nbs/audit/417_validated.ipynb #317cc90a
 _TOP = 8  # scores that are shown
+_NUMBERS = dict(batch=('rho', 'low', 'high', 'partial', 'auroc'),
+                run=('fall_lowest', 'fall_highest', 'random_fall', 'limit'))
 
 def _rows(tables: dict[str, list[dict]], regime: str) -> list[dict]:
-    "The rows of a regime, best first; those that say nothing are left out"
-    rows = tables.get(regime) or []
-    if regime == 'run': return sorted(rows, key=lambda row: row['fall_lowest'])[:_TOP]
-    known = [row for row in rows if row['rho'] is not None]
-    return sorted(known, key=lambda row: -row['rho'])[:_TOP]
+    "The rows of a regime, best first; those that say nothing are left out. Raises `TypeError` for what is no number"
+    rows = [dict(score=str(row['score']), **{name: row.get(name) for name in _NUMBERS[regime]})
+            for row in tables.get(regime, [])]
+    odd = [value for row in rows for value in list(row.values())[1:] if not isinstance(value, (int, float, type(None)))]
+    if odd: raise TypeError(f'{odd[0]!r} is no number')
+    first = _NUMBERS[regime][0]
+    best = sorted((row for row in rows if row[first] is not None), key=itemgetter(first), reverse=regime == 'batch')
+    return best[:_TOP]
 
+def _content(content: dict) -> dict[str, Any]:
+    "What the page shows of a validation. Raises `KeyError`, `TypeError`, `AttributeError` for another file"
+    about = content['about']
+    training = about['training']
+    decided = {name: content['verdict'][name] for name in ('score', 'regime', 'sentence')}
+    if not isinstance(decided['sentence'], str) or not isinstance(decided['score'], (str, type(None))):
+        raise TypeError('a verdict that is no sentence')
+    how = (f"{training['loss']}, {training['optim']} at {training['learning_rate']:g}, {about['plan']['pairs']} pairs "
+           f"of {about['data'] or 'data given in Python'}")
+    return decided | dict(what=str(about['what']), how=how, batch=_rows(content['tables'], 'batch'),
+                          run=_rows(content['tables'], 'run'))
+
+# %% ../../nbs/audit/417_validated.ipynb #031f7e8c
 def read_validation(
     source: str | Path | None,  # the folder of a validation, or its validation.json; None: nothing was validated
     scores: pd.DataFrame | None = None, # that are reported, with their manifest; None: not known yet
-) -> dict[str, Any]: # {}: nothing; score (None: none), regime, sentence, how, source, batch and run (rows)
-    "Read what a validation validation. Raises `ChesError`: no such file, not a validation, one of another model."
+) -> dict[str, Any]: # {}: nothing; score (None: none), regime, sentence, what, how, source, here, batch and run (rows)
+    "Read what a validation found. Raises `ChesError`: no such file, not a validation, one of another model."
     if source is None: return {}
     path = Path(source).expanduser()
     path = path/'validation.json' if path.is_dir() else path
     if not path.is_file(): raise ChesError(f'--validated {source}: no validation.json there; ches validate writes it')
     content = read_object(path)
     try:
-        about = content['about']
-        training = about['training']
-        validation = dict(**content['verdict'], source=str(source), what=about['what'], how=(
-            f"{training['loss']}, {training['optim']} at {training['learning_rate']:g}, {about['plan']['pairs']} pairs "
-            f"of {about['data'] or 'data given in Python'}"))
-        validation |= {regime: _rows(content['tables'], regime) for regime in ('batch', 'run')}
-        then = about['weights_hash']
-    except (KeyError, TypeError, ValueError) as error:
+        validation = _content(content) | dict(source=str(source))
+        then = content['about']['weights_hash']
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ChesError(f'{path}: not a validation ({str(error)[:100]})') from None
-    now = (scores.attrs.get('manifest') or {}).get('weights_hash') if scores is not None else None
-    if now and then and now != then:
-        raise ChesError(f"{path}: of another model, or other weights ({about['model']}; the scores are of "
-                        f"{scores.attrs['manifest'].get('model')}): validate the model that was scored")
-    return validation
+    if scores is None: return validation
+    manifest = scores.attrs.get('manifest') or {}
+    if (now := manifest.get('weights_hash')) and then and now != then:
+        raise ChesError(f"{path}: of another model, or other weights ({content['about']['model']}; the scores are of "
+                        f"{manifest.get('model')}): validate the model that was scored")
+    return validation | dict(here=validation['score'] in ORDERS or validation['score'] in scores)

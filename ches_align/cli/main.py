@@ -209,13 +209,19 @@ def _plain_type(annotation: Any) -> Any:
 
 WORDS = {int: 'N', float: 'X'}  # what stands for a number in the help
 
+class _Listed(argparse._ExtendAction):
+    "Values of a list, given once or several times; they take the place of the default"
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is self.default: setattr(namespace, self.dest, [])
+        super().__call__(parser, namespace, values, option_string)
+
 def _reads(name: str, kind: Any) -> dict[str, Any]:
     "How argparse is to read a value of a type"
     if kind is bool: return dict(action='store_true')
     word = WORDS.get(kind, name.rpartition('_')[2].upper())
     if get_origin(kind) is tuple:
         return dict(nargs=len(get_args(kind)), type=get_args(kind)[0], metavar=('LOW', 'HIGH'))
-    if get_origin(kind) is list: return dict(nargs='*', action='extend', type=get_args(kind)[0], metavar=word)
+    if get_origin(kind) is list: return dict(nargs='*', action=_Listed, type=get_args(kind)[0], metavar=word)
     return dict(type=kind, metavar=word)
 
 def _help(text: str, default: Any) -> str:

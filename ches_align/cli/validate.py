@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingOptions', 'MeasureOptions', 'validate']
 
-# %% ../../nbs/cli/885_validate.ipynb #e876df4f
+# %% ../../nbs/cli/885_validate.ipynb #0955aece
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from .main import DataOptions, ModelOptions, quiet_libraries
 from ..core.errors import ChesError
 from ..core.options import named, one_of, path_of, real, say, whole
 
-# %% ../../nbs/cli/885_validate.ipynb #e387f5cb
+# %% ../../nbs/cli/885_validate.ipynb #dc9cd22b
 @dataclass(frozen=True)
 class TrainingOptions:
     "Training"
@@ -47,9 +47,11 @@ class TrainingOptions:
         training = plan if isinstance(plan, Training) else getattr(plan, 'train', None)
         if not isinstance(training, Training):
             raise ChesError(f'{self.config}: of kind {plan.kind}, which trains on no pairs')
-        return replace(training, **given)
+        # what the file says of its own loss is not for another
+        other = given.get('loss', training.loss) != training.loss
+        return replace(training, **(dict(loss_args={}, beta=None) if other else {}) | given)
 
-# %% ../../nbs/cli/885_validate.ipynb #8c6ad939
+# %% ../../nbs/cli/885_validate.ipynb #9ce13d68
 @dataclass(frozen=True)
 class MeasureOptions:
     "Measuring"
@@ -75,11 +77,11 @@ class MeasureOptions:
         "Raises `ChesError`."
         from ches_align.validation.plan import ValidationPlan
         given = {name: value for name, value in vars(self).items() if name != 'own_score'}
-        if self.held_out.isdigit(): given['held_out'] = whole('held_out', int(self.held_out), 4)
-        regimes = [word for part in self.regime for word in part.split(',') if word]
+        if self.held_out.isdecimal(): given['held_out'] = whole('held_out', int(self.held_out), 4)
+        regimes = [*dict.fromkeys(word for part in self.regime for word in part.split(',') if word)]
         return ValidationPlan(**given | dict(regime=regimes, arm_scores=self.arm_scores or None))
 
-# %% ../../nbs/cli/885_validate.ipynb #89c128c3
+# %% ../../nbs/cli/885_validate.ipynb #93645e85
 def validate(
     data: str, # 'sample', a file or folder (JSONL, JSON, CSV, Parquet, Arrow), a hub name[:config]
     *,
@@ -118,7 +120,7 @@ def _lora_of(training: Any, seed: int) -> Any:
                             'target_modules, alpha and use_rslora out of the file')
     return Lora(own.r, seed)
 
-# %% ../../nbs/cli/885_validate.ipynb #ec93b251
+# %% ../../nbs/cli/885_validate.ipynb #a695f12e
 _SHOWN = ('score', 'rho', 'low', 'high', 'partial', 'auroc', 'overlap', 'chance')
 
 def _result_lines(result: Any, output_dir: str) -> list[str]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Known', 'StepBench', 'step_bench', 'step_changes']
 
-# %% ../../nbs/validation/832_steps.ipynb #b75aeb1c
+# %% ../../nbs/validation/832_steps.ipynb #bbb5ea32
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +24,7 @@ from ..studies.single_prompt import forget, rmsprop
 from ..theory.losses import PairLogps
 from ..training.train_plan import Training, training_loss
 
-# %% ../../nbs/validation/832_steps.ipynb #33c5c25d
+# %% ../../nbs/validation/832_steps.ipynb #49c19da4
 class Known(NamedTuple):
     "Pairs, and their log-probabilities at the start."
     pairs: list[EncodedPair]
@@ -36,7 +36,7 @@ class Known(NamedTuple):
         "Some of the pairs, in the order asked for."
         return Known([self.pairs[i] for i in which], self.before[list(which)])
 
-# %% ../../nbs/validation/832_steps.ipynb #aa11433a
+# %% ../../nbs/validation/832_steps.ipynb #8a614b1e
 _OPTIMIZERS: dict[str, Callable] = dict( # from weights and rate; no weight decay, as in a training run
     rmsprop=rmsprop, adamw_torch=partial(torch.optim.AdamW, weight_decay=0.), sgd=torch.optim.SGD)
 
@@ -67,7 +67,7 @@ class StepBench:
         for weight, before in zip(self.weights, self.kept, strict=True): weight.copy_(before)
         forget(self.optimizer)
 
-# %% ../../nbs/validation/832_steps.ipynb #437e5e55
+# %% ../../nbs/validation/832_steps.ipynb #c10389ed
 @contextmanager
 def step_bench(
     lm: ScoringModel,                # from `movable`, or `fresh_adapter`; left as it was
@@ -80,7 +80,9 @@ def step_bench(
     if not weights: raise ChesError(
         f'model {lm.name} is quantised and has no adapter: its weights cannot take a step; --lora_r 16 puts one on it')
     bench = None
+    grads = {weight: weight.grad for weight in weights.values()}  # somebody's own, perhaps
     with only_gradients_of(lm.model, weights):
+        for weight in grads: weight.grad = None
         try:
             bench = StepBench(lm, training, share_prompt, batch_tokens)
             yield bench
@@ -92,8 +94,9 @@ def step_bench(
                             'that an adapter alone moves') from None
         finally:
             if bench: bench.reset()
+            for weight, grad in grads.items(): weight.grad = grad
 
-# %% ../../nbs/validation/832_steps.ipynb #d0d2cd35
+# %% ../../nbs/validation/832_steps.ipynb #87887732
 @fixed_precision()
 @torch.enable_grad()
 def _take_step(bench: StepBench, batch: Known, now: Tensor) -> None:
@@ -110,7 +113,7 @@ def _take_step(bench: StepBench, batch: Known, now: Tensor) -> None:
     bench.optimizer.step()
     bench.optimizer.zero_grad()
 
-# %% ../../nbs/validation/832_steps.ipynb #25e57de7
+# %% ../../nbs/validation/832_steps.ipynb #9b13101c
 def step_changes(
     bench: StepBench,
     batches: Sequence[Known],  # a step each, one after another

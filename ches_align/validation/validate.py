@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Scoring', 'validate_scores']
 
-# %% ../../nbs/validation/839_validate.ipynb #c235778c
+# %% ../../nbs/validation/839_validate.ipynb #6f733016
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -15,9 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ..audit.influence import Lora, fresh_adapter, movable, refuse_without_room
+from ..audit.protected import Protected
 from ..audit.scoring import score_dataset, score_table
 from ..core.config import config_dict
 from ..core.errors import ChesError
@@ -29,11 +31,11 @@ from ..lm.models import ScoringModel, load_model
 from ..lm.structure import tuner_weights
 from ..training.train_plan import Training, training_loss
 from .bench import UNSEEN, Bench, measure_steps, open_bench, read_sources
-from .page import FILES, Validated, regime_tables, write_validation
-from .plan import ValidationPlan
-from .table import score_values, verdict
+from .page import FILES, Validated, moved, regime_tables, write_validation
+from .plan import ValidationPlan, arm_names
+from .table import score_names, score_values, verdict
 
-# %% ../../nbs/validation/839_validate.ipynb #419dad39
+# %% ../../nbs/validation/839_validate.ipynb #08773a43
 @dataclass(frozen=True)
 class Scoring:
     "How the pairs of a validation are scored and read; see `score_dataset`."
@@ -43,7 +45,7 @@ class Scoring:
     lora: Lora | None = None           # a fresh adapter takes the steps; None: the model's adapter, or all weights
 
 _HASHES = 'weights_hash', 'config', 'adapters', 'tokenizer_hash', 'template_hash', 'dtype'
-_FREE = 'regime', 'batches', 'arm_scores', 'random_arms' # more of these is more rows of the same run
+_FREE = 'regime', 'batches', 'arm_pairs', 'arm_scores', 'random_arms' # other rows of the same run
 
 def _identity(lm: ScoringModel, bench: Bench, plan: ValidationPlan, training: Training,
               scoring: Scoring) -> dict[str, Any]:
@@ -56,17 +58,35 @@ def _identity(lm: ScoringModel, bench: Bench, plan: ValidationPlan, training: Tr
     protected = {name or 'protected': digest(part) for name, part in bench.named.items()}
     return plain(dict(
         **{name: lm.provenance[name] for name in _HASHES}, training=config_dict(training), plan=settings, lora=lora,
-        data_hash=digest(bench.train), protect=protected, unseen=digest(bench.sets[UNSEEN]), own=bench.own, **scored))
+        data_hash=digest(bench.train), protect=protected, unseen=digest(bench.sets[UNSEEN]), **scored))
 
+# %% ../../nbs/validation/839_validate.ipynb #aeeedfa0
 def _scores(run: Run, lm: ScoringModel, bench: Bench, scoring: Scoring, progress: bool) -> pd.DataFrame:
-    "The scores of the pairs that take steps: made once"
-    if rows := run.rows('scores'): return score_table(rows)
-    scores = score_dataset(bench.pairs, lm, protect=bench.named, progress=progress, **vars(scoring))
-    run.update(remarks=[*bench.remarks, *scores.attrs['manifest'].get('remarks', [])])
-    run.add(scores.to_dict('records'), 'scores')
-    return scores
+    "The scores of the pairs that take steps: made once, and again where some were lost"
+    rows = {row.get('row_id'): row for row in run.rows('scores')}
+    if rows.keys() != {pair.row_id for pair in bench.train}:
+        scores = score_dataset(bench.pairs, lm, protect=bench.named, progress=progress, **vars(scoring))
+        run.update(score_remarks=scores.attrs['manifest'].get('remarks', []))
+        run.add(scores.to_dict('records'), 'scores')
+        return scores
+    try:
+        return score_table(list(rows.values()))
+    except (TypeError, ValueError) as error:
+        raise ChesError(f'{run.folder}/scores.jsonl: damaged ({str(error)[:100]}); remove the folder') from None
 
-# %% ../../nbs/validation/839_validate.ipynb #1bb5ca6b
+def _whole(run: Run, bench: Bench) -> list[dict]:
+    "Every row of the run, each once. Raises `ChesError` for rows that are none"
+    trained = {pair.row_id for pair in bench.train}
+    rows = {row.get('key'): row for row in run.rows()}
+    for key, row in rows.items():
+        regime = str(key).partition('|')[0]
+        needed = dict(single={'chosen'}, batch={'changes', 'unseen_rejected'}, run={'changes', 'score', 'end', 'own'})
+        if regime not in needed or not needed[regime] | {'rows'} <= row.keys() or not {*row['rows']} <= trained:
+            raise ChesError(f'{run.folder}/runs.jsonl: a row is not of this run (key {str(key)[:60]}); remove the '
+                            'folder')
+    return list(rows.values())
+
+# %% ../../nbs/validation/839_validate.ipynb #d5421a8a
 def _validated(run: Run, given: ScoringModel, bench: Bench, plan: ValidationPlan, training: Training, scoring: Scoring,
                tell: Callable[[str], Any], progress: bool) -> Validated:
     "Score, step, decide; the same run goes on"
@@ -75,21 +95,30 @@ def _validated(run: Run, given: ScoringModel, bench: Bench, plan: ValidationPlan
     with ExitStack() as stack:
         lm = movable(given)
         scores = _scores(run, lm, bench, scoring, progress)
-        ok = scores.status == 'ok'
-        if len(lost := scores.row_id[~ok]):
-            bench = bench.without(set(lost))
-            remark = f'{len(lost)} pairs have no score (first: row {lost.iloc[0]})'
-            run.update(remarks=[*run.manifest['remarks'], remark])
-        by_row = scores.set_index('row_id', drop=False).loc[[pair.row_id for pair in bench.train]]
-        table = by_row.reset_index(drop=True)
+        lost = scores.row_id[scores.status != 'ok'].tolist()
+        remarks = [*bench.remarks, *run.manifest.get('score_remarks', [])]
+        if lost: remarks.append(f'{len(lost)} pairs have no score (first: row {lost[0]})')
+        run.update(remarks=remarks)
+        bench = bench.without(set(lost))
+        table = scores.set_index('row_id', drop=False).loc[[pair.row_id for pair in bench.train]].reset_index(drop=True)
+        values = score_values(table, partial(training_loss, training), bench.own)
         stepping = stack.enter_context(fresh_adapter(lm, scoring.lora)) if scoring.lora else lm
-        rows = measure_steps(run, stepping, bench, plan, training, table,
-                             batch_tokens=scoring.batch_tokens, tell=tell, progress=progress)
-    values = score_values(table, partial(training_loss, training), bench.own)
+        measure_steps(run, stepping, bench, plan, training, values, batch_tokens=scoring.batch_tokens, tell=tell,
+                      progress=progress)
+    rows = _whole(run, bench)
     tables = regime_tables(rows, values, list(bench.sets), bench.judged, plan.seed)
-    decided = verdict(tables.get('batch'), tables.get('run'), bench.what)
+    grain = float(table.chosen_logps.abs().median()*np.finfo(np.float32).eps)
+    sizes = moved(rows, bench.judged, grain)
+    decided = verdict(tables.get('batch'), tables.get('run'), bench.what, sizes)
     run.finish(verdict=decided, seconds=round(run.manifest.get('seconds', 0) + time.time() - begun))
     return Validated(tables, decided, table, rows, run.manifest)
+
+# %% ../../nbs/validation/839_validate.ipynb #5fc61e41
+def _check_names(bench: Bench, plan: ValidationPlan) -> None:
+    "Refuse names of scores before anything is scored. Raises `ChesError`"
+    sets = [Protected(name, [], '', []) for name in bench.named]
+    columns = [each.column(score) for each in sets for score in ('influence', 'head_influence')]
+    arm_names(plan, score_names(columns, list(bench.own)))
 
 def _check_validation(output_dir: Any, read: list[Any], scoring: Scoring) -> None:
     "Refuse before a model is loaded what cannot be meant. Raises `ChesError`"
@@ -103,7 +132,7 @@ def _check_validation(output_dir: Any, read: list[Any], scoring: Scoring) -> Non
     refuse_sources([folder/name for name in ('manifest.json', 'runs.jsonl', 'scores.jsonl', *FILES)], read)
     refuse_unwritable(output_dir)
 
-# %% ../../nbs/validation/839_validate.ipynb #60815f07
+# %% ../../nbs/validation/839_validate.ipynb #9d1271b0
 def validate_scores(
     data: Any,                        # 'sample', a path, a hub name, a `datasets.Dataset`, dicts
     model: str | ScoringModel,        # a name for `load_model`, or what it returned; left as it was
@@ -129,6 +158,7 @@ def validate_scores(
     lm = model if isinstance(model, ScoringModel) else load_model(model, dtype, device, **(model_options or {}))
     length = scoring.max_length or lm.max_length
     bench = open_bench(lm, sources, plan, length, own_scores)
+    _check_names(bench, plan)
     identity = _identity(lm, bench, plan, training, scoring)
     about = dict(model=lm.name, data=str(data) if isinstance(data, (str, Path)) else None, judged=bench.judged,
                  what=bench.what, held={name: len(part) for name, part in bench.sets.items()}, remarks=bench.remarks)
