@@ -6,7 +6,7 @@
 __all__ = ['FILES', 'of_regime', 'moved', 'regime_tables', 'validation_figure', 'Validated', 'validation_text',
            'write_validation']
 
-# %% ../../nbs/validation/838_page.ipynb #d5f0c8e2
+# %% ../../nbs/validation/838_page.ipynb #4f173112
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from .bench import UNSEEN
 from .plan import REGIMES
 from .table import ArmFall, Moved, arm_table, fall_table
 
-# %% ../../nbs/validation/838_page.ipynb #6d4e6c50
+# %% ../../nbs/validation/838_page.ipynb #2e0b465a
 def _numbers(values: Sequence[float | None]) -> np.ndarray: # NaN is null in JSON
     return np.array([np.nan if value is None else value for value in values], float)
 
@@ -57,7 +57,7 @@ def moved(
         if changes: sizes[regime] = Moved(float(np.nanmedian(np.abs(np.concatenate(changes)))), grain)
     return sizes
 
-# %% ../../nbs/validation/838_page.ipynb #3d353d1d
+# %% ../../nbs/validation/838_page.ipynb #0f90589c
 def regime_tables(
     rows: Sequence[dict],  # from `measure_steps`
     values: pd.DataFrame,  # from `score_values`
@@ -82,7 +82,7 @@ def regime_tables(
     if of['run']: tables['run'] = arm_table([_arm(row, judged) for row in of['run']])
     return tables
 
-# %% ../../nbs/validation/838_page.ipynb #ca6fc8ce
+# %% ../../nbs/validation/838_page.ipynb #291b67f1
 def _correlations(ax: Any, table: pd.DataFrame, title: str) -> None:
     "Every score's correlation with the fall; those that vary"
     shown = table[table.rho.notna()].sort_values('rho', ascending=False)
@@ -114,7 +114,7 @@ def validation_figure(
         else: _correlations(ax, table, titles[regime])
     return fig
 
-# %% ../../nbs/validation/838_page.ipynb #f8514bfe
+# %% ../../nbs/validation/838_page.ipynb #cf73082e
 class Validated(NamedTuple):
     "What steps said of scores."
     tables: dict[str, pd.DataFrame] # single, batch (`fall_table`), run (`arm_table`): those that were measured
@@ -153,7 +153,7 @@ def validation_text(
         lines += ['', f'## {titles[regime]}', '', markdown_table(order, 4).replace('nan', '–')]
     return '\n'.join([*lines, _HOW, '![](validation.png)', ''])
 
-# %% ../../nbs/validation/838_page.ipynb #cba4cd04
+# %% ../../nbs/validation/838_page.ipynb #0370f2ad
 FILES = ('validation.json', 'validation.md', 'validation.png', *(f'{regime}.csv' for regime in REGIMES)) # in the folder
 
 def write_validation(

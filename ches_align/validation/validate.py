@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Scoring', 'validate_scores']
 
-# %% ../../nbs/validation/839_validate.ipynb #a00522d7
+# %% ../../nbs/validation/839_validate.ipynb #30c547e4
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ from .page import FILES, Validated, moved, regime_tables, write_validation
 from .plan import ValidationPlan, arm_names
 from .table import score_names, score_values, verdict
 
-# %% ../../nbs/validation/839_validate.ipynb #cfea9826
+# %% ../../nbs/validation/839_validate.ipynb #d3f767bb
 @dataclass(frozen=True)
 class Scoring:
     "How the pairs of a validation are scored and read; see `score_dataset`."
@@ -60,7 +60,7 @@ def _identity(lm: ScoringModel, bench: Bench, plan: ValidationPlan, training: Tr
         **{name: lm.provenance[name] for name in _HASHES}, training=config_dict(training), plan=settings, lora=lora,
         data_hash=digest(bench.train), protect=protected, unseen=digest(bench.sets[UNSEEN]), **scored))
 
-# %% ../../nbs/validation/839_validate.ipynb #c6bbe944
+# %% ../../nbs/validation/839_validate.ipynb #c3484f27
 def _scores(run: Run, lm: ScoringModel, bench: Bench, scoring: Scoring, progress: bool) -> pd.DataFrame:
     "The scores of the pairs that take steps: made once, and again where some were lost"
     rows = {row.get('row_id'): row for row in run.rows('scores')}
@@ -86,7 +86,7 @@ def _whole(run: Run, bench: Bench) -> list[dict]:
                             'folder')
     return list(rows.values())
 
-# %% ../../nbs/validation/839_validate.ipynb #0e319b96
+# %% ../../nbs/validation/839_validate.ipynb #6115e700
 def _validated(run: Run, given: ScoringModel, bench: Bench, plan: ValidationPlan, training: Training, scoring: Scoring,
                tell: Callable[[str], Any], progress: bool) -> Validated:
     "Score, step, decide; the same run goes on"
@@ -113,7 +113,7 @@ def _validated(run: Run, given: ScoringModel, bench: Bench, plan: ValidationPlan
     run.finish(verdict=decided, seconds=round(run.manifest.get('seconds', 0) + time.time() - begun))
     return Validated(tables, decided, table, rows, run.manifest)
 
-# %% ../../nbs/validation/839_validate.ipynb #d3a760d4
+# %% ../../nbs/validation/839_validate.ipynb #a9fc7e30
 def _check_names(bench: Bench, plan: ValidationPlan) -> None:
     "Refuse names of scores before anything is scored. Raises `ChesError`"
     sets = [Protected(name, [], '', []) for name in bench.named]
@@ -132,7 +132,7 @@ def _check_validation(output_dir: Any, read: list[Any], scoring: Scoring) -> Non
     refuse_sources([folder/name for name in ('manifest.json', 'runs.jsonl', 'scores.jsonl', *FILES)], read)
     refuse_unwritable(output_dir)
 
-# %% ../../nbs/validation/839_validate.ipynb #1c11d0c9
+# %% ../../nbs/validation/839_validate.ipynb #4babc14e
 def validate_scores(
     data: Any,                        # 'sample', a path, a hub name, a `datasets.Dataset`, dicts
     model: str | ScoringModel,        # a name for `load_model`, or what it returned; left as it was
