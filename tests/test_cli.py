@@ -139,7 +139,7 @@ def test_wrong_input_is_one_line(tmp_path, settings, name, content, options, say
     (['audit', 'sample', '--limit', 'ten'], "argument --limit: invalid int value: 'ten'"),
     (['audit', 'sample', 'other'], "unexpected argument 'other'"),
     (['ches_audit', 'sample'], "ches: unknown command 'ches_audit'; did you mean audit?"),
-    (['validate'], "ches: unknown command 'validate'")])
+    (['serve'], "ches: unknown command 'serve'")])
 def test_wrong_usage_ends_with_code_2(words, says): assert says in refused(*words, code=2)
 
 def test_no_permission(tmp_path, data):
