@@ -9,8 +9,10 @@ __all__ = ['SHOWN', 'TOKEN_FILE', 'STEPS', 'ches_terms', 'token_texts', 'ranked'
 # %% ../../nbs/audit/377_token_scores.ipynb #727a5516
 import json
 import math
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import pandas as pd
 import torch
@@ -49,7 +51,12 @@ def token_texts(
     ids: Sequence[int], # of a response
 ) -> list[str]:         # a text a token; joined, they are the decoded response
     "Decode tokens one by one, control tokens too; what completes no character yet is empty."
-    def decoded(some: Sequence[int]) -> str: return tokenizer.decode(some, clean_up_tokenization_spaces=False)
+    for decoded in (partial(tokenizer.decode, clean_up_tokenization_spaces=False), tokenizer.decode):
+        with suppress(Exception): return _pieces(decoded, ids)  # somebody's tokenizer; a picture ends no run
+    return [f' {i}' for i in ids]
+
+def _pieces(decoded: Callable[[Sequence[int]], str], ids: Sequence[int]) -> list[str]:
+    "A text a token"
     texts = []
     start = known = 0  # the piece before, which decides on spaces, and the first token without a text
     for end in range(1, len(ids) + 1):
