@@ -3,11 +3,11 @@
     python benchmarks/short_pairs.py DATA OUT [--pool 96] [--protected 24] [--unseen 24] [--seed 0]
 
 Prompt and response have at most 120 tokens of the embedded model, responses 6 to 40. No prompt is in two files. With
-the files, from the package's own commands (the record of it: nbs/validation/records/pool.json):
+the files, from the package's own commands (the record of it, with seed 3: nbs/validation/records/hh_pool.json):
 
     ches train OUT/fit.yaml           # fits the model to the pool's preferred responses
     ches validate OUT/pool.jsonl --model OUT/fit/model --protect OUT/protected.jsonl --held_out OUT/unseen.jsonl \\
-        --pairs 96 --regime run --arm_pairs 24 --dtype float32 --output_dir OUT/arms
+        --pairs 96 --regime run --arm_pairs 24 --random_arms 4 --max_length 160 --output_dir OUT/arms
 """
 import argparse, json, random
 from pathlib import Path

@@ -131,7 +131,7 @@ chance that what fell has the higher score, empty where all or nothing fell.
 *overlap*: of the quarter that fell most, the share in the quarter with the highest scores; *chance*
 beside it. *rho_NAME*: with the fall of that set alone; *margin_rho*: with the margin that unseen pairs gained. Of arms:
 *fall_lowest*, *fall_highest*: of the pairs at either end of the score, nats; *limit*: a random arm falls less than this
-one time in twenty, for all scores together, if random arms scatter normally.
+one time in forty, for all scores together, if random arms scatter normally.
 """
 
 def validation_text(
