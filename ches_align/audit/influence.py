@@ -30,8 +30,7 @@ from ..core.writing import write_files
 from ..lm.batches import default_budget, free_memory, token_logps
 from ..lm.encode import EncodedPair
 from ..lm.models import ScoringModel, read_head, wrap_model
-from ..lm.structure import (
-    fixed_precision, seeded, tuner_weights)
+from ..lm.structure import fixed_precision, seeded, tuner_weights
 from ..theory.ches import block_logits
 from ..theory.influence import head_direction, head_logps, slope_along
 from ..theory.oracle import grad_dot, padding_moves

@@ -95,8 +95,6 @@ def validate(
     protected: ProtectOptions = ProtectOptions(),
 ) -> None:
     "Measure on this model, these pairs and this training which score to filter by, or that there is none."
-    whole('max_length', max_length, 2)
-    whole('batch_tokens', batch_tokens)
     name = model.name_for(data)
     quiet_libraries()
     from ches_align.validation.validate import Scoring, validate_scores

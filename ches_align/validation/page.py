@@ -7,7 +7,6 @@ __all__ = ['FILES', 'of_regime', 'moved', 'regime_tables', 'validation_figure', 
            'write_validation']
 
 # %% ../../nbs/validation/838_page.ipynb #4f173112
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,24 +16,24 @@ import pandas as pd
 
 from ..core.page import md_escape
 from ..core.writing import json_bytes, plain, write_files
-from ..studies.study import COLORS, interval_dots, markdown_table
+from ..studies.study import COLORS, interval_dots, markdown_table, png_bytes
 from .bench import UNSEEN
 from .plan import REGIMES
-from .table import ArmFall, Moved, arm_table, fall_table
+from .table import ArmFall, Moved, arm_table, fall_table, unit_rhos
 
 # %% ../../nbs/validation/838_page.ipynb #2e0b465a
 def _numbers(values: Sequence[float | None]) -> np.ndarray: # NaN is null in JSON
     return np.array([np.nan if value is None else value for value in values], float)
 
-def _judged(row: dict, judged: Sequence[str]) -> float:
-    "Mean change of the responses that scores are judged by, nats"
-    return float(np.concatenate([_numbers(row['changes'][name]) for name in judged]).mean())
+def _changes(row: dict, judged: Sequence[str]) -> np.ndarray:
+    "Changes of the responses that scores are judged by, nats"
+    return np.concatenate([_numbers(row['changes'][name]) for name in judged])
 
 def _margin(row: dict) -> float:
     return float((_numbers(row['changes'][UNSEEN]) - _numbers(row['unseen_rejected'])).mean())
 
 def _arm(row: dict, judged: Sequence[str]) -> ArmFall:
-    changes = np.concatenate([_numbers(row['changes'][name]) for name in judged])
+    changes = _changes(row, judged)
     return ArmFall(row['score'], row['end'], -float(changes.mean()), float((changes < 0).mean()), _margin(row),
                    float(_numbers(row['own']).mean()))
 
@@ -53,7 +52,7 @@ def moved(
     "Measure how far responses moved in the middle."
     sizes = {}
     for regime in ('batch', 'run'):
-        changes = [_numbers(row['changes'][name]) for row in of_regime(rows, regime) for name in judged]
+        changes = [_changes(row, judged) for row in of_regime(rows, regime)]
         if changes: sizes[regime] = Moved(float(np.nanmedian(np.abs(np.concatenate(changes)))), grain)
     return sizes
 
@@ -74,9 +73,10 @@ def regime_tables(
         falls = -_numbers([row['chosen'] for row in of['single']])
         tables['single'] = fall_table(values, units['single'], falls, seed=seed)
     if batches := of['batch']:
-        def rhos(outcome: list[float]) -> pd.Series: return fall_table(values, units['batch'], outcome, 1).rho
-        more = {f'rho_{name}': rhos([-_judged(row, [name]) for row in batches]) for name in sets}
-        falls = [-_judged(row, judged) for row in batches]
+        def rhos(outcome: list[float]) -> np.ndarray: return unit_rhos(values, units['batch'], outcome).to_numpy()
+        def fall(row: dict, names: Sequence[str]) -> float: return -float(_changes(row, names).mean())
+        more = {f'rho_{name}': rhos([fall(row, [name]) for row in batches]) for name in sets}
+        falls = [fall(row, judged) for row in batches]
         tables['batch'] = fall_table(values, units['batch'], falls, seed=seed).assign(
             **more, margin_rho=rhos([_margin(row) for row in batches]))
     if of['run']: tables['run'] = arm_table([_arm(row, judged) for row in of['run']])
@@ -161,14 +161,13 @@ def write_validation(
     folder: Path, # of the run
 ) -> None:
     "Write sentence, tables and picture, all or none. Raises `ChesError`."
-    picture = io.BytesIO()
-    validation_figure(validated.tables).savefig(picture, format='png')
     kept = ('model', 'data', 'data_hash', 'weights_hash', 'dtype', 'max_length', 'plan', 'training', 'lora', 'held',
             'judged', 'what', 'versions', 'hardware', 'seconds', 'remarks')
     about = {name: validated.manifest.get(name) for name in kept}
     tables = {regime: table.replace({np.nan: None}).to_dict('records') for regime, table in validated.tables.items()}
     content = dict(verdict=validated.verdict, about=about, tables=tables)
-    files = {folder/'validation.json': json_bytes(plain(content)), folder/'validation.png': picture.getvalue(),
+    files = {folder/'validation.json': json_bytes(plain(content)),
+             folder/'validation.png': png_bytes(validation_figure(validated.tables)),
              folder/'validation.md': validation_text(validated).encode()}
     files |= {folder/f'{regime}.csv': table.to_csv(index=False).encode() for regime, table in validated.tables.items()}
     write_files(files)

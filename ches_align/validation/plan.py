@@ -31,6 +31,7 @@ from .steps import StepBench, step_changes
 REGIMES = ('single', 'batch', 'run')
 Some = Annotated[int, Bounds(ge=1)]
 
+# %% ../../nbs/validation/836_plan.ipynb #5b788c3e
 @dataclass(kw_only=True)
 class ValidationPlan(Settings):
     "How scores are held against steps of training. Raises `ConfigError`."
@@ -64,6 +65,12 @@ class ValidationPlan(Settings):
     @property
     def trained(self) -> int: # pairs that take steps
         return self.pairs - self.drawn_out
+
+    def arm_size(self,
+        count: int, # pairs that are trained on
+    ) -> int:       # pairs of an arm
+        "Take a quarter where nothing is said, and a batch at least."
+        return self.arm_pairs or max(self.batch_size, count//4)
 
 # %% ../../nbs/validation/836_plan.ipynb #5e18933a
 class Split(NamedTuple):
@@ -160,7 +167,7 @@ def plan_arms(
 ) -> list[ArmPlan]:
     "Plan both ends of each score and the random draws. Raises `ChesError`."
     count = len(values)
-    size = plan.arm_pairs or max(plan.batch_size, count//4)
+    size = plan.arm_size(count)
     if 2*size > count:
         raise ChesError(f'--arm_pairs {size}: both ends of a score need {2*size} pairs, {count} are trained on; give '
                         'more --pairs')
@@ -213,7 +220,7 @@ def estimate(
     seconds = dict(
         single=len(train)*(speed.step + 4*speed.token*pair),
         batch=plan.batches*(speed.step + speed.token*(3*pair*plan.batch_size + held)))
-    size = plan.arm_pairs or max(plan.batch_size, len(train)//4)
+    size = plan.arm_size(len(train))
     steps = plan.arm_epochs*math.ceil(size/plan.batch_size)
     trained = plan.arm_epochs*size*pair
     seconds['run'] = arms*(steps*speed.step + speed.token*(4*trained + held + size*pair))

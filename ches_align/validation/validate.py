@@ -30,7 +30,7 @@ from ..core.writing import plain, refuse_sources, refuse_unwritable
 from ..lm.models import ScoringModel, load_model
 from ..lm.structure import tuner_weights
 from ..training.train_plan import Training, training_loss
-from .bench import UNSEEN, Bench, measure_steps, open_bench, read_sources
+from .bench import PROTECTED, UNSEEN, Bench, measure_steps, open_bench, read_sources
 from .page import FILES, Validated, moved, regime_tables, write_validation
 from .plan import ValidationPlan, arm_names
 from .table import score_names, score_values, verdict
@@ -55,7 +55,7 @@ def _identity(lm: ScoringModel, bench: Bench, plan: ValidationPlan, training: Tr
     lora = scoring.lora and scoring.lora._asdict()
     def digest(pairs: Sequence[Any]) -> str: # 16 hex digits
         return hashlib.sha256(' '.join(f'{pair.row_id}:{pair.row_hash}' for pair in pairs).encode()).hexdigest()[:16]
-    protected = {name or 'protected': digest(part) for name, part in bench.named.items()}
+    protected = {name or PROTECTED: digest(part) for name, part in bench.named.items()}
     return plain(dict(
         **{name: lm.provenance[name] for name in _HASHES}, training=config_dict(training), plan=settings, lora=lora,
         data_hash=digest(bench.train), protect=protected, unseen=digest(bench.sets[UNSEEN]), **scored))
