@@ -35,7 +35,7 @@ def _start(rows: pd.DataFrame) -> tuple[Tensor, PairLogps]:
 def band_signs(
     scores: pd.DataFrame, # from `load_scores`
     loss: str | Callable[[PairLogps], PairLoss] = 'dpo', # a key of `LOSSES`, or a loss; at its start
-) -> pd.DataFrame:        # by row_id: chosen_rises, rejected_falls, reversed
+) -> pd.DataFrame:        # by row_id: chosen_rises, rejected_falls, reversed, depth
     "Decide for every scored pair what the output layer predicts under a loss. Raises `ChesError`."
     if isinstance(loss, str) and loss not in LOSSES:
         raise ChesError(f"unknown loss {loss!r}: one of {', '.join(LOSSES)}")

@@ -97,9 +97,13 @@ def refuse_without_room(
 class ResponseBatch(NamedTuple):
     "Responses that were read together, with gradient."
     which: list[tuple[int, int]] # of each: index of its pair, side (0 chosen, 1 rejected)
-    logps: Tensor  # ln pi of each, nats
+    tokens: list[Tensor] # ln pi of every token of each, nats
     states: Tensor # [tokens, dim] that predict the tokens of all, one response after another
     ids: Tensor    # [tokens] these tokens
+
+    @property
+    def logps(self) -> Tensor: # ln pi of each response, nats
+        return torch.stack([one.sum() for one in self.tokens])
 
 def response_batches(
     lm: ScoringModel,                # as loaded, or from `movable`
@@ -116,8 +120,7 @@ def response_batches(
         head = read_head(lm.model, (lm.head.scale, lm.head.softcap), detached=False)
         logits, _ = block_logits(head, states, slice(None))
         parts = token_logps(logits, ids)[0].split([len(response.ids) for *_, response in batch])
-        logps = torch.stack([part.sum() for part in parts])
-        yield ResponseBatch([(k, side) for k, side, _ in batch], logps, states, ids)
+        yield ResponseBatch([(k, side) for k, side, _ in batch], list(parts), states, ids)
 
 # %% ../../nbs/audit/375_influence.ipynb #de6bf275
 class Gradient(NamedTuple):

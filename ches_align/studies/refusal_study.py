@@ -144,6 +144,15 @@ def _pair_rows(study: RefusalStudy, lm: ScoringModel, prompts: Sequence[dict], s
     rows = generate_responses(lm, [p['prompt'] for p in prompts], drawn, folder/'responses', progress=progress)
     return [dict(id=prompts[row['prompt_index']]['id']) | row for row in rows]
 
+# %% ../../nbs/studies/790_refusal_study.ipynb #ac76c8cf
+def _shielded(study: RefusalStudy) -> list[dict] | None:
+    "Refusals of the teaching, of prompts that the study does not ask, for influence to protect. Raises `ChesError`"
+    if not study.protect: return None
+    rows = [row for row in read_rows(Path(study.output_dir).expanduser()/'start'/'rows.jsonl') if row['refuses']]
+    if len(rows) < study.protect:
+        raise ChesError(f'protect {study.protect}: {len(rows)} refusals were taught; raise teach.limit or teach.share')
+    return random.Random(study.limit_seed).sample(rows, study.protect)
+
 # %% ../../nbs/studies/790_refusal_study.ipynb #ce04526e
 @dataclass
 class Means:
@@ -177,7 +186,7 @@ def _open_refusal_bench(
     marked = [row | dict(part=parts.get(prompt_hash(row['prompt']), '')) for row in means.prompts]
     if not (train.encoded and test.encoded):
         raise ChesError(f'seed {seed}: no usable pair to train on, or none held out ({flagged})')
-    scores = score_dataset(train.pairs, lm, folder/'scores', longest, progress=progress)
+    scores = score_dataset(train.pairs, lm, folder/'scores', longest, protect=_shielded(study), progress=progress)
     scores = scores[scores.status == 'ok'].reset_index(drop=True)
     scores['kind'] = scores.row_id.map(train.kinds)
     return RefusalBench(lm, marked, train.encoded | test.encoded | gold.encoded, scores, flagged)
@@ -210,11 +219,12 @@ def _probes(rows: Sequence[int], count: int, seed: int) -> list[int]:
 # %% ../../nbs/studies/790_refusal_study.ipynb #1b73c2ff
 _PARTS = {'train': 't', 'test': 'h', '': '-'}
 _SCORED = ('row_id', 'ches', 'ln_ches', 'head_ches', 'chosen_tokens', 'rejected_tokens', 'chosen_logps',
-          'rejected_logps')
+          'rejected_logps', 'influence', 'head_influence') # the last two of studies that protect
 
 def _start_row(bench: RefusalBench, gold: int) -> dict:
     "Pairs and their scores, and what each prompt is for"
-    pairs = {name: [round(value, 5) for value in bench.scores[name].tolist()] for name in _SCORED}
+    pairs = {name: [round(value, 5) for value in bench.scores[name].tolist()]
+             for name in _SCORED if name in bench.scores}
     return dict(pairs=pairs | dict(kind=bench.scores.kind.tolist()), flagged=bench.flagged, gold=gold,
                 parts=''.join(_PARTS[row['part']] for row in bench.prompts), seconds=0)
 

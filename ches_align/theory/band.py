@@ -21,6 +21,7 @@ class Band(NamedTuple):
     chosen_rises: Bool[Tensor, "pairs"]
     rejected_falls: Bool[Tensor, "pairs"]
     reversed: Bool[Tensor, "pairs"] # a rate is below zero: the loss is past its wanted margin
+    depth: Float[Tensor, "pairs"] # the smaller of the two speeds the right way; above zero: inside
 
     @property
     def inside(self) -> Bool[Tensor, "pairs"]:
@@ -36,7 +37,8 @@ def band(
         raise ValueError(f'gram has shape {tuple(gram.shape)}, needs {(len(result.d_w), 3)}')
     plus, cross, minus = gram.unbind(-1)
     rates = logp_rates(result, torch.stack([plus, cross, cross, minus], -1).view(-1, 2, 2))
-    return Band(rates[:, 0] > 0, rates[:, 1] < 0, (result.d_w < 0) | (result.d_l < 0))
+    up, down = rates.unbind(1)
+    return Band(up > 0, down < 0, (result.d_w < 0) | (result.d_l < 0), torch.minimum(up, -down))
 
 # %% ../../nbs/theory/095_band.ipynb #5cbc6f48
 def band_shares(

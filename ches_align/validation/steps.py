@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..audit.influence import only_gradients_of, pair_logps, response_batches, trained_weights
+from ..audit.influence import (
+    ResponseBatch, only_gradients_of, pair_logps, response_batches, trained_weights)
 from ..core.errors import ChesError
 from ..lm.batches import out_of_memory
 from ..lm.encode import EncodedPair
@@ -29,12 +30,16 @@ class Known(NamedTuple):
     "Pairs, and their log-probabilities at the start."
     pairs: list[EncodedPair]
     before: Tensor # [pairs, 2]: ln pi(y+), ln pi(y-) in nats, fp64
+    weights: Tensor | None = None # [pairs] >= 0, of a batch's mean loss; None: all alike
+    tokens: list[Tensor] | None = None # weight of every token of each y-, 0: the loss does not see it; None: all 1
 
     def take(self,
         which: Sequence[int], # positions
     ) -> 'Known':
         "Some of the pairs, in the order asked for."
-        return Known([self.pairs[i] for i in which], self.before[list(which)])
+        weights = None if self.weights is None else self.weights[list(which)]
+        tokens = self.tokens and [self.tokens[i] for i in which]
+        return Known([self.pairs[i] for i in which], self.before[list(which)], weights, tokens)
 
 # %% ../../nbs/validation/832_steps.ipynb #8a614b1e
 _OPTIMIZERS: dict[str, Callable] = dict( # from weights and rate; no weight decay, as in a training run
@@ -58,9 +63,17 @@ class StepBench:
 
     def known(self,
         pairs: Sequence[EncodedPair], # all with status 'ok'
+        weights: Tensor | None = None, # as `Known` has them
+        tokens: list[Tensor] | None = None,
     ) -> Known:
-        "Read pairs at the weights as they are."
-        return Known(list(pairs), pair_logps(self.lm, pairs, **self.reading))
+        "Read pairs at the weights as they are. Raises `ChesError` for weights that are not those of the pairs."
+        if weights is not None and (weights.shape != (len(pairs),) or not (weights >= 0).all() or not weights.any()):
+            raise ChesError(f'{len(pairs)} pairs need as many weights, none below zero and not all zero')
+        lengths = [len(pair.rejected_ids) for pair in pairs]
+        if tokens is not None and [len(one) for one in tokens] != lengths:
+            raise ChesError('every token of a rejected response needs a weight')
+        known = Known(list(pairs), pair_logps(self.lm, pairs, **self.reading), weights, tokens)
+        return known if tokens is None else known._replace(before=_batch_logps(self, known))
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -99,15 +112,37 @@ def step_bench(
             for weight, grad in grads.items(): weight.grad = grad
 
 # %% ../../nbs/validation/832_steps.ipynb #87887732
+def _part_logps(part: ResponseBatch, batch: Known) -> Tensor:
+    "ln pi of the responses of a part, as the loss sees them"
+    if batch.tokens is None: return part.logps
+    return torch.stack([(one*batch.tokens[k].to(one)).sum() if side else one.sum()
+                        for (k, side), one in zip(part.which, part.tokens, strict=True)])
+
+def _into(logps: Tensor, part: ResponseBatch, values: Tensor) -> Tensor:
+    "Write what a part has into [pairs, 2]"
+    for (k, side), value in zip(part.which, values.tolist(), strict=True): logps[k, side] = value
+    return logps
+
+@torch.no_grad()
+@fixed_precision()
+def _batch_logps(bench: StepBench, batch: Known) -> Tensor:
+    "ln pi of both responses as the loss sees them, [pairs, 2]"
+    if batch.tokens is None: return pair_logps(bench.lm, batch.pairs, **bench.reading)
+    logps = torch.empty(len(batch.pairs), 2, dtype=torch.float64)
+    for part in response_batches(bench.lm, batch.pairs, **bench.reading): _into(logps, part, _part_logps(part, batch))
+    return logps
+
 def _slopes(bench: StepBench, batch: Known, now: Tensor) -> Tensor:
     "Slopes of the mean loss of a batch that stands at `now`, [pairs, 2] each"
     sums = now.clone().requires_grad_()
     chosen, rejected = sums.unbind(1)
     lengths = [torch.tensor([len(ids) for ids in side]) for side in (
         [pair.chosen_ids for pair in batch.pairs], [pair.rejected_ids for pair in batch.pairs])]
-    loss = training_loss(bench.training, PairLogps(chosen, rejected, *batch.before.unbind(1), *lengths)).loss.mean()
+    losses = training_loss(bench.training, PairLogps(chosen, rejected, *batch.before.unbind(1), *lengths)).loss
+    loss = losses.mean() if batch.weights is None else (losses*batch.weights).mean()
     return torch.autograd.grad(loss, sums)[0].float().to(bench.lm.device)
 
+# %% ../../nbs/validation/832_steps.ipynb #38457347
 @fixed_precision()
 @torch.enable_grad()
 def _take_step(bench: StepBench, batch: Known) -> bool:
@@ -115,13 +150,12 @@ def _take_step(bench: StepBench, batch: Known) -> bool:
     parts = response_batches(bench.lm, batch.pairs, **bench.reading)
     part = next(parts)
     if len(part.which) == 2*len(batch.pairs):  # all was read at once
-        now = torch.empty_like(batch.before)
-        for (k, side), logp in zip(part.which, part.logps.tolist(), strict=True): now[k, side] = logp
-    else: now = pair_logps(bench.lm, batch.pairs, **bench.reading) if bench.moved else batch.before
+        now = _into(torch.empty_like(batch.before), part, _part_logps(part, batch))
+    else: now = _batch_logps(bench, batch) if bench.moved else batch.before
     if not now.isfinite().all(): return False
     slopes = _slopes(bench, batch, now)
     while part is not None:
-        (part.logps*torch.stack([slopes[k, side] for k, side in part.which])).sum().backward()
+        (_part_logps(part, batch)*torch.stack([slopes[k, side] for k, side in part.which])).sum().backward()
         part = next(parts, None)
     if bench.training.max_grad_norm: torch.nn.utils.clip_grad_norm_(bench.weights, bench.training.max_grad_norm)
     bench.optimizer.step()
