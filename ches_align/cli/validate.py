@@ -64,6 +64,7 @@ class MeasureOptions:
     arm_epochs: int = 3          # passes of an arm over its pairs
     arm_scores: list[str] = field(default_factory=list) # with arms (default: influence head_ches ches length)
     random_arms: int = 6         # draws to compare with
+    matched_arms: bool = False   # beside each end, as many pairs of the same lengths
     own_score: list[str] = field(default_factory=list) # numeric columns of the data that take part as scores
     seed: int = 0                # of draws and orders
 

@@ -20,12 +20,14 @@ import numpy as np
 import pandas as pd
 
 from ..audit.influence import pair_logps
+from ..audit.selection import length_matched_control, select_pairs
 from ..audit.shared_prompts import prompt_key
 from ..core.errors import ChesError
 from ..core.options import one_of
 from ..core.fields import Bounds, ConfigError, Distinct, Settings
 from ..lm.encode import EncodedPair
 from .steps import StepBench, step_changes
+from .table import PLAIN
 
 # %% ../../nbs/validation/836_plan.ipynb #b97d4a21
 REGIMES = ('single', 'batch', 'run')
@@ -44,6 +46,7 @@ class ValidationPlan(Settings):
     arm_epochs: Some = 3                        # passes of an arm over its pairs
     arm_scores: tuple[str, ...] | None = None   # scores that get arms; None: every influence, head_ches, ches, length
     random_arms: Annotated[int, Bounds(ge=2)] = 6 # draws to compare with
+    matched_arms: bool = False                  # beside each end of a score, as many pairs of the same lengths
     seed: Annotated[int, Bounds(ge=0)] = 0      # of draws and orders
 
     def check(self):
@@ -51,20 +54,19 @@ class ValidationPlan(Settings):
         if unknown: raise ConfigError(f"{', '.join(unknown)}: must be of {', '.join(REGIMES)}", key='regime')
         if isinstance(self.held_out, str) and not self.held_out.strip():
             raise ConfigError('must be a number of pairs or a file', key='held_out')
-        if self.arm_scores is not None and 'run' not in self.regime:
-            raise ConfigError('without effect, it goes with the regime run; leave it out', key='arm_scores')
+        for name in ('arm_scores', 'matched_arms'):
+            if 'run' in self.regime or getattr(self, name) in (None, False): continue
+            raise ConfigError('without effect, it goes with the regime run; leave it out', key=name)
         if self.trained < 2*self.batch_size:
             needed = self.drawn_out + 2*self.batch_size
             raise ConfigError(f'must be at least {needed}: {self.drawn_out} held out and two batches of '
                               f'{self.batch_size}', key='pairs')
 
     @property
-    def drawn_out(self) -> int: # pairs of the data that are held out
-        return self.held_out if isinstance(self.held_out, int) else 0
+    def drawn_out(self) -> int: return self.held_out if isinstance(self.held_out, int) else 0 # pairs of the data
 
     @property
-    def trained(self) -> int: # pairs that take steps
-        return self.pairs - self.drawn_out
+    def trained(self) -> int: return self.pairs - self.drawn_out # pairs that take steps
 
     def arm_size(self,
         count: int, # pairs that are trained on
@@ -132,7 +134,7 @@ def draw_batches(
 class ArmPlan(NamedTuple):
     "Pairs to train on from the start."
     score: str       # or random
-    end: str         # lowest or highest; of random, the number of the draw
+    end: str         # lowest, highest, lowest_matched, highest_matched; of random, the number of the draw
     pairs: list[int] # positions among the trained ones
 
     @property
@@ -161,6 +163,21 @@ def arm_names(
     for name in plan.arm_scores: one_of('arm_scores', name, [name for name in names if name != 'band'])
     return list(dict.fromkeys(plan.arm_scores))
 
+# %% ../../nbs/validation/836_plan.ipynb #9d2eff50
+_CELL = 4 # pairs of like lengths, at least, among which the control of an arm is drawn
+
+def _matched(plan: ValidationPlan, values: pd.DataFrame, arm: ArmPlan) -> ArmPlan:
+    "As many pairs of the same lengths, whatever their score. Raises `ChesError` where they would be the same pairs"
+    table = values.reset_index(drop=True).assign(row_id=range(len(values)), status='ok')
+    taken = select_pairs(table, arm.score, count=len(arm.pairs)).assign(selected=table.index.isin(arm.pairs))
+    drawn = length_matched_control(taken, plan.seed, _CELL)
+    pairs = drawn.row_id[drawn.selected].tolist()
+    same = len({*pairs} & {*arm.pairs})
+    if same > .75*len(pairs):
+        raise ChesError(f'--matched_arms: of {len(values)} pairs those as long as the {arm.end} of {arm.score} are '
+                        f'nearly the same ({same} of {len(pairs)}); give more --pairs, or leave it out')
+    return ArmPlan(arm.score, f'{arm.end}_matched', pairs)
+
 def plan_arms(
     plan: ValidationPlan,
     values: pd.DataFrame, # from `score_values`, of the pairs that are trained on, in their order
@@ -176,6 +193,7 @@ def plan_arms(
     for name in dict.fromkeys(names):
         order = np.argsort(values[name].to_numpy(), kind='stable').tolist()
         arms += [ArmPlan(name, 'lowest', sorted(order[:size])), ArmPlan(name, 'highest', sorted(order[-size:]))]
+    if plan.matched_arms: arms += [_matched(plan, values, arm) for arm in arms if arm.score not in PLAIN]
     for draw in range(plan.random_arms):
         drawn = random.Random(f'{plan.seed} {draw}').sample(range(count), size)
         arms.append(ArmPlan('random', str(draw), sorted(drawn)))

@@ -41,10 +41,19 @@ class Known(NamedTuple):
         tokens = self.tokens and [self.tokens[i] for i in which]
         return Known([self.pairs[i] for i in which], self.before[list(which)], weights, tokens)
 
-# %% ../../nbs/validation/832_steps.ipynb #8a614b1e
+# %% ../../nbs/validation/832_steps.ipynb #31e49eb8
 _OPTIMIZERS: dict[str, Callable] = dict( # from weights and rate; no weight decay, as in a training run
     rmsprop=rmsprop, adamw_torch=partial(torch.optim.AdamW, weight_decay=0., fused=True), sgd=torch.optim.SGD)
 
+def _check_weights(pairs: Sequence[EncodedPair], weights: Tensor | None, tokens: list[Tensor] | None) -> None:
+    "Refuse weights that are not those of the pairs. Raises `ChesError`"
+    fine = weights is None or weights.shape == (len(pairs),) and bool((weights >= 0).all() and weights.any())
+    if not fine: raise ChesError(f'{len(pairs)} pairs need as many weights, none below zero and not all zero')
+    lengths = [len(pair.rejected_ids) for pair in pairs]
+    if tokens is not None and [len(one) for one in tokens] != lengths:
+        raise ChesError('every token of a rejected response needs a weight')
+
+# %% ../../nbs/validation/832_steps.ipynb #8a614b1e
 class StepBench:
     "A model whose weights take steps of a training and come back; made by `step_bench`."
     def __init__(self,
@@ -67,11 +76,7 @@ class StepBench:
         tokens: list[Tensor] | None = None,
     ) -> Known:
         "Read pairs at the weights as they are. Raises `ChesError` for weights that are not those of the pairs."
-        if weights is not None and (weights.shape != (len(pairs),) or not (weights >= 0).all() or not weights.any()):
-            raise ChesError(f'{len(pairs)} pairs need as many weights, none below zero and not all zero')
-        lengths = [len(pair.rejected_ids) for pair in pairs]
-        if tokens is not None and [len(one) for one in tokens] != lengths:
-            raise ChesError('every token of a rejected response needs a weight')
+        _check_weights(pairs, weights, tokens)
         known = Known(list(pairs), pair_logps(self.lm, pairs, **self.reading), weights, tokens)
         return known if tokens is None else known._replace(before=_batch_logps(self, known))
 
@@ -81,6 +86,12 @@ class StepBench:
         for weight, before in zip(self.weights, self.kept, strict=True): weight.copy_(before)
         forget(self.optimizer)
         self.moved = False
+
+    @torch.no_grad()
+    def stay(self) -> None:
+        "Take the weights as they are for the start; the optimiser is emptied."
+        for kept, weight in zip(self.kept, self.weights, strict=True): kept.copy_(weight)
+        self.reset()
 
 # %% ../../nbs/validation/832_steps.ipynb #c10389ed
 @contextmanager

@@ -146,11 +146,11 @@ def fall_table(
             overlap=_top_overlap(score, outcome, size), chance=size/len(units)))
     return pd.DataFrame(rows).assign(units=len(units), fell=int((outcome > 0).sum()))
 
-# %% ../../nbs/validation/834_table.ipynb #a4a33a4b
+# %% ../../nbs/validation/834_table.ipynb #f48446ef
 class ArmFall(NamedTuple):
     "What an arm did to what is measured."
     score: str   # or random
-    end: str     # lowest or highest; of random, the number of the draw
+    end: str     # lowest or highest, or with _matched as many pairs as long; of random, the number of the draw
     fall: float  # minus the mean change of ln pi(y+), nats
     share: float # of responses that fell
     margin: float # mean change of the margin of unseen pairs, nats
@@ -166,16 +166,16 @@ def random_limit(
     quantile = t.ppf(1 - .05/(2*scores), count - 1)
     return float(np.mean(falls) - quantile*np.std(falls, ddof=1)*math.sqrt(1 + 1/count))
 
+# %% ../../nbs/validation/834_table.ipynb #a4a33a4b
 def arm_table(
     arms: Sequence[ArmFall],
-) -> pd.DataFrame: # a row a score: lowest highest, their share margin own, limit
+) -> pd.DataFrame: # a row a score: fall share margin own of both ends, fall of pairs as long where measured, limit
     "Put both ends of each score beside each other and the random arms. Raises `ChesError` without a random arm."
     random = [arm for arm in arms if arm.score == 'random' and math.isfinite(arm.fall)]
     if len(random) < 2:
         raise ChesError(f'{len(random)} random arms left the weights finite: nothing to compare with; lower the rate')
     ends = {(arm.score, arm.end): arm for arm in arms if arm.score != 'random'}
     names = list(dict.fromkeys(score for score, _ in ends))
-    limit = random_limit([arm.fall for arm in random], max(1, len(names)))
     rows = []
     for name in names:
         row: dict[str, Any] = dict(score=name)
@@ -183,10 +183,12 @@ def arm_table(
             arm = ends.get((name, end))
             for column in ('fall', 'share', 'margin', 'own'):
                 row[f'{column}_{end}'] = math.nan if arm is None else getattr(arm, column)
+            if matched := ends.get((name, f'{end}_matched')): row[f'fall_{end}_matched'] = matched.fall
         rows.append(row)
     means = {f'random_{column}': float(np.mean([getattr(arm, column) for arm in random]))
              for column in ('fall', 'share', 'margin', 'own')}
-    return pd.DataFrame(rows).assign(**means, random_arms=len(random), limit=limit)
+    return pd.DataFrame(rows).assign(**means, random_arms=len(random),
+                                       limit=random_limit([arm.fall for arm in random], max(1, len(names))))
 
 # %% ../../nbs/validation/834_table.ipynb #9a5514f3
 def _number(value: float) -> str: return f'{value:.2f}'
