@@ -104,7 +104,7 @@ def load_start(plan: dict[str, Any], place: Place, source: Any, start: str, *, w
     pairs = read_block(plan, place.data, source, lm, place.pool)
     fit_start(plan, lm, pairs[:plan['trained']], start, wanted, folder/f'{place.model}-{place.data}-{place.pool}')
     lm.model.eval()
-    return lm, pairs
+    return wrap_model(lm.model, lm.tokenizer, f'{lm.name}, {start}'), pairs  # known by the weights it has now
 
 def hash_of(source: Any) -> str:
     "Of a file, or of the embedded data"
