@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_model as load_weights, save_model as save_weights
 
-from ches_align.audit.shared_prompts import prompt_key
+from ches_align.audit.shared_prompts import choose_sharing, prompt_key, sizes_of
 from ches_align.core.errors import ChesError
 from ches_align.core.run import differences
 from ches_align.core.writing import json_bytes, write_files
@@ -60,8 +60,10 @@ def fit_start(plan: dict[str, Any], lm: ScoringModel, pairs: list[EncodedPair], 
         folder.mkdir(parents=True, exist_ok=True)
         fitted = sorted({name for name in wanted if passes[name]}, key=passes.__getitem__)
         size = plan['fit']['per_device_train_batch_size']
-        with step_bench(lm, Training(**plan['fit']), batch_tokens=TOKENS) as bench:
-            known = bench.known(pairs)
+        brief = [dataclasses.replace(pair, rejected_ids=pair.rejected_ids[:1]) for pair in pairs]  # SFT reads no y-
+        shared, _ = choose_sharing(lm, sizes_of(brief), 'auto', None)
+        with step_bench(lm, Training(**plan['fit']), shared, TOKENS) as bench:
+            known = bench.known(brief)
             batches = batches_of(known, passes[fitted[-1]]*len(pairs)//size, size)
             done = 0
             for name in fitted:
