@@ -94,6 +94,8 @@ def _ends(ax: Any, table: pd.DataFrame) -> None:
     heights = np.arange(len(table))[::-1]
     for end, color in (('lowest', 'blue'), ('highest', 'red')):
         ax.plot(-table[f'fall_{end}'], heights, 'o', color=COLORS[color], label=f'{end} values')
+        if f'fall_{end}_matched' in table:
+            ax.plot(-table[f'fall_{end}_matched'], heights, 'o', mfc='none', color=COLORS[color], label='as long')
     ax.axvline(-table.random_fall.iloc[0], color=COLORS['grey'], ls='--', label='random')
     if np.isfinite(table.limit.iloc[0]):
         ax.axvline(-table.limit.iloc[0], color=COLORS['green'], lw=1, label='above this: no luck')
@@ -130,8 +132,9 @@ likewise. *partial*: both lengths held constant; *partial_low*: its lower end, f
 chance that what fell has the higher score, empty where all or nothing fell.
 *overlap*: of the quarter that fell most, the share in the quarter with the highest scores; *chance*
 beside it. *rho_NAME*: with the fall of that set alone; *margin_rho*: with the margin that unseen pairs gained. Of arms:
-*fall_lowest*, *fall_highest*: of the pairs at either end of the score, nats; *limit*: a random arm falls less than this
-one time in forty, for all scores together, if random arms scatter normally.
+*fall_lowest*, *fall_highest*: of the pairs at either end of the score, nats, and, with *_matched*, of as many pairs of
+the same lengths; *limit*: a random arm falls less than this one time in forty, for all scores together, if random arms
+scatter normally.
 """
 
 def validation_text(
