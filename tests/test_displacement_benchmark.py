@@ -14,7 +14,7 @@ PLACE = ROOT/'benchmarks'/'displacement'
 sys.path.insert(0, str(PLACE))
 
 def script(name, *args):
-    "Exit code, and what it said"
+    "Exit code, and what it printed"
     done = subprocess.run([sys.executable, str(PLACE/f'{name}.py'), *map(str, args)], capture_output=True, text=True,
                           env=ENV, timeout=600)
     return done.returncode, (done.stdout + done.stderr).strip()
@@ -22,20 +22,20 @@ def script(name, *args):
 def rows_of(folder): return [json.loads(line) for line in (folder/'runs.jsonl').read_text().splitlines()]
 
 def test_map_runs_continues_and_is_of_one_plan(tmp_path):
-    code, said = script('map', tmp_path/'a', '--tiny', '--cell', 'default')
-    assert code == 0, said
+    code, printed = script('map', tmp_path/'a', '--tiny', '--cell', 'default')
+    assert code == 0, printed
     first = rows_of(tmp_path/'a')
     assert [row['start'] for row in first] == ['base', 'fit1', 'fit2', 'fit3']
     assert all([reading['steps'] for reading in row['readings']] == [2, 4] for row in first)
     assert first[0]['before'] != first[1]['before'] != first[2]['before']  # fitted further and further
-    code, said = script('map', tmp_path/'a', '--tiny', '--cell', 'default', 'lora', 'on_policy')
-    assert code == 0, said
+    code, printed = script('map', tmp_path/'a', '--tiny', '--cell', 'default', 'lora', 'on_policy')
+    assert code == 0, printed
     again = rows_of(tmp_path/'a')
     assert again[:4] == first and {row['cell'] for row in again} == {'default', 'lora', 'on_policy'}
     own = next(row for row in again if row['cell'] == 'on_policy')
     assert own['rows'] == first[0]['rows'] and own['before'] != first[0]['before']
-    code, said = script('map', tmp_path/'b')
-    assert code == 1 and said.endswith('map: --data: alpacafarm=PATH is missing')
+    code, printed = script('map', tmp_path/'b')
+    assert code == 1 and printed.endswith('map: --data: alpacafarm=PATH is missing')
 
 def test_records_of_two_plans_are_refused(tmp_path):
     from ches_align.core.errors import ChesError
@@ -61,8 +61,8 @@ def test_masks_take_the_tokens_that_pull_most():
 @pytest.mark.full
 @pytest.mark.parametrize('name, count', [('map', 30), ('mitigate', 15)])
 def test_every_arm_runs(name, count, tmp_path):
-    code, said = script(name, tmp_path, '--tiny')
-    assert code == 0, said
+    code, printed = script(name, tmp_path, '--tiny')
+    assert code == 0, printed
     rows = rows_of(tmp_path)
     assert len({row['key'] for row in rows}) == count
     for row in rows:
@@ -72,8 +72,8 @@ def test_every_arm_runs(name, count, tmp_path):
 @pytest.mark.full
 def test_table_and_its_case(tmp_path):
     for _ in range(2):  # the second goes on where nothing is missing
-        code, said = script('table', tmp_path, '--tiny')
-        assert code == 0 and 'fitted 0 ' in said, said
+        code, printed = script('table', tmp_path, '--tiny')
+        assert code == 0 and 'fitted 0 ' in printed, printed
     from predict import judge, load_case, make_case
     case = make_case(tmp_path/'fitted-0'/'validation', 'hh_harmless-tiny')
     (tmp_path/'case.json').write_text(json.dumps(case))
@@ -85,8 +85,8 @@ def test_persona_on_many_prompts(tmp_path):
     rows = [dict(question=f'Is {k} more than {k - 1}?', answer_matching_behavior=' Yes' if k % 2 else ' No')
             for k in range(60)]
     (tmp_path/'persona.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    code, said = script('persona', tmp_path/'out', '--tiny', '--data', f"persona={tmp_path/'persona.jsonl'}")
-    assert code == 0, said
+    code, printed = script('persona', tmp_path/'out', '--tiny', '--data', f"persona={tmp_path/'persona.jsonl'}")
+    assert code == 0, printed
     rows = rows_of(tmp_path/'out')
     assert [(row['start'], row['chosen']) for row in rows] == [
         ('base', 'No'), ('fitted', 'No'), ('base', 'Yes'), ('fitted', 'Yes')]
