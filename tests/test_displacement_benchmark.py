@@ -19,7 +19,9 @@ def script(name, *args):
                           env=ENV, timeout=600)
     return done.returncode, (done.stdout + done.stderr).strip()
 
-def rows_of(folder): return [json.loads(line) for line in (folder/'runs.jsonl').read_text().splitlines()]
+def rows_of(folder):
+    rows = [json.loads(line) for line in (folder/'runs.jsonl').read_text().splitlines()]
+    return [row for row in rows if not row['key'].startswith('start|')]
 
 def test_map_runs_continues_and_is_of_one_plan(tmp_path):
     code, printed = script('map', tmp_path/'a', '--tiny', '--cell', 'default')
@@ -34,20 +36,45 @@ def test_map_runs_continues_and_is_of_one_plan(tmp_path):
     assert again[:4] == first and {row['cell'] for row in again} == {'default', 'lora', 'on_policy'}
     own = next(row for row in again if row['cell'] == 'on_policy')
     assert own['rows'] == first[0]['rows'] and own['before'] != first[0]['before']
-    code, printed = script('map', tmp_path/'b')
-    assert code == 1 and printed.endswith('map: --data: alpacafarm=PATH is missing')
+    assert own['readings'][0].keys() == {'steps', 'trained', 'unseen', 'unseen_of_data'}
+
+@pytest.mark.parametrize('options, words', [
+    ([], 'map: --data: alpacafarm=PATH is missing'), (['--tiny', '--cell', 'typo'], '--cell typo: one of default'),
+    (['--tiny', '--pool', '7'], '--pool 7: one of 0'), (['--data', 'hh'], '--data hh: write NAME=PATH')])
+def test_map_refuses(options, words, tmp_path):
+    code, printed = script('map', tmp_path, *options)
+    assert code == 1 and words in printed and 'Traceback' not in printed
+
+def test_starts_are_known_by_what_made_them(tmp_path):
+    from ches_align.core.errors import ChesError
+    from pools import fit_start, read_block, read_plan, tiny_start
+    plan = read_plan(PLACE/'map'/'plan.yaml', True)
+    lm = tiny_start()
+    pairs = read_block(plan, 'hh', 'sample', lm, 0)[:plan['trained']]
+    fit_start(plan, lm, pairs, 'fit1', [], tmp_path)
+    fitted = lm.model.get_output_embeddings().weight.detach().clone()
+    (tmp_path/'fit2.safetensors').write_bytes(b'cut off')  # weights without a stamp: made again
+    fit_start(plan, tiny_start(), pairs, 'fit2', [], tmp_path)
+    again = tiny_start()
+    fit_start(plan, again, pairs, 'fit1', [], tmp_path)
+    assert torch.equal(again.model.get_output_embeddings().weight, fitted)
+    for other in (plan | dict(fit=plan['fit'] | dict(learning_rate=1e-2)), plan | dict(passes=dict(fit1=9))):
+        with pytest.raises(ChesError, match='fit1.safetensors: another start'):
+            fit_start(other, again, pairs, 'fit1', [], tmp_path)
+    with pytest.raises(ChesError, match='another start'):
+        fit_start(plan, again, pairs[::-1], 'fit1', [], tmp_path)
 
 def test_records_of_two_plans_are_refused(tmp_path):
     from ches_align.core.errors import ChesError
     from ches_align.core.run import open_run
     from pools import write_record
     for name, steps in dict(a=4, b=5).items():
-        with open_run(tmp_path/name, dict(plan=dict(steps=steps), data={}, tiny=True)) as run:
+        with open_run(tmp_path/name, dict(plan=dict(steps=steps), data={}, tiny=False)) as run:
             run.add(dict(key=name, seconds=1.5))
-    write_record([tmp_path/'a', tmp_path/'a'], tmp_path/'one.json')
+    write_record([tmp_path/'a', tmp_path/'a'], tmp_path/'one.json', dict(steps=4))
     assert [row['key'] for row in json.loads((tmp_path/'one.json').read_text())['runs']] == ['a']
-    with pytest.raises(ChesError, match='b: of another plan than .*steps was 4, is 5'):
-        write_record([tmp_path/'a', tmp_path/'b'], tmp_path/'two.json')
+    with pytest.raises(ChesError, match='b: not of this plan .*plan.steps was 5, is 4'):
+        write_record([tmp_path/'a', tmp_path/'b'], tmp_path/'two.json', dict(steps=4))
     assert not (tmp_path/'two.json').exists()
 
 def test_masks_take_the_tokens_that_pull_most():
@@ -59,7 +86,7 @@ def test_masks_take_the_tokens_that_pull_most():
     assert sum((one == 0).sum() for one in drawn) == 2
 
 @pytest.mark.full
-@pytest.mark.parametrize('name, count', [('map', 30), ('mitigate', 15)])
+@pytest.mark.parametrize('name, count', [('map', 30), ('mitigate', 18)])
 def test_every_arm_runs(name, count, tmp_path):
     code, printed = script(name, tmp_path, '--tiny')
     assert code == 0, printed
@@ -91,4 +118,4 @@ def test_persona_on_many_prompts(tmp_path):
     assert [(row['start'], row['chosen']) for row in rows] == [
         ('base', 'No'), ('fitted', 'No'), ('base', 'Yes'), ('fitted', 'Yes')]
     fitted = rows[1]['readings'][0]['trained']
-    assert sum(row[0] for row in fitted)/len(fitted) > 2*rows[0]['readings'][0]['trained'][0][0]
+    assert sum(row[0] for row in fitted)/len(fitted) > rows[0]['readings'][0]['trained'][0][0] + .7  # twice as likely

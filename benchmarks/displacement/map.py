@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pools import (
-    READ, TOKENS, Place, batches_of, hash_of, load_start, read_on_the_way, read_plan, read_sources, write_record)
+    READ, TOKENS, Place, batches_of, chosen, hash_of, load_start, read_on_the_way, read_plan, read_sources,
+    write_record)
 
-from ches_align.audit.influence import Lora, fresh_adapter
+from ches_align.audit.influence import Lora, fresh_adapter, pair_logps
 from ches_align.audit.shared_prompts import choose_sharing, sizes_of
 from ches_align.core.errors import ChesError
 from ches_align.core.run import open_run
@@ -74,20 +75,22 @@ def own_pairs(plan: dict[str, Any], lm: ScoringModel, pairs: Sequence[EncodedPai
         order = np.argsort(near, kind='stable').tolist()
         best = rows[order[-1]]['ids']
         worst = rows[order[0]]['ids']
-        if best == worst: raise ChesError(f'prompt {k}: all responses are the same')
+        if best == worst: raise ChesError(f'prompt {k}: all responses are the same; raise on_policy.responses')
         own.append(dataclasses.replace(pair, chosen_ids=best, rejected_ids=worst, chosen_truncated=False,
                                        rejected_truncated=False))
     return own
 
-def run_cell(cell: Cell, lm: ScoringModel, plan: dict[str, Any], pairs: list[EncodedPair]) -> dict[str, Any]:
-    "Ten steps, read on the way; the weights come back"
+def run_cell(cell: Cell, lm: ScoringModel, plan: dict[str, Any], given: list[EncodedPair]) -> dict[str, Any]:
+    "Ten steps, read on the way; the weights come back. Of the model's own pairs the data's unseen ones are read too"
     begun = time.perf_counter()
+    pairs = own_pairs(plan, lm, given) if cell.on_policy else given
     with ExitStack() as stack:
         moving = stack.enter_context(fresh_adapter(lm, Lora(r=cell.lora_r))) if cell.lora_r else lm
         shared, _ = choose_sharing(moving, sizes_of(pairs), 'auto', None)
         bench = stack.enter_context(step_bench(moving, cell.training, shared, TOKENS))
         known = bench.known(pairs)
         measured = dict(trained=known.take(range(READ)), unseen=known.take(range(plan['trained'], len(pairs))))
+        if cell.on_policy: measured['unseen_of_data'] = bench.known(given[plan['trained']:])
         batches = batches_of(known.take(range(plan['trained'])), plan['steps'], cell.training.pairs_a_step)
         readings = read_on_the_way(bench, batches, plan['read'], measured)
     tokens = [[len(getattr(pair, side)) for pair in pairs] for side in ('chosen_ids', 'rejected_ids')]
@@ -104,8 +107,22 @@ def run_start(plan: dict[str, Any], cells: Sequence[Cell], wanted: Sequence[str]
     place = Place(first.model, first.data, first.pool)
     lm, pairs = load_start(plan, place, sources[first.data], first.start, wanted=wanted, folder=folder, tiny=tiny)
     for cell in cells:
-        if cell.key not in missing: continue
-        yield run_cell(cell, lm, plan, own_pairs(plan, lm, pairs) if cell.on_policy else pairs)
+        if cell.key in missing: yield run_cell(cell, lm, plan, pairs)
+    if key_of_start(first) in missing: yield read_start(first, lm, plan, pairs)
+
+def key_of_start(cell: Cell) -> str: return f'start|{cell.model}|{cell.data}|{cell.start}|{cell.pool}'
+
+def read_start(cell: Cell, lm: ScoringModel, plan: dict[str, Any], pairs: list[EncodedPair]) -> dict[str, Any]:
+    "ln pi of both responses of every pair where the cells start, so that one sees what the fit did"
+    begun = time.perf_counter()
+    shared, _ = choose_sharing(lm, sizes_of(pairs), 'auto', None)
+    logps = pair_logps(lm, pairs, shared, TOKENS)
+    count = plan['trained']
+    return dict(key=key_of_start(cell), model=cell.model, data=cell.data, start=cell.start, pool=cell.pool,
+                weights_hash=lm.provenance['weights_hash'],
+                logps={name: [[round(value, 3) for value in side] for side in part.T.tolist()]
+                       for name, part in (('trained', logps[:count]), ('unseen', logps[count:]))},
+                seconds=round(time.perf_counter() - begun, 1))
 
 def groups_of(plan: dict[str, Any], cells: Sequence[Cell], sources: dict[str, Any], folder: Path,
               tiny: bool) -> list[Group]:
@@ -113,7 +130,7 @@ def groups_of(plan: dict[str, Any], cells: Sequence[Cell], sources: dict[str, An
     starts: dict[tuple, list[Cell]] = {}
     for cell in cells: starts.setdefault((cell.pool, cell.model, cell.data, cell.start), []).append(cell)
     def wanted(place: tuple) -> list[str]: return [other[-1] for other in starts if other[:-1] == place[:-1]]
-    return [Group([cell.key for cell in group],
+    return [Group([*(cell.key for cell in group), key_of_start(group[0])],
                   partial(run_start, plan, group, wanted(place), sources, folder, tiny))
             for place, group in starts.items()]
 
@@ -127,17 +144,18 @@ if __name__ == '__main__':
     ap.add_argument('--tiny', action='store_true', help='a tiny model and the sample, to try the script')
     args = ap.parse_args()
     try:
-        if args.record:
-            write_record(args.out, HERE/'runs.json')
-            sys.exit()
         plan = read_plan(HERE/'plan.yaml', args.tiny)
+        if args.record:
+            write_record(args.out, HERE/'runs.json', plan)
+            sys.exit()
         if args.tiny: plan['on_policy']['max_new_tokens'] = 8
         cells = plan_cells(plan)
-        names = {cell.data for cell in cells}
-        sources = read_sources(args.data, names, args.tiny)
-        identity = dict(plan=plan, data={name: hash_of(sources[name]) for name in sorted(names)}, tiny=args.tiny)
-        asked = [cell for cell in cells if (args.pool is None or cell.pool in args.pool)
-                 and (args.cell is None or cell.name in args.cell)]
+        sources = read_sources(args.data, {cell.data for cell in cells}, args.tiny)
+        hashes = {name: hash_of(sources[name]) for name in sorted({cell.data for cell in cells})}
+        identity = dict(plan=plan, data=hashes, tiny=args.tiny)
+        pools = chosen('pool', args.pool, plan['pools'])
+        names = chosen('cell', args.cell, list(plan['cells']))
+        asked = [cell for cell in cells if cell.pool in pools and cell.name in names]
         out = Path(args.out[0])
         with open_run(out, identity, what='map', packages=['rouge-score']) as run:
             run_groups(run, groups_of(plan, asked, sources, out/'starts', args.tiny), unit='run')

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pools import (
-    READ, TOKENS, Place, batches_of, hash_of, load_start, read_block, read_on_the_way, read_plan, read_sources,
-    write_record)
+    READ, TOKENS, Place, apart, batches_of, chosen, hash_of, load_start, read_block, read_on_the_way, read_plan,
+    read_sources, write_record)
 import yaml
 
 from ches_align.audit.band import band_summary
@@ -27,7 +27,7 @@ from ches_align.audit.influence import (
     Pull, make_pull, movable, only_gradients_of, response_batches, trained_weights)
 from ches_align.audit.protected import read_protected
 from ches_align.audit.scoring import score_dataset
-from ches_align.audit.selection import random_control, select_pairs, soft_weights
+from ches_align.audit.selection import length_matched_control, random_control, select_pairs, soft_weights
 from ches_align.audit.shared_prompts import choose_sharing, sizes_of
 from ches_align.core.errors import ChesError
 from ches_align.core.run import open_run
@@ -71,21 +71,31 @@ def find_remedies(lm: ScoringModel, source: Any, trained: list[EncodedPair], pro
     scores = scores.set_index('row_id', drop=False).loc[[pair.row_id for pair in trained]].reset_index(drop=True)
     moving = movable(lm)
     pull = make_pull(moving, read_protected(shield, lm.tokenizer), trained[:8])
-    return Remedies(scores, pull, token_slopes(moving, pull, trained), band_summary(scores)['sft']['mean']['weight'])
+    summary = band_summary(scores)
+    if not summary: raise ChesError(f'{lm.name}: the output layer has no inner products, so no band')
+    return Remedies(scores, pull, token_slopes(moving, pull, trained), summary['sft']['sum']['weight'])
 
 def masked(arm: dict[str, Any], remedies: Remedies, seed: int) -> list[Tensor]:
     "A weight for every rejected token: 0 for the share that pulls most, or for as many drawn ones"
-    values = torch.cat(remedies.slopes)
-    draw = torch.Generator().manual_seed(seed)
-    if arm['mask'] == 'random': values = values[torch.randperm(len(values), generator=draw)]
-    limit = values.sort(descending=True).values[round(arm['share']*len(values)) - 1]
-    return list((values < limit).float().split([len(one) for one in remedies.slopes]))
+    slopes = torch.cat(remedies.slopes)
+    order = slopes.argsort(descending=True, stable=True)
+    if arm['mask'] == 'random': order = torch.randperm(len(slopes), generator=torch.Generator().manual_seed(seed))
+    weights = torch.ones(len(slopes))
+    weights[order[:round(arm['share']*len(slopes))]] = 0
+    return list(weights.split([len(one) for one in remedies.slopes]))
 
 def rows_kept(arm: dict[str, Any], remedies: Remedies, seed: int) -> list[int]:
     "Positions of the pairs that an arm trains on"
     taken = select_pairs(remedies.scores, arm['keep_by'], keep=arm['keep'])
-    if arm.get('control'): taken = random_control(taken, seed)
+    if arm.get('control') == 'length': taken = length_matched_control(taken, seed, 4)
+    elif 'control' in arm: taken = random_control(taken, 10*seed + arm['control'])
     return np.flatnonzero(taken.selected.to_numpy()).tolist()
+
+def weights_by(score: str, remedies: Remedies, seed: int) -> Tensor:
+    "Weights in [0, 2] that fall with the rank of a score, or of chance"
+    scores = remedies.scores
+    if score == 'random': scores = scores.assign(chance=np.random.default_rng(seed).permutation(len(scores)))
+    return torch.tensor(soft_weights(scores, 'chance' if score == 'random' else score).to_numpy(float))
 
 def run_arm(name: str, lm: ScoringModel, plan: dict[str, Any], pairs: list[EncodedPair], protected: list[EncodedPair],
             remedies: Remedies, pool: int) -> dict[str, Any]:
@@ -100,7 +110,7 @@ def run_arm(name: str, lm: ScoringModel, plan: dict[str, Any], pairs: list[Encod
     with step_bench(lm, training, shared, TOKENS) as bench:
         unseen = bench.known(pairs[count:])
         weights = None
-        if 'weigh_by' in arm: weights = torch.tensor(soft_weights(remedies.scores, arm['weigh_by']).to_numpy(float))
+        if 'weigh_by' in arm: weights = weights_by(arm['weigh_by'], remedies, pool)
         train = bench.known(pairs[:count], weights, masked(arm, remedies, pool) if 'mask' in arm else None)
         whole = train if 'mask' not in arm else bench.known(pairs[:count])
         measured = dict(trained=whole.take(range(READ)), unseen=unseen, protected=bench.known(protected))
@@ -108,7 +118,7 @@ def run_arm(name: str, lm: ScoringModel, plan: dict[str, Any], pairs: list[Encod
         batches = batches_of(train, plan['steps'], training.pairs_a_step)
         readings = read_on_the_way(bench, batches, plan['read'], measured)
     return dict(key=f'{name}|{pool}', arm=name, pool=pool, pairs=len(train.pairs), sft=training.sft, readings=readings,
-                seconds=round(time.perf_counter() - begun, 1))
+                start=lm.provenance['weights_hash'], seconds=round(time.perf_counter() - begun, 1))
 
 def run_pool(plan: dict[str, Any], pool: int, names: Sequence[str], source: Any, folder: Path, tiny: bool,
              missing: Sequence[str]) -> Iterator[dict]:
@@ -117,6 +127,7 @@ def run_pool(plan: dict[str, Any], pool: int, names: Sequence[str], source: Any,
     lm, pairs = load_start(plan, place, source, plan['start'], wanted=[plan['start']], folder=folder, tiny=tiny)
     other = read_block(plan, plan['data'], source, lm, (pool + 1) % max(2, len(plan['pools'])))
     protected = other[plan['trained']:]
+    apart(pairs, protected)
     remedies = find_remedies(lm, source, pairs[:plan['trained']], protected)
     for name in names:
         if f'{name}|{pool}' in missing: yield run_arm(name, lm, plan, pairs, protected, remedies, pool)
@@ -131,15 +142,15 @@ if __name__ == '__main__':
     ap.add_argument('--tiny', action='store_true', help='a tiny model and the sample, to try the script')
     args = ap.parse_args()
     try:
-        if args.record:
-            write_record(args.out, HERE/'runs.json')
-            sys.exit()
         plan = read_plan(HERE.parent/'map'/'plan.yaml', args.tiny)
         own = yaml.safe_load((HERE/'plan.yaml').read_text())
         plan = {key: plan[key] for key in own['as_the_map']} | own
+        if args.record:
+            write_record(args.out, HERE/'runs.json', plan)
+            sys.exit()
         source = read_sources(args.data, {plan['data']}, args.tiny)[plan['data']]
         identity = dict(plan=plan, data={plan['data']: hash_of(source)}, tiny=args.tiny)
-        pools = plan['pools'] if args.pool is None else args.pool
+        pools = chosen('pool', args.pool, plan['pools'])
         folder = args.starts or Path(args.out[0])/'starts'
         with open_run(args.out[0], identity, what='study of remedies') as run:
             run_groups(run, [Group([f'{name}|{pool}' for name in plan['arms']], partial(

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from pools import hash_of, read_sources, tiny_start, write_record
+from pools import chosen, hash_of, read_sources, tiny_start, write_record
 import yaml
 
 from ches_align.core.errors import ChesError
@@ -43,14 +44,15 @@ def words_of(lm: ScoringModel, pair: dict[str, str]) -> Words:
     return Words(chosen, rejected, sorted(kin.same - both), sorted(kin.opposite - both))
 
 def read_words(lm: ScoringModel, words: Words, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-    "p of y+ and y-, mass of other words of like meaning and of opposite meaning, a row a prompt"
+    "ln p of y+ and of y-, of other words of like meaning and of opposite meaning together, a row a prompt"
     rows = []
     for ids in prompts:
-        with torch.no_grad(): mass = next_logps(lm.model, ids).double().exp()
-        rows.append([round(value, 6) for value in (
-            mass[words.chosen].item(), mass[words.rejected].item(), mass[words.same].sum().item(),
-            mass[words.opposite].sum().item())])
+        with torch.no_grad(): logps = next_logps(lm.model, ids).double()
+        groups = [words.chosen], [words.rejected], words.same, words.opposite
+        rows.append([round(logps[group].logsumexp(0).item(), 5) for group in groups])
     return rows
+
+def mean_chosen(rows: list[list[float]]) -> float: return float(np.mean(np.exp([row[0] for row in rows]))) # p of y+
 
 def one_token(prompts: Sequence[Sequence[int]], words: Words) -> list[EncodedPair]:
     "The pair of words behind every prompt"
@@ -65,13 +67,13 @@ def fit(lm: ScoringModel, start: dict[str, Any], words: Words, prompts: list, wa
         pairs = one_token(prompts, words)
         known = Known(pairs, torch.zeros(len(pairs), 2, dtype=torch.float64))  # SFT has no reference
         for step in range(10*len(pairs)//size):
-            likely = [row[0] for row in read_words(lm, words, watched)]
-            if sum(likely)/len(likely) >= start['until']:
+            if mean_chosen(read_words(lm, words, watched)) >= start['until']:
                 bench.stay()
                 return step
             first = step*size % (len(pairs) - size + 1)
-            if not take_steps(bench, [known.take(range(first, first + size))]): break
-    raise ChesError(f"y+ did not reach a probability of {start['until']}")
+            if not take_steps(bench, [known.take(range(first, first + size))]):
+                raise ChesError('the fit destroyed the weights')
+    raise ChesError(f"{len(pairs)} prompts did not bring y+ to a probability of {start['until']}")
 
 def run_seed(lm: ScoringModel, plan: dict[str, Any], words: Words, trained: list, unseen: list) -> list[dict[str, Any]]:
     "Train on all prompts at once; readings on the way, the weights come back"
@@ -81,7 +83,8 @@ def run_seed(lm: ScoringModel, plan: dict[str, Any], words: Words, trained: list
     with step_bench(lm, Training(**plan['training'])) as bench:
         batch = bench.known(one_token(trained, words))
         for until in plan['read']:
-            if not take_steps(bench, [batch]*(until - readings[-1]['steps'])): break
+            if not take_steps(bench, [batch]*(until - readings[-1]['steps'])):
+                return [*readings, dict(steps=until, destroyed=True)]
             readings.append(reading(until))
     return readings
 
@@ -97,8 +100,9 @@ def run_cell(plan: dict[str, Any], model: str, pair: dict[str, str], start: str,
     asked = {seed: prompts[k*size:(k + 1)*size] for k, seed in enumerate(plan['seeds'])}
     rest = prompts[len(asked)*size:][:plan['fit_prompts']]
     began = time.perf_counter()
+    watched = [ids for part in asked.values() for ids in part[:plan['trained']]]
     fitted = plan['starts'][start]
-    steps = fit(lm, fitted, words, rest, asked[plan['seeds'][0]]) if fitted else 0
+    steps = fit(lm, fitted, words, rest, watched) if fitted else 0
     for seed in plan['seeds']:
         key = f"{model}|{pair['chosen']}>{pair['rejected']}|{start}|{seed}"
         if key not in missing: continue
@@ -123,16 +127,16 @@ if __name__ == '__main__':
     ap.add_argument('--tiny', action='store_true', help='a tiny model, to try the script')
     args = ap.parse_args()
     try:
-        if args.record:
-            write_record(args.out, HERE/'runs.json')
-            sys.exit()
         plan = yaml.safe_load((HERE/'plan.yaml').read_text())
+        if args.record:
+            write_record(args.out, HERE/'runs.json', plan)
+            sys.exit()
         source = read_sources(args.data, {'persona'}, False)['persona']
         if args.tiny:
             plan |= dict(models=['tiny'], seeds=[0], steps=2, read=[1, 2], trained=4, unseen=4, fit_prompts=16)
             plan['starts']['fitted'] = dict(until=.001, learning_rate=1e-3, per_device_train_batch_size=8)
         identity = dict(plan=plan, data=dict(persona=hash_of(source)), tiny=args.tiny)
         with open_run(args.out[0], identity, what='persona study') as run:
-            run_groups(run, groups_of(plan, args.model or plan['models'], source, args.tiny), unit='run')
+            run_groups(run, groups_of(plan, chosen('model', args.model, plan['models']), source, args.tiny), unit='run')
     except ChesError as error:
         sys.exit(f'persona: {error}')

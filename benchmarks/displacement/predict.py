@@ -12,6 +12,8 @@ the data that the case names.
 """
 import argparse, importlib.util, math, sys
 from collections.abc import Callable, Iterable
+from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +39,39 @@ def load_case(path: Path) -> dict[str, Any]:
 def make_case(folder: Path, name: str) -> dict[str, Any]:
     "Make a case of a finished validation. Raises `ChesError`"
     from ches_align.audit.scoring import score_table
-    from ches_align.theory.losses import LOSSES
+    from ches_align.training.train_plan import Training, training_loss
     from ches_align.validation.table import score_values
     about = read_object(folder/'validation.json')['about']
     scores = score_table([*read_jsonl(folder/'scores.jsonl')])
-    loss = about['training']['loss']
-    values = score_values(scores, LOSSES[loss])
+    values = score_values(scores, partial(training_loss, Training(**about['training'])))
     pairs = [dict(row_id=row.row_id, row_hash=row.row_hash) for row in scores[scores.status == 'ok'].itertuples()]
     return plain(dict(name=name, about=about | dict(data=name.partition('-')[0]), pairs=pairs,
                       scores={column: [float(f'{value:.7g}') for value in values[column]] for column in values},
                       rows=[*read_jsonl(folder/'runs.jsonl')]))
+
+def finite(number: Real) -> bool:
+    "Is it a number that a computer holds?"
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 def check_numbers(case: dict[str, Any], numbers: list[Any], where: str) -> np.ndarray:
     "A predictor's numbers for the pairs of a case. Raises `ChesError` for another count, and for what is no number"
     if len(numbers) != len(case['pairs']):
         raise ChesError(f"{where}: {len(numbers)} numbers for {len(case['pairs'])} pairs of {case['name']}")
     for pair, number in zip(case['pairs'], numbers, strict=True):
-        if isinstance(number, (bool, str)) or number is None or not math.isfinite(number): raise ChesError(
-            f"{where}: {number!r} for row {pair['row_id']} of {case['name']}; every pair needs a finite number")
+        if isinstance(number, (bool, np.bool_)) or not isinstance(number, Real) or not finite(number): raise ChesError(
+            f"{where}: {str(number)[:60]} for row {pair['row_id']} of {case['name']}; every pair needs a finite number")
     return np.array(numbers, float)
 
 def of_column(case: dict[str, Any], rows: Iterable[dict], column: str, where: str) -> np.ndarray:
     "The numbers of a file's column, found by the hashes of the pairs. Raises `ChesError`"
-    known = {row.get('row_hash'): row.get(column) for row in rows}
+    known: dict[Any, Any] = {}
+    for row in rows:
+        key = row.get('row_hash')
+        if known.setdefault(key, row.get(column)) != row.get(column):
+            raise ChesError(f'{where}: two numbers for row_hash {key}')
     return check_numbers(case, [known.get(pair['row_hash']) for pair in case['pairs']], where)
 
 def of_function(case: dict[str, Any], function: Callable[[Pair], float], source: Any, where: str) -> np.ndarray:
@@ -94,7 +106,7 @@ def read_function(text: str) -> Callable[[Pair], float]:
 def shown(table: pd.DataFrame) -> str:
     "A table for a terminal"
     names = ('score', 'rho', 'low', 'high', 'partial', 'auroc', 'overlap', 'chance', 'rho_protected', 'fall_lowest',
-             'fall_highest', 'random_fall', 'limit')
+             'fall_lowest_matched', 'fall_highest', 'fall_highest_matched', 'random_fall', 'limit')
     columns = [name for name in names if name in table]
     order = table.sort_values('rho', ascending=False) if 'rho' in table else table
     return order[columns].to_string(index=False, na_rep='-', float_format='{:.2f}'.format)

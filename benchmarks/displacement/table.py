@@ -11,7 +11,7 @@ import argparse, sys
 from pathlib import Path
 from typing import Any
 
-from pools import Place, load_start, read_block, read_plan, read_sources
+from pools import Place, apart, chosen, load_start, read_block, read_plan, read_sources
 import yaml
 from predict import CASES, make_case
 
@@ -19,6 +19,7 @@ from ches_align.core.errors import ChesError
 from ches_align.core.rows import read_rows
 from ches_align.core.writing import json_bytes, write_files, write_lines
 from ches_align.training.train_plan import Training
+from ches_align.validation.bench import UNSEEN
 from ches_align.validation.plan import ValidationPlan
 from ches_align.validation.validate import validate_scores
 
@@ -31,6 +32,7 @@ def run_place(plan: dict[str, Any], regime: str, pool: int, source: Any, out: Pa
     wanted = [each['start'] for each in plan['regimes'].values()]
     lm, pairs = load_start(plan, place, source, own['start'], wanted=wanted, folder=starts, tiny=tiny)
     other = read_block(plan, plan['data'], source, lm, (pool + 1) % max(2, len(plan['pools'])))
+    apart(pairs, other[plan['trained']:])
     rows = list(read_rows(source))
     def texts(part: list) -> list[dict]: return [rows[pair.row_id] for pair in part]
     folder = out/f'{regime}-{pool}'
@@ -56,14 +58,16 @@ if __name__ == '__main__':
         plan = read_plan(HERE.parent/'map'/'plan.yaml', args.tiny)
         own = yaml.safe_load((HERE/'plan.yaml').read_text())
         plan = {key: plan[key] for key in own['as_the_map']} | own
-        if args.tiny: plan['measuring'] |= dict(batches=4, arm_pairs=6, batch_size=4, matched_arms=False)
-        regimes = args.regime or list(plan['regimes'])
-        pools = plan['pools'] if args.pool is None else args.pool
+        if args.tiny: plan['measuring'] |= dict(batches=4, arm_pairs=6, batch_size=4)
+        regimes = chosen('regime', args.regime, list(plan['regimes']))
+        pools = chosen('pool', args.pool, plan['pools'])
         if args.record:
             for place in [f'{regime}-{pool}' for regime in regimes for pool in pools]:
                 folder = args.out/place/'validation'
                 if not (folder/'validation.json').exists(): continue
                 case = make_case(folder, f"{plan['case_data']}-{place}")
+                if 'tiny' in case['about']['model']: raise ChesError(f'{folder}: of --tiny, no case')
+                case['about']['judged'] = [UNSEEN]  # what no score has looked at; protected ones stand beside
                 write_files({CASES/f"{case['name']}.json": json_bytes(case)})
                 print(case['name'])
             sys.exit()

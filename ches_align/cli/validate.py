@@ -121,6 +121,7 @@ def _lora_of(training: Any, seed: int) -> Any:
 
 # %% ../../nbs/cli/885_validate.ipynb #a695f12e
 _SHOWN = ('score', 'rho', 'low', 'high', 'partial', 'auroc', 'overlap', 'chance')
+_ARMS = ('score', 'fall_lowest', 'fall_lowest_matched', 'fall_highest', 'fall_highest_matched', 'random_fall', 'limit')
 
 def _result_lines(result: Any, output_dir: str) -> list[str]:
     "Tables and the sentence"
@@ -134,6 +135,6 @@ def _result_lines(result: Any, output_dir: str) -> list[str]:
             shown = table.sort_values('rho', ascending=False)[list(_SHOWN)]
         else:
             lines += ['', f'{titles[regime]}, nats by which responses fell:']
-            shown = table[['score', 'fall_lowest', 'fall_highest', 'random_fall', 'limit']]
+            shown = table[[name for name in _ARMS if name in table]]
         lines.append(shown.round(2).to_string(index=False, na_rep='-'))
     return [*lines, '', result.verdict['sentence'], f'tables and picture: {output_dir}/validation.md']

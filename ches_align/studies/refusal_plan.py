@@ -19,6 +19,7 @@ import pandas as pd
 from ..core.errors import ChesError
 from ..core.fields import Bounds, ConfigError, Distinct, PartOf, Settings, merged, naming
 from ..audit.band import band_signs
+from ..audit.protected import influence_columns
 from ..audit.selection import (
     check_order, length_matched_control, optimiser_steps, random_control, select_pairs)
 from ..training.train_plan import (
@@ -46,7 +47,7 @@ def parse_slice(
     arm: str, # its name: lowest@0.3, highest@0.3, lowest@0.3:head_ches
 ) -> Slice | None: # None: another name
     "Read what an arm of a sweep keeps."
-    match = re.fullmatch(r'(lowest|highest)@(0?\.\d+)(?::(\w+))?', arm)
+    match = re.fullmatch(r'(lowest|highest)@(0?\.\d*[1-9]\d*)(?::(\w+))?', arm)
     return Slice(match[1] == 'highest', float(match[2]), match[3]) if match else None
 
 @dataclass
@@ -101,6 +102,21 @@ class RefusalStudy(Settings):
         return with_training(self.train, model=self.model, data='pairs/train.jsonl', max_length=self.max_length,
                              architecture=self.architecture)
 
+# %% ../../nbs/studies/780_refusal_plan.ipynb #09235fd2
+def _check_score(study: RefusalStudy, arm: str, by: str) -> None:
+    "Refuse a score that the table of this study will not have. Raises `ConfigError`"
+    if by == BAND_DEPTH: return
+    if influence_columns([by]):
+        if by not in ('influence', 'head_influence'):
+            raise ConfigError(f'arm {arm!r}: the set that a study protects has no name: influence, head_influence',
+                              key='arms')
+        if not study.protect: raise ConfigError(f'arm {arm!r} needs a set to protect: protect: 24', key='arms')
+        return
+    try:
+        check_order(by)
+    except ChesError as error:
+        raise ConfigError(f'arm {arm!r}: {error}', key='arms') from None
+
 # %% ../../nbs/studies/780_refusal_plan.ipynb #refusal-study-check
 @patch
 def check(self: RefusalStudy) -> None:
@@ -109,11 +125,7 @@ def check(self: RefusalStudy) -> None:
         if arm not in _ARMS and not parse_slice(arm):
             raise ConfigError(f"arm {arm!r}: one of {', '.join(_ARMS)}, lowest@SHARE, highest@SHARE:SCORE", key='arms')
         part = parse_slice(arm)
-        if part is None or part.by in (None, BAND_DEPTH): continue
-        try:
-            check_order(part.by)
-        except ChesError as error:
-            raise ConfigError(f'arm {arm!r}: {error}', key='arms') from None
+        if part: _check_score(self, arm, part.by or self.by)
     for arm, changes in self.changes.items():
         if arm not in self.arms: raise ConfigError(f'no arm {arm!r} in this study', key='changes')
         with naming(f'changes.{arm}'): merged(self.common, changes)
@@ -140,7 +152,7 @@ def _arm_rows(study: RefusalStudy, scores: pd.DataFrame, count: int, seed: int) 
     for name in study.arms:
         part = parse_slice(name)
         if not part: continue
-        taken = select_pairs(scores, part.by or study.by, keep=part.share, highest=part.highest)
+        taken = select_pairs(scores, part.by or study.by, keep=part.share, highest=part.highest, seed=seed)
         rows[name] = _selected(taken)
     return rows
 
@@ -167,6 +179,12 @@ def plan_refusal_arms(
     return arms
 
 # %% ../../nbs/studies/780_refusal_plan.ipynb #0381d21f
+def _arm_text(study: RefusalStudy, arm: str) -> str:
+    part = parse_slice(arm)
+    if not part: return _ARMS[arm]
+    end = 'highest' if part.highest else 'lowest'
+    return f'{part.share:.0%} of the pairs, {end} {part.by or study.by}, as many steps'
+
 def check_refusals(
     study: RefusalStudy,
 ) -> str: # lines of text
@@ -180,4 +198,5 @@ def check_refusals(
                  f'{study.max_new_tokens} tokens')
     if study.teach:
         lines.append(f'taught first: {study.teach.limit} other prompts, {study.teach.share:.0%} refusals')
-    return '\n'.join(lines + [f'{name}: {_ARMS[name]}' for name in study.arms if name in _ARMS])
+    if study.protect: lines.append(f'{study.protect} taught refusals are protected: two more scoring passes a seed')
+    return '\n'.join(lines + [f'{name}: {_arm_text(study, name)}' for name in study.arms])

@@ -30,7 +30,7 @@ from ..studies.study import Group, run_groups
 from ..training.train_plan import Training
 from ches_align.validation.plan import (
     ArmPlan, ValidationPlan, draw_batches, draw_by_prompt, duration_text, estimate, measure_speed, plan_arms,
-    split_pairs)
+    split_pairs, unmatched)
 from .steps import Known, StepBench, step_bench, step_changes
 
 # %% ../../nbs/validation/837_bench.ipynb #7bc4d0ee
@@ -217,7 +217,11 @@ def measure_steps(
     progress: bool = True,
 ) -> list[dict]:          # all rows of the plan
     "Take the steps that are missing, a row each. Raises `ChesError`."
-    arms = {arm.key: arm for arm in plan_arms(plan, values)} if 'run' in plan.regime else {}
+    planned = plan_arms(plan, values) if 'run' in plan.regime else []
+    if alone := unmatched(plan, planned):
+        run.update(remarks=[*run.manifest.get('remarks', []), f"no other pairs are as long as those of the "
+                            f"{', the '.join(alone)}: these arms have no control of the same lengths"])
+    arms = {arm.key: arm for arm in planned}
     drawn = draw_batches(len(bench.train), plan.batch_size, plan.batches, plan.seed)
     keys = dict(single=[f'single|{pair.row_id}' for pair in bench.train],
                 batch=[f'batch|{k}' for k in range(len(drawn))], run=list(arms))

@@ -9,7 +9,7 @@ __all__ = ['Known', 'StepBench', 'step_bench', 'take_steps', 'changes_now', 'ste
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +27,12 @@ from ..training.train_plan import Training, training_loss
 
 # %% ../../nbs/validation/832_steps.ipynb #49c19da4
 class Known(NamedTuple):
-    "Pairs, and their log-probabilities at the start."
+    "Pairs, and their log-probabilities where they were read: a loss's reference, and what changes are counted from."
     pairs: list[EncodedPair]
     before: Tensor # [pairs, 2]: ln pi(y+), ln pi(y-) in nats, fp64
     weights: Tensor | None = None # [pairs] >= 0, of a batch's mean loss; None: all alike
     tokens: list[Tensor] | None = None # weight of every token of each y-, 0: the loss does not see it; None: all 1
+    place: Any = None # of a bench's weights, at which they were read; None: elsewhere
 
     def take(self,
         which: Sequence[int], # positions
@@ -39,19 +40,30 @@ class Known(NamedTuple):
         "Some of the pairs, in the order asked for."
         weights = None if self.weights is None else self.weights[list(which)]
         tokens = self.tokens and [self.tokens[i] for i in which]
-        return Known([self.pairs[i] for i in which], self.before[list(which)], weights, tokens)
+        return Known([self.pairs[i] for i in which], self.before[list(which)], weights, tokens, self.place)
 
 # %% ../../nbs/validation/832_steps.ipynb #31e49eb8
 _OPTIMIZERS: dict[str, Callable] = dict( # from weights and rate; no weight decay, as in a training run
     rmsprop=rmsprop, adamw_torch=partial(torch.optim.AdamW, weight_decay=0., fused=True), sgd=torch.optim.SGD)
 
-def _check_weights(pairs: Sequence[EncodedPair], weights: Tensor | None, tokens: list[Tensor] | None) -> None:
-    "Refuse weights that are not those of the pairs. Raises `ChesError`"
-    fine = weights is None or weights.shape == (len(pairs),) and bool((weights >= 0).all() and weights.any())
-    if not fine: raise ChesError(f'{len(pairs)} pairs need as many weights, none below zero and not all zero')
-    lengths = [len(pair.rejected_ids) for pair in pairs]
-    if tokens is not None and [len(one) for one in tokens] != lengths:
-        raise ChesError('every token of a rejected response needs a weight')
+def _is_coupled(training: Training) -> bool:
+    "Does a pair's loss depend on the other pairs of its batch?"
+    mean = 'sft_mean' in (training.loss, f'sft_{training.sft_convention}' if training.sft else '')
+    return mean or training.loss == 'kto_pair' and 'kl' not in training.loss_args
+
+def _check_weights(training: Training, pairs: Sequence[EncodedPair], weights: Tensor | None,
+                   tokens: list[Tensor] | None) -> None:
+    "Refuse weights that are not those of the pairs, or mean nothing. Raises `ChesError`"
+    if weights is not None:
+        if weights.shape != (len(pairs),) or not weights.isfinite().all() or weights.min() < 0 or not weights.any():
+            raise ChesError(f'{len(pairs)} pairs need as many finite weights, none below zero and not all zero')
+        if _is_coupled(training):
+            raise ChesError(f'loss {training.loss}, sft {training.sft:g}: the pairs of a batch are coupled, and have '
+                            'no weights of their own; take sft_convention sum')
+    for pair, one in zip(pairs, tokens or [], strict=tokens is not None):
+        if one.shape != (len(pair.rejected_ids),) or not one.isfinite().all() or (len(one) and one.min() < 0):
+            raise ChesError(f'row {pair.row_id}: every token of its rejected response needs a finite weight, none '
+                            'below zero')
 
 # %% ../../nbs/validation/832_steps.ipynb #8a614b1e
 class StepBench:
@@ -68,7 +80,7 @@ class StepBench:
         self.weights = list(trained_weights(lm.model).values())
         self.kept = [weight.detach().clone() for weight in self.weights]
         self.optimizer = _OPTIMIZERS[training.optim](self.weights, lr=training.learning_rate)
-        self.moved = False # since the start
+        self.place = self.start = object() # where the weights are, and where they come back to
 
     def known(self,
         pairs: Sequence[EncodedPair], # all with status 'ok'
@@ -76,8 +88,8 @@ class StepBench:
         tokens: list[Tensor] | None = None,
     ) -> Known:
         "Read pairs at the weights as they are. Raises `ChesError` for weights that are not those of the pairs."
-        _check_weights(pairs, weights, tokens)
-        known = Known(list(pairs), pair_logps(self.lm, pairs, **self.reading), weights, tokens)
+        _check_weights(self.training, pairs, weights, tokens)
+        known = Known(list(pairs), pair_logps(self.lm, pairs, **self.reading), weights, tokens, self.place)
         return known if tokens is None else known._replace(before=_batch_logps(self, known))
 
     @torch.no_grad()
@@ -85,12 +97,13 @@ class StepBench:
         "Put the weights back, to the bit, and empty the optimiser."
         for weight, before in zip(self.weights, self.kept, strict=True): weight.copy_(before)
         forget(self.optimizer)
-        self.moved = False
+        self.place = self.start
 
     @torch.no_grad()
     def stay(self) -> None:
         "Take the weights as they are for the start; the optimiser is emptied."
         for kept, weight in zip(self.kept, self.weights, strict=True): kept.copy_(weight)
+        self.start = self.place
         self.reset()
 
 # %% ../../nbs/validation/832_steps.ipynb #c10389ed
@@ -147,8 +160,9 @@ def _slopes(bench: StepBench, batch: Known, now: Tensor) -> Tensor:
     "Slopes of the mean loss of a batch that stands at `now`, [pairs, 2] each"
     sums = now.clone().requires_grad_()
     chosen, rejected = sums.unbind(1)
-    lengths = [torch.tensor([len(ids) for ids in side]) for side in (
-        [pair.chosen_ids for pair in batch.pairs], [pair.rejected_ids for pair in batch.pairs])]
+    seen = [len(pair.rejected_ids) for pair in batch.pairs]
+    if batch.tokens is not None: seen = [max(1., one.sum().item()) for one in batch.tokens]
+    lengths = torch.tensor([len(pair.chosen_ids) for pair in batch.pairs]), torch.tensor(seen)
     losses = training_loss(bench.training, PairLogps(chosen, rejected, *batch.before.unbind(1), *lengths)).loss
     loss = losses.mean() if batch.weights is None else (losses*batch.weights).mean()
     return torch.autograd.grad(loss, sums)[0].float().to(bench.lm.device)
@@ -158,11 +172,17 @@ def _slopes(bench: StepBench, batch: Known, now: Tensor) -> Tensor:
 @torch.enable_grad()
 def _take_step(bench: StepBench, batch: Known) -> bool:
     "One step of the optimiser on the mean loss of a batch; False, and no step: the weights are destroyed"
-    parts = response_batches(bench.lm, batch.pairs, **bench.reading)
+    def read() -> Iterator[ResponseBatch]: return response_batches(bench.lm, batch.pairs, **bench.reading)
+    parts = read()
     part = next(parts)
-    if len(part.which) == 2*len(batch.pairs):  # all was read at once
+    if batch.place is bench.place: now = batch.before
+    elif len(part.which) == 2*len(batch.pairs):  # all was read at once
         now = _into(torch.empty_like(batch.before), part, _part_logps(part, batch))
-    else: now = _batch_logps(bench, batch) if bench.moved else batch.before
+    else:
+        part = None  # and its graph with it
+        now = _batch_logps(bench, batch)
+        parts = read()
+        part = next(parts)
     if not now.isfinite().all(): return False
     slopes = _slopes(bench, batch, now)
     while part is not None:
@@ -171,7 +191,7 @@ def _take_step(bench: StepBench, batch: Known) -> bool:
     if bench.training.max_grad_norm: torch.nn.utils.clip_grad_norm_(bench.weights, bench.training.max_grad_norm)
     bench.optimizer.step()
     bench.optimizer.zero_grad()
-    bench.moved = True
+    bench.place = object()
     return True
 
 # %% ../../nbs/validation/832_steps.ipynb #9b13101c
@@ -179,14 +199,17 @@ def take_steps(
     bench: StepBench,
     batches: Sequence[Known], # a step each, one after another
 ) -> bool:                    # False: the weights were destroyed on the way
-    "Take steps from where the weights are, and leave them there."
+    "Take steps from where the weights are, and leave them there. Raises `ChesError` for a step on no pairs."
+    if not all(batch.pairs for batch in batches): raise ChesError('a step needs a pair')
     return all(_take_step(bench, batch) for batch in batches)
 
 def changes_now(
     bench: StepBench,
     measured: Sequence[Known], # trained on or not
 ) -> list[Tensor]:             # [pairs, 2] each: change of ln pi(y+), ln pi(y-) in nats; NaN: weights were destroyed
-    "Read what the steps up to here did (@eq-step-change)."
+    "Read what the steps up to here did (@eq-step-change). Raises `ChesError` for pairs whose tokens have weights."
+    if any(known.tokens is not None for known in measured):
+        raise ChesError('whole responses are measured: read the pairs without weights of their tokens')
     pairs = [pair for known in measured for pair in known.pairs]
     after = pair_logps(bench.lm, pairs, **bench.reading).split([len(known.pairs) for known in measured])
     changes = [now - known.before for now, known in zip(after, measured, strict=True)]

@@ -222,6 +222,11 @@ def _by_batches(table: pd.DataFrame, what: str) -> dict[str, Any]:
     best = table.loc[table.rho.abs().idxmax()]
     return none(f'no score goes with the fall of {what} beyond chance; the largest is {best.score} ({interval(best)}).')
 
+# %% ../../nbs/validation/834_table.ipynb #4c99ea06
+def _as_long(row: Any) -> str: # what the control of the lowest end did, in words
+    fall = getattr(row, 'fall_lowest_matched', math.nan)
+    return '' if math.isnan(fall) else f', as many other pairs as long as the lowest by {_change(fall)}'
+
 # %% ../../nbs/validation/834_table.ipynb #3d269a44
 def _by_arms(table: pd.DataFrame, what: str) -> dict[str, Any]:
     "The score that arms name"
@@ -232,7 +237,13 @@ def _by_arms(table: pd.DataFrame, what: str) -> dict[str, Any]:
     if fell <= 0: return none(f'{what} changed by {_change(fell)} nats in random arms, there is nothing to repair.')
     if table.fall_lowest.isna().all(): return none('every arm destroyed the weights; lower the rate.')
     directed = ~table.score.isin(PLAIN)
-    passed = table[directed & (table.fall_lowest < table.limit) & (table.fall_lowest < table.fall_highest)]
+    beyond = table[directed & (table.fall_lowest < table.limit) & (table.fall_lowest < table.fall_highest)]
+    passed = beyond[[not row.fall_lowest >= getattr(row, 'fall_lowest_matched', math.nan)  # NaN: no control
+                     for row in beyond.itertuples()]]
+    if len(beyond) and not len(passed):
+        row = beyond.loc[beyond.fall_lowest.idxmin()]
+        return none(f'the lowest pairs of {row.score} changed {what} by {_change(row.fall_lowest)} nats'
+                    f'{_as_long(row)}: length does it ({beside}).')
     if not len(passed):
         least = table.loc[table.fall_lowest.idxmin()]
         return none(f'no score kept {what} up beyond the spread of random arms; the best end, the lowest of '
@@ -240,7 +251,7 @@ def _by_arms(table: pd.DataFrame, what: str) -> dict[str, Any]:
     row = passed.loc[passed.fall_lowest.idxmin()]
     return dict(score=row.score, sentence=(
         f'Filter by {row.score}: its lowest pairs changed {what} by {_change(row.fall_lowest)} nats, its highest by '
-        f'{_change(row.fall_highest)} ({beside}); margin gained {_number(row.margin_lowest)} against '
+        f'{_change(row.fall_highest)}{_as_long(row)} ({beside}); margin gained {_number(row.margin_lowest)} against '
         f'{_number(row.margin_highest)}.'))
 
 # %% ../../nbs/validation/834_table.ipynb #339ff10a

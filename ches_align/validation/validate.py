@@ -45,7 +45,7 @@ class Scoring:
     lora: Lora | None = None           # a fresh adapter takes the steps; None: the model's adapter, or all weights
 
 _HASHES = 'weights_hash', 'config', 'adapters', 'tokenizer_hash', 'template_hash', 'dtype'
-_FREE = 'regime', 'batches', 'arm_pairs', 'arm_scores', 'random_arms', 'matched_arms' # other rows of the same run
+_FREE = 'regime', 'batches', 'arm_scores', 'random_arms', 'matched_arms' # other rows of the same run
 
 def _identity(lm: ScoringModel, bench: Bench, plan: ValidationPlan, training: Training,
               scoring: Scoring) -> dict[str, Any]:
