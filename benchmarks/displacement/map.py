@@ -19,7 +19,9 @@ from pools import (
     READ, TOKENS, Place, batches_of, chosen, hash_of, load_start, read_on_the_way, read_plan, read_sources,
     write_record)
 
-from ches_align.audit.influence import Lora, fresh_adapter, pair_logps
+from ches_align.audit.influence import (
+    Lora, fresh_adapter, make_pull, movable, only_gradients_of, pair_logps, trained_weights)
+from ches_align.audit.protected import Protected
 from ches_align.audit.shared_prompts import choose_sharing, sizes_of
 from ches_align.core.errors import ChesError
 from ches_align.core.run import open_run
@@ -29,6 +31,7 @@ from ches_align.lm.models import ScoringModel
 from ches_align.lm.sampling import Sampling
 from ches_align.spread.metrics import rouge_l
 from ches_align.studies.study import Group, run_groups
+from ches_align.theory.influence import slope_along
 from ches_align.training.train_plan import Training
 from ches_align.validation.steps import step_bench
 
@@ -109,6 +112,24 @@ def run_start(plan: dict[str, Any], cells: Sequence[Cell], wanted: Sequence[str]
     for cell in cells:
         if cell.key in missing: yield run_cell(cell, lm, plan, pairs)
     if key_of_start(first) in missing: yield read_start(first, lm, plan, pairs)
+    if key_of_slopes(first) in missing: yield read_slopes(first, lm, plan, pairs)
+
+def key_of_slopes(cell: Cell) -> str: return f'slopes|{cell.model}|{cell.data}|{cell.start}|{cell.pool}'
+
+def read_slopes(cell: Cell, lm: ScoringModel, plan: dict[str, Any], pairs: list[EncodedPair]) -> dict[str, Any]:
+    "What theory says of a start: <g, D> of both responses of every trained pair, D the mean gradient of unseen y+"
+    begun = time.perf_counter()
+    trained = pairs[:plan['trained']]
+    unseen = [dataclasses.replace(pair, rejected_ids=[]) for pair in pairs[plan['trained']:]]
+    moving = movable(lm)
+    pull = make_pull(moving, Protected('', unseen, '', []), trained[:8])
+    assert pull.direction is not None and pull.step is not None
+    with only_gradients_of(moving.model, trained_weights(moving.model)):
+        slopes = slope_along(moving.model, pull.direction, pull.step.length,
+                             partial(pair_logps, moving, trained, False, TOKENS))/len(unseen)
+    return dict(key=key_of_slopes(cell), model=cell.model, data=cell.data, start=cell.start, pool=cell.pool,
+                slopes=[[round(value, 4) for value in side] for side in slopes.T.tolist()],
+                step_error=round(pull.step.error, 5), seconds=round(time.perf_counter() - begun, 1))
 
 def key_of_start(cell: Cell) -> str: return f'start|{cell.model}|{cell.data}|{cell.start}|{cell.pool}'
 
@@ -130,7 +151,10 @@ def groups_of(plan: dict[str, Any], cells: Sequence[Cell], sources: dict[str, An
     starts: dict[tuple, list[Cell]] = {}
     for cell in cells: starts.setdefault((cell.pool, cell.model, cell.data, cell.start), []).append(cell)
     def wanted(place: tuple) -> list[str]: return [other[-1] for other in starts if other[:-1] == place[:-1]]
-    return [Group([*(cell.key for cell in group), key_of_start(group[0])],
+    def more(cell: Cell) -> list[str]:
+        usual = cell.model == plan['model'] and cell.data == plan['data']
+        return [key_of_start(cell), *([key_of_slopes(cell)] if usual else [])]
+    return [Group([*(cell.key for cell in group), *more(group[0])],
                   partial(run_start, plan, group, wanted(place), sources, folder, tiny))
             for place, group in starts.items()]
 
