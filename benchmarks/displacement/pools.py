@@ -184,7 +184,8 @@ def write_record(folders: Sequence[str], path: Path, plan: dict[str, Any]) -> No
     runs: dict[str, dict] = {}
     for folder, record in zip(folders, records, strict=True):
         for row in record['runs']:
-            if runs.setdefault(row['key'], row) != row:
-                raise ChesError(f"{folder}: {row['key']} is in another folder too")
-    write_files({path: json_bytes(records[0] | dict(seconds=sum(row['seconds'] for row in runs.values()),
+            first = runs.setdefault(row['key'], row)
+            if first | dict(seconds=0) != row | dict(seconds=0):
+                raise ChesError(f"{folder}: {row['key']} is in another folder too, with other numbers")
+    write_files({path: json_bytes(records[0] | dict(seconds=round(sum(row['seconds'] for row in runs.values())),
                                                     runs=list(runs.values())))})
