@@ -80,7 +80,7 @@ def test_records_of_two_plans_are_refused(tmp_path):
 def test_masks_take_the_tokens_that_pull_most():
     from mitigate import Remedies, masked
     slopes = [torch.tensor([3., -1., 0.]), torch.tensor([2., -5., 1., .5])]
-    remedies = Remedies(None, None, slopes, 0.)
+    remedies = Remedies(None, slopes, 0.)
     assert [one.tolist() for one in masked(dict(mask='influence', share=2/7), remedies, 0)] == [[0, 1, 1], [0, 1, 1, 1]]
     drawn = masked(dict(mask='random', share=2/7), remedies, 0)
     assert sum((one == 0).sum() for one in drawn) == 2

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pools import (
-    READ, TOKENS, Place, batches_of, chosen, hash_of, load_start, read_on_the_way, read_plan, read_sources,
+    READ, TOKENS, Place, batches_of, chosen, hash_of, load_start, read_on_the_way, read_plan, read_sources, slopes_of,
     write_record)
 
-from ches_align.audit.influence import (
-    Lora, fresh_adapter, make_pull, movable, only_gradients_of, pair_logps, trained_weights)
+from ches_align.audit.influence import Lora, fresh_adapter, make_pull, movable, pair_logps
 from ches_align.audit.protected import Protected
 from ches_align.audit.shared_prompts import choose_sharing, sizes_of
 from ches_align.core.errors import ChesError
@@ -31,7 +30,6 @@ from ches_align.lm.models import ScoringModel
 from ches_align.lm.sampling import Sampling
 from ches_align.spread.metrics import rouge_l
 from ches_align.studies.study import Group, run_groups
-from ches_align.theory.influence import slope_along
 from ches_align.training.train_plan import Training
 from ches_align.validation.steps import step_bench
 
@@ -111,10 +109,11 @@ def run_start(plan: dict[str, Any], cells: Sequence[Cell], wanted: Sequence[str]
     lm, pairs = load_start(plan, place, sources[first.data], first.start, wanted=wanted, folder=folder, tiny=tiny)
     for cell in cells:
         if cell.key in missing: yield run_cell(cell, lm, plan, pairs)
-    if key_of_start(first) in missing: yield read_start(first, lm, plan, pairs)
-    if key_of_slopes(first) in missing: yield read_slopes(first, lm, plan, pairs)
+    if key_of('start', first) in missing: yield read_start(first, lm, plan, pairs)
+    if key_of('slopes', first) in missing: yield read_slopes(first, lm, plan, pairs)
 
-def key_of_slopes(cell: Cell) -> str: return f'slopes|{cell.model}|{cell.data}|{cell.start}|{cell.pool}'
+def key_of(kind: str, cell: Cell) -> str: # of a row that describes what a cell starts from
+    return f'{kind}|{cell.model}|{cell.data}|{cell.start}|{cell.pool}'
 
 def read_slopes(cell: Cell, lm: ScoringModel, plan: dict[str, Any], pairs: list[EncodedPair]) -> dict[str, Any]:
     "What theory says of a start: <g, D> of both responses of every trained pair, D the mean gradient of unseen y+"
@@ -123,15 +122,11 @@ def read_slopes(cell: Cell, lm: ScoringModel, plan: dict[str, Any], pairs: list[
     unseen = [dataclasses.replace(pair, rejected_ids=[]) for pair in pairs[plan['trained']:]]
     moving = movable(lm)
     pull = make_pull(moving, Protected('', unseen, '', []), trained[:8])
-    assert pull.direction is not None and pull.step is not None
-    with only_gradients_of(moving.model, trained_weights(moving.model)):
-        slopes = slope_along(moving.model, pull.direction, pull.step.length,
-                             partial(pair_logps, moving, trained, False, TOKENS))/len(unseen)
-    return dict(key=key_of_slopes(cell), model=cell.model, data=cell.data, start=cell.start, pool=cell.pool,
+    assert pull.step is not None
+    slopes = slopes_of(moving, pull, partial(pair_logps, moving, trained, False, TOKENS))/len(unseen)
+    return dict(key=key_of('slopes', cell), model=cell.model, data=cell.data, start=cell.start, pool=cell.pool,
                 slopes=[[round(value, 4) for value in side] for side in slopes.T.tolist()],
                 step_error=round(pull.step.error, 5), seconds=round(time.perf_counter() - begun, 1))
-
-def key_of_start(cell: Cell) -> str: return f'start|{cell.model}|{cell.data}|{cell.start}|{cell.pool}'
 
 def read_start(cell: Cell, lm: ScoringModel, plan: dict[str, Any], pairs: list[EncodedPair]) -> dict[str, Any]:
     "ln pi of both responses of every pair where the cells start, so that one sees what the fit did"
@@ -139,7 +134,7 @@ def read_start(cell: Cell, lm: ScoringModel, plan: dict[str, Any], pairs: list[E
     shared, _ = choose_sharing(lm, sizes_of(pairs), 'auto', None)
     logps = pair_logps(lm, pairs, shared, TOKENS)
     count = plan['trained']
-    return dict(key=key_of_start(cell), model=cell.model, data=cell.data, start=cell.start, pool=cell.pool,
+    return dict(key=key_of('start', cell), model=cell.model, data=cell.data, start=cell.start, pool=cell.pool,
                 weights_hash=lm.provenance['weights_hash'],
                 logps={name: [[round(value, 3) for value in side] for side in part.T.tolist()]
                        for name, part in (('trained', logps[:count]), ('unseen', logps[count:]))},
@@ -153,7 +148,7 @@ def groups_of(plan: dict[str, Any], cells: Sequence[Cell], sources: dict[str, An
     def wanted(place: tuple) -> list[str]: return [other[-1] for other in starts if other[:-1] == place[:-1]]
     def more(cell: Cell) -> list[str]:
         usual = cell.model == plan['model'] and cell.data == plan['data']
-        return [key_of_start(cell), *([key_of_slopes(cell)] if usual else [])]
+        return [key_of('start', cell), *([key_of('slopes', cell)] if usual else [])]
     return [Group([*(cell.key for cell in group), *more(group[0])],
                   partial(run_start, plan, group, wanted(place), sources, folder, tiny))
             for place, group in starts.items()]

@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 
 from pools import (
-    READ, TOKENS, Place, apart, batches_of, chosen, hash_of, load_start, read_block, read_on_the_way, read_plan,
-    read_sources, write_record)
-import yaml
+    READ, TOKENS, Place, batches_of, chosen, hash_of, load_start, protected_of, read_on_the_way, read_plan,
+    read_sources, slopes_of, write_record)
 
 from ches_align.audit.band import band_summary
-from ches_align.audit.influence import (
-    Pull, make_pull, movable, only_gradients_of, response_batches, trained_weights)
+from ches_align.audit.influence import Pull, make_pull, movable, response_batches
 from ches_align.audit.protected import read_protected
 from ches_align.audit.scoring import score_dataset
 from ches_align.audit.selection import length_matched_control, random_control, select_pairs, soft_weights
@@ -36,7 +34,6 @@ from ches_align.lm.models import ScoringModel
 from ches_align.lm.pairs import load_pairs
 from ches_align.lm.structure import fixed_precision
 from ches_align.studies.study import Group, run_groups
-from ches_align.theory.influence import slope_along
 from ches_align.training.train_plan import Training
 from ches_align.validation.steps import step_bench
 
@@ -45,7 +42,6 @@ HERE = Path(__file__).parent/'mitigation'
 class Remedies(NamedTuple):
     "What arms choose by."
     scores: pd.DataFrame # of the trained pairs, in their order, influence on the protected ones among them
-    pull: Pull
     slopes: list[Tensor] # how fast each rejected token's ln pi goes with the protected responses
     band_weight: float   # of the SFT term, that brings most pairs inside the band
 
@@ -53,15 +49,12 @@ class Remedies(NamedTuple):
 @fixed_precision()
 def token_slopes(lm: ScoringModel, pull: Pull, pairs: Sequence[EncodedPair]) -> list[Tensor]:
     "Slope of ln pi of every rejected token along the protected gradient; above zero: pushing it down pulls them down"
-    assert pull.direction is not None and pull.step is not None
     def measure() -> Tensor:
         rows: list[Tensor] = [torch.empty(0)]*len(pairs)
         for part in response_batches(lm, pairs, False, TOKENS, [1]):
             for (k, _), one in zip(part.which, part.tokens, strict=True): rows[k] = one.double()
         return torch.cat(rows)
-    with only_gradients_of(lm.model, trained_weights(lm.model)):
-        slopes = slope_along(lm.model, pull.direction, pull.step.length, measure)
-    return list(slopes.split([len(pair.rejected_ids) for pair in pairs]))
+    return list(slopes_of(lm, pull, measure).split([len(pair.rejected_ids) for pair in pairs]))
 
 def find_remedies(lm: ScoringModel, source: Any, trained: list[EncodedPair], protected: list[EncodedPair]) -> Remedies:
     "Score the trained pairs, and their tokens, by what they do to protected ones of another pool"
@@ -73,7 +66,7 @@ def find_remedies(lm: ScoringModel, source: Any, trained: list[EncodedPair], pro
     pull = make_pull(moving, read_protected(shield, lm.tokenizer), trained[:8])
     summary = band_summary(scores)
     if not summary: raise ChesError(f'{lm.name}: the output layer has no inner products, so no band')
-    return Remedies(scores, pull, token_slopes(moving, pull, trained), summary['sft']['sum']['weight'])
+    return Remedies(scores, token_slopes(moving, pull, trained), summary['sft']['sum']['weight'])
 
 def masked(arm: dict[str, Any], remedies: Remedies, seed: int) -> list[Tensor]:
     "A weight for every rejected token: 0 for the share that pulls most, or for as many drawn ones"
@@ -125,9 +118,7 @@ def run_pool(plan: dict[str, Any], pool: int, names: Sequence[str], source: Any,
     "All arms of a pool"
     place = Place(plan['model'], plan['data'], pool)
     lm, pairs = load_start(plan, place, source, plan['start'], wanted=[plan['start']], folder=folder, tiny=tiny)
-    other = read_block(plan, plan['data'], source, lm, (pool + 1) % max(2, len(plan['pools'])))
-    protected = other[plan['trained']:]
-    apart(pairs, protected)
+    protected = protected_of(plan, source, lm, pool, pairs)
     remedies = find_remedies(lm, source, pairs[:plan['trained']], protected)
     for name in names:
         if f'{name}|{pool}' in missing: yield run_arm(name, lm, plan, pairs, protected, remedies, pool)
@@ -142,9 +133,7 @@ if __name__ == '__main__':
     ap.add_argument('--tiny', action='store_true', help='a tiny model and the sample, to try the script')
     args = ap.parse_args()
     try:
-        plan = read_plan(HERE.parent/'map'/'plan.yaml', args.tiny)
-        own = yaml.safe_load((HERE/'plan.yaml').read_text())
-        plan = {key: plan[key] for key in own['as_the_map']} | own
+        plan = read_plan(HERE/'plan.yaml', args.tiny)
         if args.record:
             write_record(args.out, HERE/'runs.json', plan)
             sys.exit()

@@ -88,6 +88,9 @@ def run_seed(lm: ScoringModel, plan: dict[str, Any], words: Words, trained: list
             readings.append(reading(until))
     return readings
 
+def key_of(model: str, pair: dict[str, str], start: str, seed: int) -> str: # of a run
+    return f"{model}|{pair['chosen']}>{pair['rejected']}|{start}|{seed}"
+
 def run_cell(plan: dict[str, Any], model: str, pair: dict[str, str], start: str, source: str, tiny: bool,
              missing: Sequence[str]) -> Iterator[dict]:
     "All seeds of a model, a pair and a start"
@@ -104,7 +107,7 @@ def run_cell(plan: dict[str, Any], model: str, pair: dict[str, str], start: str,
     fitted = plan['starts'][start]
     steps = fit(lm, fitted, words, rest, watched) if fitted else 0
     for seed in plan['seeds']:
-        key = f"{model}|{pair['chosen']}>{pair['rejected']}|{start}|{seed}"
+        key = key_of(model, pair, start, seed)
         if key not in missing: continue
         part = asked[seed]
         readings = run_seed(lm, plan, words, part[:plan['trained']], part[plan['trained']:])
@@ -114,7 +117,7 @@ def run_cell(plan: dict[str, Any], model: str, pair: dict[str, str], start: str,
 
 def groups_of(plan: dict[str, Any], models: Sequence[str], source: str, tiny: bool) -> list[Group]:
     "A group a model, pair and start"
-    return [Group([f"{model}|{pair['chosen']}>{pair['rejected']}|{start}|{seed}" for seed in plan['seeds']],
+    return [Group([key_of(model, pair, start, seed) for seed in plan['seeds']],
                   partial(run_cell, plan, model, pair, start, source, tiny))
             for model in models for pair in plan['pairs'] for start in plan['starts']]
 

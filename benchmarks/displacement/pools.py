@@ -1,6 +1,6 @@
 """What the experiments of this folder share: pools of short pairs, fitted starts, readings on the way, records."""
 import dataclasses, hashlib, random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +8,9 @@ import numpy as np
 import torch
 import yaml
 from safetensors.torch import load_model as load_weights, save_model as save_weights
+from torch import Tensor
 
+from ches_align.audit.influence import Pull, only_gradients_of, trained_weights
 from ches_align.audit.shared_prompts import choose_sharing, prompt_key, sizes_of
 from ches_align.core.errors import ChesError
 from ches_align.core.run import differences
@@ -18,11 +20,13 @@ from ches_align.lm.models import ScoringModel, load_model, wrap_model
 from ches_align.lm.pairs import load_pairs
 from ches_align.lm.tiny import tiny_model, tiny_tokenizer
 from ches_align.studies.study import run_record
+from ches_align.theory.influence import slope_along
 from ches_align.training.train_plan import Training
 from ches_align.validation.steps import Known, StepBench, changes_now, step_bench, take_steps
 
 TOKENS = 1536 # of a batch that is read at once
 READ = 16     # trained pairs that are read on the way
+MAP = Path(__file__).parent/'map'/'plan.yaml'
 
 def choose_rows(plan: dict[str, Any], data: str, encoded: Sequence[EncodedPair]) -> list[int]:
     "Rows of the pairs that fit a plan, one a prompt, shuffled. Raises `ChesError`"
@@ -147,8 +151,11 @@ def hash_of(source: Any) -> str:
     return hashlib.sha256(text).hexdigest()[:16]
 
 def read_plan(path: Path, tiny: bool) -> dict[str, Any]:
-    "The plan of an experiment; a tiny one is of few pairs, whose tokens are letters"
+    "The plan of an experiment, with what it takes from the map's; a tiny one is of few pairs, whose tokens are letters"
     plan = yaml.safe_load(path.read_text())
+    if 'as_the_map' in plan:
+        shared = read_plan(MAP, tiny)
+        return {key: shared[key] for key in plan['as_the_map']} | plan
     if not tiny: return plan
     plan |= dict(longest=400, response=[6, 200], trained=16, unseen=8, pools=[0], steps=4, read=[2, 4], cut={},
                  passes={name: min(count, 2 + k) for k, (name, count) in enumerate(plan['passes'].items())})
@@ -174,12 +181,25 @@ def apart(*parts: Sequence[EncodedPair]) -> None:
     if len({*rows}) < len(rows):
         raise ChesError('pools share pairs: there are too few for a protected set that nobody trains on')
 
+def protected_of(plan: dict[str, Any], source: Any, lm: ScoringModel, pool: int,
+                 pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
+    "Unseen pairs of another pool, which a pool neither trains on nor is judged by. Raises `ChesError`"
+    other = read_block(plan, plan['data'], source, lm, (pool + 1) % max(2, len(plan['pools'])))[plan['trained']:]
+    apart(pairs, other)
+    return other
+
+def slopes_of(lm: ScoringModel, pull: Pull, measure: Callable[[], Tensor]) -> Tensor:
+    "Slopes of what is measured along the summed gradient of a protected set"
+    assert pull.direction is not None and pull.step is not None
+    with only_gradients_of(lm.model, trained_weights(lm.model)):
+        return slope_along(lm.model, pull.direction, pull.step.length, measure)
+
 def write_record(folders: Sequence[str], path: Path, plan: dict[str, Any]) -> None:
     "One record of the folders of a plan. Raises `ChesError` for folders of another"
     records = [run_record(folder) for folder in folders]
+    wanted = dict(plan=plan, data=records[0].get('data'), tiny=False)
     for folder, record in zip(folders, records, strict=True):
-        changed = differences(*(dict(plan=one.get('plan'), data=one.get('data'), tiny=one.get('tiny')) for one in (
-            record, records[0] | dict(plan=plan, tiny=False))))
+        changed = differences({key: record.get(key) for key in wanted}, wanted)
         if changed: raise ChesError(f'{folder}: not of this plan ({changed[0]})')
     runs: dict[str, dict] = {}
     for folder, record in zip(folders, records, strict=True):

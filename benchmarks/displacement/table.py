@@ -11,8 +11,7 @@ import argparse, sys
 from pathlib import Path
 from typing import Any
 
-from pools import Place, apart, chosen, load_start, read_block, read_plan, read_sources
-import yaml
+from pools import Place, chosen, load_start, protected_of, read_plan, read_sources
 from predict import CASES, make_case
 
 from ches_align.core.errors import ChesError
@@ -31,8 +30,7 @@ def run_place(plan: dict[str, Any], regime: str, pool: int, source: Any, out: Pa
     place = Place(plan['model'], plan['data'], pool)
     wanted = [each['start'] for each in plan['regimes'].values()]
     lm, pairs = load_start(plan, place, source, own['start'], wanted=wanted, folder=starts, tiny=tiny)
-    other = read_block(plan, plan['data'], source, lm, (pool + 1) % max(2, len(plan['pools'])))
-    apart(pairs, other[plan['trained']:])
+    protected = protected_of(plan, source, lm, pool, pairs)
     rows = list(read_rows(source))
     def texts(part: list) -> list[dict]: return [rows[pair.row_id] for pair in part]
     folder = out/f'{regime}-{pool}'
@@ -41,7 +39,7 @@ def run_place(plan: dict[str, Any], regime: str, pool: int, source: Any, out: Pa
     measuring = ValidationPlan(pairs=plan['trained'], held_out=str(unseen), seed=pool, **plan['measuring'])
     validated = validate_scores(
         texts(pairs[:plan['trained']]), lm, folder/'validation', plan=measuring, training=Training(**own['training']),
-        protect={'': texts(other[plan['trained']:])}, tell=lambda text: print(f'{folder.name}: {text}', flush=True))
+        protect={'': texts(protected)}, tell=lambda text: print(f'{folder.name}: {text}', flush=True))
     return validated.verdict['sentence']
 
 if __name__ == '__main__':
@@ -55,9 +53,7 @@ if __name__ == '__main__':
     ap.add_argument('--tiny', action='store_true', help='a tiny model and the sample, to try the script')
     args = ap.parse_args()
     try:
-        plan = read_plan(HERE.parent/'map'/'plan.yaml', args.tiny)
-        own = yaml.safe_load((HERE/'plan.yaml').read_text())
-        plan = {key: plan[key] for key in own['as_the_map']} | own
+        plan = read_plan(HERE/'plan.yaml', args.tiny)
         if args.tiny: plan['measuring'] |= dict(batches=4, arm_pairs=6, batch_size=4)
         regimes = chosen('regime', args.regime, list(plan['regimes']))
         pools = chosen('pool', args.pool, plan['pools'])

@@ -89,8 +89,8 @@ class StepBench:
     ) -> Known:
         "Read pairs at the weights as they are. Raises `ChesError` for weights that are not those of the pairs."
         _check_weights(self.training, pairs, weights, tokens)
-        known = Known(list(pairs), pair_logps(self.lm, pairs, **self.reading), weights, tokens, self.place)
-        return known if tokens is None else known._replace(before=_batch_logps(self, known))
+        unread = Known(list(pairs), torch.empty(0), weights, tokens, self.place)
+        return unread._replace(before=_batch_logps(self, unread))
 
     @torch.no_grad()
     def reset(self) -> None:
