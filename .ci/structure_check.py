@@ -7,7 +7,8 @@ name by name. Every notebook's title stands in a chapter of README.md. `nbdev_cl
 nothing, every module comes from a notebook, and ruff finds no undefined name: a function that reads a notebook's
 variable passes in the notebook and fails in its module.
 No check compares by `zip`, compares a thing with itself, or accepts any error (`evidence.py`). Modules, tests, checks
-and benchmarks hold no packed code, no names that are no words and no long cells (`house.py`).
+and benchmarks hold no packed code, no names that are no words and no long cells (`house.py`). Records and
+configurations name no folder of a machine.
 """
 import ast, json, re, subprocess, sys
 from collections import defaultdict
@@ -138,7 +139,20 @@ def blind(root: Path) -> list[str]:
         faults += [f'{where}: line {line}: {why}' for line, why in named]
     return faults
 
+# A record is read on other machines: its folders are not there, and nobody's business.
+PLACE = re.compile(r'"/(?:tmp|home|root|work|mnt|Users|private|var)/[^"]*"')
+
+def places(root: Path) -> list[str]:
+    "Absolute paths of a machine in records and configurations"
+    faults = []
+    for path in sorted(path for name in ('nbs', 'benchmarks', 'configs') for path in (root/name).rglob('*')):
+        if path.suffix not in ('.json', '.jsonl', '.yaml') or 'runs' in path.parts: continue
+        for number, line in enumerate(path.read_text('utf-8').splitlines(), 1):
+            if match := PLACE.search(line):
+                faults.append(f'{path.relative_to(root)}:{number}: {match[0]}, on a machine')
+    return faults
+
 def check(root: Path) -> list[str]:
-    return numbering(root) + blind(root) + density(root) + unchanged(root) + lint(root)
+    return numbering(root) + blind(root) + density(root) + unchanged(root) + lint(root) + places(root)
 
 if __name__ == '__main__': tell(check(ROOT), 'structure')

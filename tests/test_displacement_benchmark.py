@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -106,6 +107,16 @@ def test_table_and_its_case(tmp_path):
     (tmp_path/'case.json').write_text(json.dumps(case))
     tables = judge(load_case(tmp_path/'case.json'))
     assert set(tables) == {'single', 'batch', 'run'} and 'influence' in set(tables['batch'].score)
+
+def test_a_score_foresees_in_every_pool_and_further_than_lengths():
+    from predict import over_pools
+    names = ['chosen_tokens', 'rejected_tokens', 'length', 'good', 'torn', 'weak', 'empty']
+    tables = [pd.DataFrame(dict(score=names, rho=rhos)) for rhos in (
+        [.1, -.3, 0., .5, .9, .1, None], [.1, -.5, 0., .4, -.1, .2, .9])]
+    pooled = over_pools(tables)
+    assert pooled.foresees.index[pooled.foresees].tolist() == ['good']
+    assert pooled.loc['good', ['mean', 'lowest', 'highest']].astype(float).round(6).tolist() == [.45, .4, .5]
+    assert pooled['mean'].isna().tolist() == [name == 'empty' for name in names]  # no number in one pool: none
 
 @pytest.mark.full
 def test_persona_on_many_prompts(tmp_path):

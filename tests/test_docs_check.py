@@ -197,6 +197,14 @@ def test_structure_check_reads_names_and_numbers(mini):
     for what in ('exports to part.one, its name says part.three', 'exports to part.one as nbs/part/01_one.ipynb does',
                  'number 2 is taken by'): assert what in faults
 
+def test_structure_check_finds_places_on_a_machine(mini):
+    record = mini.root/'nbs/part/records/run.json'
+    record.parent.mkdir()
+    record.write_text('{"model": "smollm2-135m",\n "data": "data/pairs.jsonl"}')
+    assert structure_check.places(mini.root) == []
+    record.write_text('{"model": "smollm2-135m",\n "data": "/home/me/pairs.jsonl"}')
+    expect(structure_check.places(mini.root), 'nbs/part/records/run.json:2', '/home/me/pairs.jsonl')
+
 def test_structure_check_compares_with_a_fresh_export(mini):
     module = mini.root/'mini/part/two.py'
     text = module.read_text()

@@ -11,7 +11,7 @@ judged by the same numbers. Higher must mean: falls more. Nobody has to train an
 the data that the case names.
 """
 import argparse, importlib.util, math, sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -26,13 +26,17 @@ from ches_align.core.rows import read_rows
 from ches_align.core.writing import json_bytes, plain, read_object, write_files
 from ches_align.lm.pairs import Pair, load_pairs
 from ches_align.validation.page import regime_tables
+from ches_align.validation.table import LENGTHS, PLAIN
 
 CASES = Path(__file__).parent/'cases'
+FORMAT = 1 # of cases; raised when their form changes
 
 def load_case(path: Path) -> dict[str, Any]:
     "Read a case; `values` becomes a table by row_id. Raises `ChesError`"
     case = read_object(path)
     if not {'name', 'about', 'pairs', 'scores', 'rows'} <= case.keys(): raise ChesError(f'{path}: not a case')
+    form = case.get('format', 1)
+    if form != FORMAT: raise ChesError(f'{path}: a case of format {form}, this version reads format {FORMAT}')
     index = pd.Index([pair['row_id'] for pair in case['pairs']], name='row_id')
     return case | dict(values=pd.DataFrame(case['scores'], index=index, dtype=float))
 
@@ -42,10 +46,11 @@ def make_case(folder: Path, name: str) -> dict[str, Any]:
     from ches_align.training.train_plan import Training, training_loss
     from ches_align.validation.table import score_values
     about = read_object(folder/'validation.json')['about']
+    if Path(about['model']).is_absolute(): about['model'] = Path(about['model']).name  # no folder of a machine
     scores = score_table([*read_jsonl(folder/'scores.jsonl')])
     values = score_values(scores, partial(training_loss, Training(**about['training'])))
     pairs = [dict(row_id=row.row_id, row_hash=row.row_hash) for row in scores[scores.status == 'ok'].itertuples()]
-    return plain(dict(name=name, about=about | dict(data=name.partition('-')[0]), pairs=pairs,
+    return plain(dict(format=FORMAT, name=name, about=about | dict(data=name.partition('-')[0]), pairs=pairs,
                       scores={column: [float(f'{value:.7g}') for value in values[column]] for column in values},
                       rows=[*read_jsonl(folder/'runs.jsonl')]))
 
@@ -88,6 +93,14 @@ def judge(case: dict[str, Any], numbers: np.ndarray | None = None, name: str = '
     about = case['about']
     rows = case['rows'] if numbers is None else [row for row in case['rows'] if not row['key'].startswith('run|')]
     return regime_tables(rows, values, list(about['held']), about['judged'], about['plan']['seed'])
+
+def over_pools(tables: Sequence[pd.DataFrame], column: str = 'rho') -> pd.DataFrame:
+    """A number of every score in several pools: mean, lowest, highest. It foresees, if it goes the right way in every
+    pool, and on average further than every length"""
+    wide = pd.concat([table.set_index('score')[column].astype(float) for table in tables], axis=1)
+    pooled = wide.agg(['mean', 'min', 'max'], axis=1, skipna=False).set_axis(['mean', 'lowest', 'highest'], axis=1)
+    beaten = pooled['mean'] > pooled['mean'][list(LENGTHS)].abs().max()
+    return pooled.assign(foresees=(pooled.lowest > 0) & beaten & ~pooled.index.isin(PLAIN)).rename_axis('score')
 
 def read_function(text: str) -> Callable[[Pair], float]:
     "FILE.py:name or module:name. Raises `ChesError`"
@@ -136,10 +149,16 @@ if __name__ == '__main__':
             if target.exists(): raise ChesError(f'{target}: exists; name the case otherwise')
             write_files({target: json_bytes(make_case(Path(args.add[0]), args.add[1]))})
             print(target)
+        series: dict[tuple[str, str], list[pd.DataFrame]] = {}
         for path in sorted(CASES.glob('*.json')):
             if args.add or args.case and path.stem not in args.case: continue
             case = load_case(path)
             for regime, table in judge(case, predictions(case, args)).items():
                 print(f"\n{case['name']}, {regime}:\n{shown(table)}")
+                if of := case['about'].get('pool_of'): series.setdefault((of, regime), []).append(table)
+        for (of, regime), tables in series.items():
+            if regime == 'run' or len(tables) < 2: continue
+            over = over_pools(tables).sort_values('mean', ascending=False)
+            print(f"\n{of}, {regime}, {len(tables)} pools:\n{over.to_string(na_rep='-', float_format='{:.2f}'.format)}")
     except ChesError as error:
         sys.exit(f'predict: {error}')

@@ -58,12 +58,13 @@ if __name__ == '__main__':
         regimes = chosen('regime', args.regime, list(plan['regimes']))
         pools = chosen('pool', args.pool, plan['pools'])
         if args.record:
-            for place in [f'{regime}-{pool}' for regime in regimes for pool in pools]:
-                folder = args.out/place/'validation'
+            for regime, pool in [(regime, pool) for regime in regimes for pool in pools]:
+                folder = args.out/f'{regime}-{pool}'/'validation'
                 if not (folder/'validation.json').exists(): continue
-                case = make_case(folder, f"{plan['case_data']}-{place}")
+                case = make_case(folder, f"{plan['case_data']}-{regime}-{pool}")
                 if 'tiny' in case['about']['model']: raise ChesError(f'{folder}: of --tiny, no case')
-                case['about']['judged'] = [UNSEEN]  # what no score has looked at; protected ones stand beside
+                # judged by what no score has looked at; protected ones stand beside
+                case['about'] |= dict(judged=[UNSEEN], pool_of=f"{plan['case_data']}-{regime}")
                 write_files({CASES/f"{case['name']}.json": json_bytes(case)})
                 print(case['name'])
             sys.exit()

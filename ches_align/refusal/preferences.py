@@ -132,7 +132,8 @@ def _order(two: list[dict], rewards: list[float | None], coin: random.Random) ->
     if one is not None and other is not None and one != other: return other > one, 'reward'  # finite, see `_rewards`
     return coin.random() < .5, 'coin'
 
-def _make_pair(two: list[dict], scored: list[tuple], seed: int, gold: dict, question: str) -> dict[str, Any]:
+def _make_pair(two: list[dict], scored: list[tuple], seed: int, gold: dict, question: str,
+               given: bool) -> dict[str, Any]:
     "The row of one prompt, of two responses or a single one"
     name = two[0]['prompt_hash']
     prompt = two[0]['prompt']
@@ -142,8 +143,8 @@ def _make_pair(two: list[dict], scored: list[tuple], seed: int, gold: dict, ques
     for response, (_, error) in zip(two, scored): notes += [response.get('judge_error'), error]
     notes += ['a single response' if len(two) == 1 else '', 'the same response twice' if same else '']
     ordered = [*two, *[None]*(2 - len(two))]
-    by = ''
-    if kind != 'undecided':
+    by = 'given' if given else ''
+    if kind != 'undecided' and not given:
         swap, by = _order(two, [reward for reward, _ in scored], random.Random(row_seed(seed, name, -1)))
         if swap: ordered.reverse()
     chosen, rejected = ([dict(role='assistant', content=one['response'])] if one else [] for one in ordered)
@@ -152,7 +153,7 @@ def _make_pair(two: list[dict], scored: list[tuple], seed: int, gold: dict, ques
     refusal, compliance = gold.get(key) or gold.get(name) or (None, None)
     return dict(id=key, prompt=[dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt,
                 chosen=chosen, rejected=rejected, kind=kind, ordered_by=by, chosen_refused=chosen_refused,
-                rejected_refused=rejected_refused, use=kind != 'undecided' and not same,
+                rejected_refused=rejected_refused, use=(given or kind != 'undecided') and not same,
                 note='; '.join(note for note in notes if note), prompt_hash=question, gold_refusal=refusal,
                 gold_non_refusal=compliance)
 
@@ -222,13 +223,15 @@ def make_preferences(
     scorer: Callable | None = None, # breaks ties: rows -> (reward, error) each, as `RewardScorer` does; None: the coin
     seed: int = 0,                 # of the coin
     gold: dict | None = None,      # from `load_gold`
+    given: bool = False,           # the first response is preferred, whatever the verdicts
 ) -> list[dict[str, Any]]:         # a TRL row a prompt: prompt, chosen, rejected, id, kind, use, prompt_hash ...
     "One preference pair a prompt, in order; `prompt_hash` is that of its question. Raises `ChesError`."
     twos = _responses(rows)
     ties = [response for two in twos if _tied(two) for response in two]
     scored = dict(zip(map(id, ties), _rewards(scorer, ties)))
     questions = _question_hashes([two[0] for two in twos])
-    return [_make_pair(two, [scored.get(id(response), (None, '')) for response in two], seed, gold or {}, question)
+    return [_make_pair(two, [scored.get(id(response), (None, '')) for response in two], seed, gold or {}, question,
+                       given)
             for two, question in zip(twos, questions)]
 
 # %% ../../nbs/refusal/630_preferences.ipynb #4071cc12

@@ -50,6 +50,9 @@ def parse_slice(
     match = re.fullmatch(r'(lowest|highest)@(0?\.\d*[1-9]\d*)(?::(\w+))?', arm)
     return Slice(match[1] == 'highest', float(match[2]), match[3]) if match else None
 
+Fraction = Annotated[float, Bounds(gt=0, lt=1)]
+Heat = Annotated[float, Bounds(ge=0)]
+
 @dataclass
 class Teaching(Settings):
     "A short SFT on answers to other prompts, before the study: how a model that never refuses gets its start."
@@ -61,9 +64,6 @@ class Teaching(Settings):
     seed: int = 0               # of the answers
 
 # %% ../../nbs/studies/780_refusal_plan.ipynb #4d9de5ef
-Fraction = Annotated[float, Bounds(gt=0, lt=1)]
-Heat = Annotated[float, Bounds(ge=0)]
-
 @dataclass(kw_only=True)
 class RefusalStudy(Settings):
     "Train to refuse, arm by arm; `ches train FILE` reads it from YAML."
@@ -79,6 +79,7 @@ class RefusalStudy(Settings):
     judge: str = 'rule'         # rule, sorry (with `template`), or a chat model
     template: str | None = None # file with the question put to the judge
     reward_model: str | None = None # breaks ties; None: a coin
+    preferences: str | None = None # file of pairs over the prompts; None: responses of the model's own
     gold: str | None = None     # file of gold pairs; None: with `teach`, a written refusal and the dialogue's reply
     test: Fraction = .15        # share of the prompts held out
     split_seed: int = 128       # of that split
@@ -193,9 +194,10 @@ def check_refusals(
     many = 'all prompts' if study.limit is None else f'{study.limit} prompts'
     seeds = len(study.seeds)
     arms = len(study.arms)
-    lines.append(f'{seeds} seed{"s"*(seeds > 1)} of {arms} arms; each seed draws 2 responses to {many}, and 1 at the '
-                 f'start and after each arm: {seeds*(3 + arms)} responses a prompt of at most '
-                 f'{study.max_new_tokens} tokens')
+    draws, own = (1, '') if study.preferences else (3, f'2 responses to {many}, and ')
+    lines.append(f'{seeds} seed{"s"*(seeds > 1)} of {arms} arms; each seed draws {own}1 at the start and after each '
+                 f'arm: {seeds*(draws + arms)} responses a prompt of at most {study.max_new_tokens} tokens')
+    if study.preferences: lines.append(f'trained on the preferences of {study.preferences} over {many}')
     if study.teach:
         lines.append(f'taught first: {study.teach.limit} other prompts, {study.teach.share:.0%} refusals')
     if study.protect: lines.append(f'{study.protect} taught refusals are protected: two more scoring passes a seed')

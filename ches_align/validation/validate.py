@@ -51,6 +51,7 @@ def _identity(lm: ScoringModel, bench: Bench, plan: ValidationPlan, training: Tr
               scoring: Scoring) -> dict[str, Any]:
     "What must be the same for a run to go on"
     settings = {name: value for name, value in asdict(plan).items() if name not in _FREE}
+    settings['held_out'] = plan.drawn_out  # a file of its own is known by its pairs, wherever it lies
     scored = {name: value for name, value in asdict(scoring).items() if name not in ('batch_tokens', 'lora')}
     lora = scoring.lora and scoring.lora._asdict()
     def digest(pairs: Sequence[Any]) -> str: # 16 hex digits
