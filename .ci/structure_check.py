@@ -140,13 +140,14 @@ def blind(root: Path) -> list[str]:
     return faults
 
 # A record is read on other machines: its folders are not there, and nobody's business.
-PLACE = re.compile(r'"/(?:tmp|home|root|work|mnt|Users|private|var)/[^"]*"')
+PLACE = re.compile(r'(?<![\w.<])(?:~|/(?:tmp|home|root|work|mnt|scratch|Users|private|var))/[\w.-][^"\'\s]*')
 
 def places(root: Path) -> list[str]:
     "Absolute paths of a machine in records and configurations"
     faults = []
     for path in sorted(path for name in ('nbs', 'benchmarks', 'configs') for path in (root/name).rglob('*')):
-        if path.suffix not in ('.json', '.jsonl', '.yaml') or 'runs' in path.parts: continue
+        if path.suffix not in ('.json', '.jsonl', '.yaml', '.yml'): continue
+        if 'runs' in path.relative_to(root).parts: continue
         for number, line in enumerate(path.read_text('utf-8').splitlines(), 1):
             if match := PLACE.search(line):
                 faults.append(f'{path.relative_to(root)}:{number}: {match[0]}, on a machine')

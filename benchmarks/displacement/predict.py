@@ -34,9 +34,9 @@ FORMAT = 1 # of cases; raised when their form changes
 def load_case(path: Path) -> dict[str, Any]:
     "Read a case; `values` becomes a table by row_id. Raises `ChesError`"
     case = read_object(path)
-    if not {'name', 'about', 'pairs', 'scores', 'rows'} <= case.keys(): raise ChesError(f'{path}: not a case')
     form = case.get('format', 1)
     if form != FORMAT: raise ChesError(f'{path}: a case of format {form}, this version reads format {FORMAT}')
+    if not {'name', 'about', 'pairs', 'scores', 'rows'} <= case.keys(): raise ChesError(f'{path}: not a case')
     index = pd.Index([pair['row_id'] for pair in case['pairs']], name='row_id')
     return case | dict(values=pd.DataFrame(case['scores'], index=index, dtype=float))
 
@@ -47,6 +47,7 @@ def make_case(folder: Path, name: str) -> dict[str, Any]:
     from ches_align.validation.table import score_values
     about = read_object(folder/'validation.json')['about']
     if Path(about['model']).is_absolute(): about['model'] = Path(about['model']).name  # no folder of a machine
+    if isinstance(about['plan']['held_out'], str): about['plan']['held_out'] = 0  # a file, whose pairs `held` counts
     scores = score_table([*read_jsonl(folder/'scores.jsonl')])
     values = score_values(scores, partial(training_loss, Training(**about['training'])))
     pairs = [dict(row_id=row.row_id, row_hash=row.row_hash) for row in scores[scores.status == 'ok'].itertuples()]
@@ -96,11 +97,12 @@ def judge(case: dict[str, Any], numbers: np.ndarray | None = None, name: str = '
 
 def over_pools(tables: Sequence[pd.DataFrame], column: str = 'rho') -> pd.DataFrame:
     """A number of every score in several pools: mean, lowest, highest. It foresees, if it goes the right way in every
-    pool, and on average further than every length"""
+    pool, and its mean goes further than that of every length, whichever way"""
     wide = pd.concat([table.set_index('score')[column].astype(float) for table in tables], axis=1)
     pooled = wide.agg(['mean', 'min', 'max'], axis=1, skipna=False).set_axis(['mean', 'lowest', 'highest'], axis=1)
-    beaten = pooled['mean'] > pooled['mean'][list(LENGTHS)].abs().max()
-    return pooled.assign(foresees=(pooled.lowest > 0) & beaten & ~pooled.index.isin(PLAIN)).rename_axis('score')
+    lengths = wide.reindex(LENGTHS).mean(axis=1).abs().max()
+    foresees = (pooled.lowest > 0) & ~(pooled['mean'] <= lengths) & ~pooled.index.isin(PLAIN)
+    return pooled.assign(foresees=foresees).rename_axis('score')
 
 def read_function(text: str) -> Callable[[Pair], float]:
     "FILE.py:name or module:name. Raises `ChesError`"

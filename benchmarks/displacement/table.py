@@ -64,7 +64,7 @@ if __name__ == '__main__':
                 case = make_case(folder, f"{plan['case_data']}-{regime}-{pool}")
                 if 'tiny' in case['about']['model']: raise ChesError(f'{folder}: of --tiny, no case')
                 # judged by what no score has looked at; protected ones stand beside
-                case['about'] |= dict(judged=[UNSEEN], pool_of=f"{plan['case_data']}-{regime}")
+                case['about'] |= dict(judged=[UNSEEN], pool_of=f"{plan['case_data']}-{regime}-N")
                 write_files({CASES/f"{case['name']}.json": json_bytes(case)})
                 print(case['name'])
             sys.exit()

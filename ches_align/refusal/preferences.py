@@ -149,11 +149,12 @@ def _make_pair(two: list[dict], scored: list[tuple], seed: int, gold: dict, ques
         if swap: ordered.reverse()
     chosen, rejected = ([dict(role='assistant', content=one['response'])] if one else [] for one in ordered)
     chosen_refused, rejected_refused = (one['refused'] if one else None for one in ordered)
+    usable = len(two) == 2 and not same if given else kind != 'undecided' and not same
     key = str(two[0].get('id', name))
     refusal, compliance = gold.get(key) or gold.get(name) or (None, None)
     return dict(id=key, prompt=[dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt,
                 chosen=chosen, rejected=rejected, kind=kind, ordered_by=by, chosen_refused=chosen_refused,
-                rejected_refused=rejected_refused, use=(given or kind != 'undecided') and not same,
+                rejected_refused=rejected_refused, use=usable,
                 note='; '.join(note for note in notes if note), prompt_hash=question, gold_refusal=refusal,
                 gold_non_refusal=compliance)
 

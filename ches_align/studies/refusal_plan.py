@@ -131,6 +131,8 @@ def check(self: RefusalStudy) -> None:
         if arm not in self.arms: raise ConfigError(f'no arm {arm!r} in this study', key='changes')
         with naming(f'changes.{arm}'): merged(self.common, changes)
     if self.protect and not self.teach: raise ConfigError('needs a teaching, whose refusals it protects', key='protect')
+    if self.preferences and self.reward_model:
+        raise ConfigError('orders pairs of the model\'s own; preferences have an order', key='reward_model')
     if self.judge == 'sorry' and not self.template: raise ConfigError('judge sorry needs a template', key='judge')
     if 'gold' in self.arms and not (self.gold or self.teach):
         raise ConfigError('arm gold needs a file: gold', key='arms')
@@ -197,7 +199,7 @@ def check_refusals(
     draws, own = (1, '') if study.preferences else (3, f'2 responses to {many}, and ')
     lines.append(f'{seeds} seed{"s"*(seeds > 1)} of {arms} arms; each seed draws {own}1 at the start and after each '
                  f'arm: {seeds*(draws + arms)} responses a prompt of at most {study.max_new_tokens} tokens')
-    if study.preferences: lines.append(f'trained on the preferences of {study.preferences} over {many}')
+    if study.preferences: lines.append(f'trained on {study.preferences}: {many} that have a preference there')
     if study.teach:
         lines.append(f'taught first: {study.teach.limit} other prompts, {study.teach.share:.0%} refusals')
     if study.protect: lines.append(f'{study.protect} taught refusals are protected: two more scoring passes a seed')

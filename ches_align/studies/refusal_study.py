@@ -47,21 +47,29 @@ from ..training.train_plan import TrainConfig
 def _messages(prompt: Text) -> list[dict]: # a plain text is what a user asks
     return [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
 
+def _key(prompt: Text) -> str: # of what is asked, whatever blanks stand around it
+    return prompt_hash([message | dict(content=message_text(message).strip()) for message in _messages(prompt)])
+
+def _reply(response: Text) -> str: # '' where it is not one message of text
+    if isinstance(response, str): return response.strip()
+    alone = len(response) == 1 and response[0].get('role') == 'assistant'
+    return message_text(response[0]) if alone else ''
+
 def given_preferences(
     study: RefusalStudy,
-) -> dict[str, tuple[str, str]]: # prompt hash -> preferred and dispreferred response; {}: none are named
+) -> dict[str, tuple[str, str]]: # by prompt: preferred and dispreferred response; {}: none are named
     "Read the preferences that a study names: the first pair of each prompt. Raises `ChesError` when there is none."
     if not study.preferences: return {}
     given: dict[str, tuple[str, str]] = {}
-    for pair in load_pairs(study.preferences):
-        if pair.problem: continue
-        chosen, rejected = (side if isinstance(side, str) else message_text(side[-1])
-                            for side in (pair.chosen, pair.rejected))
-        if chosen.strip() and rejected.strip():
-            given.setdefault(prompt_hash(_messages(pair.prompt)), (chosen, rejected))
-    if not given: raise ChesError(f'{study.preferences}: no pair of two responses')
+    split = study.split if study.preferences == study.prompts else None
+    for pair in load_pairs(study.preferences, split=split):
+        chosen, rejected = map(_reply, (pair.chosen, pair.rejected))
+        if not pair.problem and not pair.template and chosen and rejected:
+            given.setdefault(_key(pair.prompt), (chosen, rejected))
+    if not given: raise ChesError(f'{study.preferences}: no pair of two replies of one message each')
     return given
 
+# %% ../../nbs/studies/790_refusal_study.ipynb #e1180281
 def study_prompts(
     study: RefusalStudy,
     given: dict[str, tuple[str, str]] | None = None, # from `given_preferences`: only prompts that have one are asked
@@ -71,15 +79,15 @@ def study_prompts(
     if study.longest_prompt: prompts = [p for p in prompts if len(str(p['prompt'])) <= study.longest_prompt]
     prompts = [row | dict(prompt=_messages(row['prompt'])) for row in prompts]
     random.Random(study.limit_seed).shuffle(prompts)
-    fit = [row for row in prompts if not given or prompt_hash(row['prompt']) in given]
-    unfit = [row for row in prompts if given and prompt_hash(row['prompt']) not in given]
+    fit = [row for row in prompts if not given or _key(row['prompt']) in given]
+    unfit = [row for row in prompts if given and _key(row['prompt']) not in given]
     taught = study.teach.limit if study.teach else 0
     count = study.limit or len(fit) - max(0, taught - len(unfit))
     if count < 1 or len(fit) < count or len(prompts) < count + taught:
         needs = f'the study needs {max(count, 1)} and the teaching {taught}'
         some = f', {len(fit)} of them with a preference' if given else ''
         raise ChesError(f'{study.prompts}: {len(prompts)} prompts{some}, {needs}')
-    return fit[:count], [*fit[count:], *unfit][:taught]
+    return fit[:count], [*unfit, *fit[count:]][:taught]
 
 # %% ../../nbs/studies/790_refusal_study.ipynb #0fdaa243
 def _taught_start(
@@ -92,14 +100,16 @@ def _taught_start(
     folder = Path(study.output_dir).expanduser()/'start'
     teach = study.teach
     rows = teaching_rows([p['prompt'][-1]['content'] for p in prompts], replies, teach.share, teach.seed)
-    write_teaching(rows, folder/'rows.jsonl')
     run = folder/'run'
+    taught = (run/'model'/'config.json').exists()
+    if taught and list(read_rows(folder/'rows.jsonl')) != plain(rows):
+        raise ChesError(f'{folder}: a start that was taught other answers; name another output_dir, or remove it')
+    if not taught: write_teaching(rows, folder/'rows.jsonl')
     config = TrainConfig(
         model=study.model, data=str(folder/'rows.jsonl'), output_dir=str(run), loss='sft_mean', seed=teach.seed,
         per_device_train_batch_size=teach.per_device_train_batch_size, gradient_accumulation_steps=1,
         learning_rate=teach.learning_rate, num_train_epochs=teach.num_train_epochs, max_length=study.max_length,
         bf16=study.train.bf16)
-    taught = (run/'model'/'config.json').exists()
     if not taught: train_preferences(config, resume=(run/'manifest.json').exists())
     return str(run/'model')
 
@@ -171,7 +181,7 @@ def _pair_rows(study: RefusalStudy, means: Means, seed: int, folder: Path, progr
     "Two responses to each prompt: those of the preferences, the preferred first; or the model's own"
     prompts = means.prompts
     if means.given: return [dict(id=row['id'], prompt=row['prompt'], k=k, response=response) for row in prompts
-                            for k, response in enumerate(means.given[prompt_hash(row['prompt'])])]
+                            for k, response in enumerate(means.given[_key(row['prompt'])])]
     drawn = Sampling(temperature=study.pair_temperature, max_new_tokens=study.max_new_tokens, responses=2,
                      seed=seed)
     rows = generate_responses(means.lm, [p['prompt'] for p in prompts], drawn, folder/'responses', progress=progress)
@@ -205,8 +215,8 @@ def _open_refusal_bench(
     train = _read(folder/'pairs'/'train.jsonl', 0, lm, longest, flagged)
     test = _read(folder/'pairs'/'test.jsonl', _HELD, lm, longest, flagged)
     gold = _read(folder/'pairs'/'gold_train.jsonl', _GOLD, lm, longest, flagged)
-    parts = {prompt_hash(pair.prompt): 'train' for pair in train.pairs}
-    parts |= {prompt_hash(pair.prompt): 'test' for pair in test.pairs}
+    parts = {prompt_hash(pair.prompt): name for name, read, first in (('train', train, 0), ('test', test, _HELD))
+             for pair in read.pairs if pair.row_id + first in read.encoded}
     marked = [row | dict(part=parts.get(prompt_hash(row['prompt']), '')) for row in means.prompts]
     if not (train.encoded and test.encoded):
         raise ChesError(f'seed {seed}: no usable pair to train on, or none held out ({flagged})')
@@ -277,17 +287,20 @@ def _identity(study: RefusalStudy, means: Means) -> dict:
     "Files and models by what is in them; a study without gold file or reward model has None there"
     settings = {key: value for key, value in config_dict(study).items() if key not in _FREE}
     prompts = ' '.join(prompt_hash(row['prompt']) for row in means.prompts)
+    asked = [means.given[_key(row['prompt'])] for row in means.prompts] if means.given else []
     provenance = means.lm.provenance
     return plain(dict(
         study=settings, **model_now(means.lm), tokenizer_hash=provenance['tokenizer_hash'], dtype=provenance['dtype'],
         prompts_hash=hashlib.sha256(prompts.encode()).hexdigest()[:16], judge=means.judge.identity,
         gold_hash=value_hash(means.gold) if study.gold else None,
-        preferences_hash=value_hash(means.given) if study.preferences else None,
+        preferences_hash=value_hash(asked) if asked else None,
         reward_model=means.scorer.identity if means.scorer else None))
 
-def _about(study: RefusalStudy) -> dict:
+def _about(study: RefusalStudy, means: Means) -> dict:
     "What the manifest tells besides"
     about: dict[str, Any] = dict(model=Path(study.model).name, prompts=Path(study.prompts).name)
+    if study.preferences:
+        about['preferences'] = dict(file=Path(study.preferences).name, prompts=len(means.given), asked=len(means.prompts))
     if study.teach:  # prompts without an answer of the kind drawn are left out, so the share is counted
         rows = read_rows(Path(study.output_dir).expanduser()/'start'/'rows.jsonl')
         refuses = [row['refuses'] for row in rows]
@@ -301,11 +314,12 @@ def _seed_group(study: RefusalStudy, means: Means, seed: int, progress: bool) ->
         bench = _open_refusal_bench(study, means, seed, progress)
         held = _probes([row_id for row_id in bench.encoded if _HELD <= row_id < _GOLD], study.probes, seed)
         gold = [row_id for row_id in bench.encoded if row_id >= _GOLD]
+        planned = plan_refusal_arms(study, bench.scores, gold, seed)
         start = Arm('start', [], seed)
         if start.key in missing:
             refused = _measured(study, bench, means.judge, bench.lm.model, seed, 'start')
             yield arm_row(start, _start_row(bench, len(gold)), refused=refused)
-        for arm in plan_refusal_arms(study, bench.scores, gold, seed):
+        for arm in planned:
             if arm.key in missing: yield _arm_result(study, bench, means.judge, arm, held)
     return Group([f'{arm}|{seed}' for arm in ('start', *study.arms)], rows)
 
@@ -323,5 +337,6 @@ def run_refusals(
     scorer = RewardScorer(study.reward_model, device=lm.device.type) if study.reward_model else None
     gold = _gold_pairs(study, prompts, replies)
     means = Means(lm, prompts, _study_judge(study, str(lm.device)), gold, scorer, given)
-    with open_run(study.output_dir, _identity(study, means), _about(study), what='study', packages=['trl']) as run:
+    identity = _identity(study, means)
+    with open_run(study.output_dir, identity, _about(study, means), what='study', packages=['trl']) as run:
         return run_groups(run, [_seed_group(study, means, seed, progress) for seed in study.seeds], progress)
