@@ -300,7 +300,8 @@ def _about(study: RefusalStudy, means: Means) -> dict:
     "What the manifest tells besides"
     about: dict[str, Any] = dict(model=Path(study.model).name, prompts=Path(study.prompts).name)
     if study.preferences:
-        about['preferences'] = dict(file=Path(study.preferences).name, prompts=len(means.given), asked=len(means.prompts))
+        counts = dict(prompts=len(means.given), asked=len(means.prompts))
+        about['preferences'] = dict(file=Path(study.preferences).name) | counts
     if study.teach:  # prompts without an answer of the kind drawn are left out, so the share is counted
         rows = read_rows(Path(study.output_dir).expanduser()/'start'/'rows.jsonl')
         refuses = [row['refuses'] for row in rows]
