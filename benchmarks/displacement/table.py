@@ -8,6 +8,7 @@ Each pool and regime is a folder of `ches validate`, which says what it takes be
 and fitted starts are those of the map: `--starts` names the folder `starts` of one of its runs.
 """
 import argparse, sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ if __name__ == '__main__':
         regimes = chosen('regime', args.regime, list(plan['regimes']))
         pools = chosen('pool', args.pool, plan['pools'])
         if args.record:
-            for regime, pool in [(regime, pool) for regime in regimes for pool in pools]:
+            for regime, pool in product(regimes, pools):
                 folder = args.out/f'{regime}-{pool}'/'validation'
                 if not (folder/'validation.json').exists(): continue
                 case = make_case(folder, f"{plan['case_data']}-{regime}-{pool}")

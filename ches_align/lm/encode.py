@@ -12,7 +12,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 from ..theory.ches import CONVENTIONS
 from ..core.errors import ChesError, shorten
 from ..core.options import one_of
-from .texts import Text, dialogue_text, message_text
+from .texts import Text, as_messages, dialogue_text, message_text
 from .pairs import Pair
 from .models import ScoringModel
 
@@ -232,8 +232,7 @@ def encode_pairs(
 # %% ../../nbs/lm/300_encode.ipynb #b92a8085
 def _prompt_text(prompt: Text, tokenizer: Any, chat: bool) -> str:
     if not chat: return prompt if isinstance(prompt, str) else dialogue_text(prompt) + '\n\nAssistant:'
-    messages = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(as_messages(prompt), tokenize=False, add_generation_prompt=True)
 
 def _prompt_ids(prompt: Text, tokenizer: Any, chat: bool, encoder: bool) -> list[int]:
     ids = tokenizer(_prompt_text(prompt, tokenizer, chat), add_special_tokens=not chat).input_ids

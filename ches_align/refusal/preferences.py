@@ -21,7 +21,7 @@ from ..core.errors import ChesError
 from ..core.rows import read_rows
 from ..core.writing import json_bytes, line_bytes, write_files, write_lines
 from ..lm.texts import (
-    Text, is_refusal, message_text, parse_dialogue, prompt_hash, row_seed)
+    Text, as_messages, is_refusal, message_text, parse_dialogue, prompt_hash, row_seed)
 from .judges import as_refused
 
 # %% ../../nbs/refusal/630_preferences.ipynb #68268ea9
@@ -152,7 +152,7 @@ def _make_pair(two: list[dict], scored: list[tuple], seed: int, gold: dict, ques
     usable = len(two) == 2 and not same if given else kind != 'undecided' and not same
     key = str(two[0].get('id', name))
     refusal, compliance = gold.get(key) or gold.get(name) or (None, None)
-    return dict(id=key, prompt=[dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt,
+    return dict(id=key, prompt=as_messages(prompt),
                 chosen=chosen, rejected=rejected, kind=kind, ordered_by=by, chosen_refused=chosen_refused,
                 rejected_refused=rejected_refused, use=usable,
                 note='; '.join(note for note in notes if note), prompt_hash=question, gold_refusal=refusal,
@@ -335,8 +335,7 @@ def teaching_rows(
         if is_refusal(reply) or len(reply) > longest: reply = ''
         if not (refuse or reply): continue
         sides = [[dict(role='assistant', content=text)] for text in (refusal, reply or 'Yes.')]
-        asked = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
-        rows.append(dict(prompt=asked, chosen=sides[1 - refuse], rejected=sides[refuse], refuses=refuse))
+        rows.append(dict(prompt=as_messages(prompt), chosen=sides[1 - refuse], rejected=sides[refuse], refuses=refuse))
     kinds = {row['refuses'] for row in rows}
     if (share > 0 and True not in kinds) or (share < 1 and False not in kinds):
         raise ChesError(f'{len(prompts)} prompts gave {len(rows)} answers, not of both kinds: give more, or dialogues '

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 import torch
 
 from ..core.errors import ChesError
-from ..lm.texts import Text, _as_text, dialogue_text
+from ..lm.texts import Text, _as_text, as_messages, dialogue_text
 from ..lm.weights import LoadError, check_device
 from ..lm.adapters import load_classifier
 from ..lm.structure import inner_model
@@ -69,8 +69,7 @@ class RewardScorer:
 def encode(self: RewardScorer, row: dict) -> list[int]: # token ids of prompt and response, in the model's form
     prompt = row['prompt']
     if self.form == 'pair': return self.tokenizer(_as_text(prompt), row['response']).input_ids
-    turns = [dict(role='user', content=prompt)] if isinstance(prompt, str) else list(prompt)
-    turns.append(dict(role='assistant', content=row['response']))
+    turns = [*as_messages(prompt), dict(role='assistant', content=row['response'])]
     text = self.tokenizer.apply_chat_template(turns, tokenize=False)
     return self.tokenizer(text, add_special_tokens=False).input_ids
 

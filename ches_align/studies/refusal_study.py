@@ -33,7 +33,7 @@ from ..refusal.preferences import (
 from ..refusal.rates import value_hash
 from ..spread.classifiers import RewardScorer
 from ..lm.generation import generate_responses
-from ..lm.texts import Text, is_refusal, message_text, prompt_hash, row_seed
+from ..lm.texts import Text, as_messages, is_refusal, message_text, prompt_hash, row_seed
 from ..lm.sampling import Sampling, wrap_generator
 from .arms import Arm, arm_config, arm_row, response_logps, run_arm
 from .refusal_plan import RefusalStudy, plan_refusal_arms
@@ -44,11 +44,8 @@ from ..training.train import load_trainable, train_preferences
 from ..training.train_plan import TrainConfig
 
 # %% ../../nbs/studies/790_refusal_study.ipynb #47f9b71b
-def _messages(prompt: Text) -> list[dict]: # a plain text is what a user asks
-    return [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
-
 def _key(prompt: Text) -> str: # of what is asked, whatever blanks stand around it
-    return prompt_hash([message | dict(content=message_text(message).strip()) for message in _messages(prompt)])
+    return prompt_hash([message | dict(content=message_text(message).strip()) for message in as_messages(prompt)])
 
 def _reply(response: Text) -> str: # '' where it is not one message of text
     if isinstance(response, str): return response.strip()
@@ -77,10 +74,11 @@ def study_prompts(
     "Draw the prompts. Raises `ChesError` when there are too few."
     prompts = load_prompts(study.prompts, split=study.split)
     if study.longest_prompt: prompts = [p for p in prompts if len(str(p['prompt'])) <= study.longest_prompt]
-    prompts = [row | dict(prompt=_messages(row['prompt'])) for row in prompts]
+    prompts = [row | dict(prompt=as_messages(row['prompt'])) for row in prompts]
     random.Random(study.limit_seed).shuffle(prompts)
-    fit = [row for row in prompts if not given or _key(row['prompt']) in given]
-    unfit = [row for row in prompts if given and _key(row['prompt']) not in given]
+    askable = [not given or _key(row['prompt']) in given for row in prompts]
+    fit = [row for row, can in zip(prompts, askable, strict=True) if can]
+    unfit = [row for row, can in zip(prompts, askable, strict=True) if not can]
     taught = study.teach.limit if study.teach else 0
     count = study.limit or len(fit) - max(0, taught - len(unfit))
     if count < 1 or len(fit) < count or len(prompts) < count + taught:
@@ -149,22 +147,24 @@ def _gold_pairs(study: RefusalStudy, prompts: Sequence[dict], replies: dict[str,
 
 # %% ../../nbs/studies/790_refusal_study.ipynb #69dd8a41
 class _Read(NamedTuple):
-    "Pairs of a file: all, the usable ones in token ids and their kinds, by row ids of their own"
+    "Pairs of a file: all, the usable ones in token ids and their kinds, by row ids of their own, and their prompts"
     pairs: list
     encoded: dict[int, EncodedPair]
     kinds: dict[int, str]
+    asked: list[str] # prompt hashes
 
 def _read(path: Path, first: int, lm: ScoringModel, longest: int | None, flagged: dict[str, int]) -> _Read:
     "Row ids go from `first` on; those left out are counted in `flagged`"
-    if not path.exists() or not path.stat().st_size: return _Read([], {}, {})
+    if not path.exists() or not path.stat().st_size: return _Read([], {}, {}, [])
     pairs = load_pairs(path)
     encoded = {}
     for pair in encode_pairs(pairs, lm.tokenizer, longest):
         row_id = pair.row_id + first
         if pair.status == 'ok': encoded[row_id] = dataclasses.replace(pair, row_id=row_id)
         else: flagged[pair.status] = flagged.get(pair.status, 0) + 1
-    kinds = {pair.row_id + first: pair.extra['kind'] for pair in pairs if pair.row_id + first in encoded}
-    return _Read(pairs, encoded, kinds)
+    usable = [pair for pair in pairs if pair.row_id + first in encoded]
+    kinds = {pair.row_id + first: pair.extra['kind'] for pair in usable}
+    return _Read(pairs, encoded, kinds, [prompt_hash(pair.prompt) for pair in usable])
 
 # %% ../../nbs/studies/790_refusal_study.ipynb #22faa599
 @dataclass
@@ -215,8 +215,7 @@ def _open_refusal_bench(
     train = _read(folder/'pairs'/'train.jsonl', 0, lm, longest, flagged)
     test = _read(folder/'pairs'/'test.jsonl', _HELD, lm, longest, flagged)
     gold = _read(folder/'pairs'/'gold_train.jsonl', _GOLD, lm, longest, flagged)
-    parts = {prompt_hash(pair.prompt): name for name, read, first in (('train', train, 0), ('test', test, _HELD))
-             for pair in read.pairs if pair.row_id + first in read.encoded}
+    parts = dict.fromkeys(train.asked, 'train') | dict.fromkeys(test.asked, 'test')
     marked = [row | dict(part=parts.get(prompt_hash(row['prompt']), '')) for row in means.prompts]
     if not (train.encoded and test.encoded):
         raise ChesError(f'seed {seed}: no usable pair to train on, or none held out ({flagged})')
